@@ -1,0 +1,1 @@
+"""Wires: they move shards between ranks and know no attention."""

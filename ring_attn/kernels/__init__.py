@@ -1,0 +1,166 @@
+"""The `Kernel` protocol, and `resolve`, which picks a kernel for a problem and says why.
+
+A kernel does the local work of one visit: one rank's queries against the KV at hand. It knows no ranks. Kernels are listed by
+name and imported when first asked for, so a missing optional package costs nothing until it is named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ring_attn.partial import Partial
+from ring_attn.tiles import Tile
+
+logger = logging.getLogger("ring_attn")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a kernel must be able to do, as far as it decides which kernel can. Hashable, and alike on every rank.
+
+    `left_bounded`: some tile's band has a lower bound, as under a sliding window. `lse_grad`: the backward gets a gradient
+    through lse, so delta is not rowsum(dout * out) alone.
+    """
+
+    direction: str  # "forward" or "backward"
+    device: str  # torch.device.type
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    left_bounded: bool = False
+    lse_grad: bool = False
+    score: object = None
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a backward gets: `dout`, final `out` [b, s, h, dv], final `lse` [b, h, s] and the gradient `dlse` of lse, or None."""
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None = None
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """rowsum(dout * out) - dlse, [b, h, s] in the dtype of lse: computed once, used by every visit."""
+        delta = (self.dout.to(self.lse.dtype) * self.out.to(self.lse.dtype)).sum(-1).transpose(1, 2)
+        return (delta if self.dlse is None else delta - self.dlse).contiguous()
+
+
+@dataclass(frozen=True)
+class Grads:
+    """Where a backward adds: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+class Kernel(Protocol):
+    """The local attention of one visit.
+
+    q [b, s, h, d], k [b, skv, g, d], v [b, skv, g, dv] share dtype and device, have unit stride in the last dimension and any
+    other strides; h is a multiple of g, and query head i reads KV head i // (h // g). `tiles` are disjoint, so a cell counts once.
+    """
+
+    name: str
+
+    def supports(self, problem: Problem) -> str | None:
+        """None, or the reason why this kernel cannot do the problem here, in the user's words."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Partial | None = None,
+        out: Tensor | None = None,
+    ) -> Partial:
+        """The partial of all tiles, merged into `into` (written to) where given.
+
+        `out` [b, s, h, dv] marks the last visit: it is filled with the normalised output of every row, and of the partial
+        returned only lse is then still meant to be read.
+        """
+
+    def backward(
+        self,
+        up: Upstream,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Grads,
+    ) -> None:
+        """Adds this visit's gradients into `into`. Exact for a part of the keys because `up.lse` is the final one."""
+
+
+class KernelUnavailable(ValueError, NotImplementedError):
+    """A kernel asked for by name cannot do the problem here; the message says why."""
+
+
+_MODULES = {
+    "reference": "reference",
+    "triton": "triton_kernel",
+    "flash2": "flash",
+    "cudnn": "aten",
+    "aten": "aten",
+}
+KERNEL_NAMES = ("auto", *_MODULES)
+
+# Note [auto order]: the fastest first, as far as measured. The Triton forward hands over its unnormalised accumulator, so it
+# carries on between visits where the others round to 16 bits and merge; flash-attn's backward needs only the final lse.
+_AUTO = {
+    ("cuda", "forward"): ("triton", "cudnn", "aten", "reference"),
+    ("cuda", "backward"): ("flash2", "aten", "cudnn", "triton", "reference"),
+    ("cpu", "forward"): ("aten", "reference"),
+    ("cpu", "backward"): ("aten", "reference"),
+}
+
+
+def get_kernel(name: str) -> Kernel:
+    """The kernel of that name. Raises ValueError for a name that is none."""
+    if name not in _MODULES:
+        raise ValueError(f"kernel {name!r} is not one of {', '.join(KERNEL_NAMES)}")
+    return import_module(f"ring_attn.kernels.{_MODULES[name]}").KERNELS[name]
+
+
+@lru_cache(maxsize=1024)
+def resolve(name: str, problem: Problem) -> Kernel:
+    """The kernel for a problem: the one named, or under "auto" the first of the device's order that supports it.
+
+    Raises KernelUnavailable (a ValueError) with the reason where a named kernel cannot do it. What "auto" chose, and why not
+    the ones before it, is logged once for a problem.
+    """
+    if name != "auto":
+        kernel = get_kernel(name)
+        reason = kernel.supports(problem)
+        if reason is not None:
+            raise KernelUnavailable(f"kernel {name!r} cannot do this {problem.direction}: {reason}; kernel='auto' picks one that can")
+        return kernel
+    refused = []
+    for candidate in _AUTO.get((problem.device, problem.direction), ("reference",)):
+        kernel = get_kernel(candidate)
+        reason = kernel.supports(problem)
+        if reason is None:
+            logger.info("%s kernel: %s%s", problem.direction, candidate, "".join(f"; not {n}: {r}" for n, r in refused))
+            return kernel
+        refused.append((candidate, reason))
+    raise KernelUnavailable("no kernel can do this: " + "; ".join(f"{n}: {r}" for n, r in refused))

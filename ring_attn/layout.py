@@ -1,0 +1,87 @@
+"""Which global positions each rank holds.
+
+A shard is a tuple of ranges: the global positions of a rank's rows, in local row order. Everything else that depends on
+the layout (permutations, rotary positions, masks, label order) is derived from `shard`, so the mapping stands once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+Shard = tuple[range, ...]
+
+
+class Layout(Protocol):
+    """A partition of `range(seq_len)` into one shard of equal length a rank. Frozen and hashable."""
+
+    seq_len: int
+    ring_size: int
+
+    def shard(self, rank: int) -> Shard: ...
+
+
+@dataclass(frozen=True)
+class _EvenLayout:
+    """What every layout shares: a length that divides evenly, and a rank that exists."""
+
+    seq_len: int
+    ring_size: int
+
+    name = ""
+    chunks_per_rank = 1
+
+    def __post_init__(self) -> None:
+        if self.ring_size < 1:
+            raise ValueError(f"ring_size must be at least 1, got {self.ring_size}")
+        multiple = self.chunks_per_rank * self.ring_size
+        if self.seq_len < 0 or self.seq_len % multiple:
+            factor = f"{self.chunks_per_rank} * " if self.chunks_per_rank > 1 else ""
+            raise ValueError(
+                f"seq_len {self.seq_len} must be a multiple of {factor}ring_size = {multiple} for the {self.name} layout; "
+                f"pad with ring_attn.pad_to"
+            )
+
+    @property
+    def shard_len(self) -> int:
+        return self.seq_len // self.ring_size
+
+    def _check(self, rank: int) -> None:
+        if not 0 <= rank < self.ring_size:
+            raise ValueError(f"rank {rank} is not in a ring of {self.ring_size}; ranks are 0 to {self.ring_size - 1}")
+
+
+class Contiguous(_EvenLayout):
+    """Rank r holds the r-th run of seq_len / ring_size positions. Under a causal mask the last rank works hardest."""
+
+    name = "contiguous"
+
+    def shard(self, rank: int) -> Shard:
+        self._check(rank)
+        return (range(rank * self.shard_len, (rank + 1) * self.shard_len),)
+
+
+class Striped(_EvenLayout):
+    """Rank r holds positions r, r + ring_size, r + 2 ring_size, ... (striped attention, arXiv 2311.09431)."""
+
+    name = "striped"
+
+    def shard(self, rank: int) -> Shard:
+        self._check(rank)
+        return (range(rank, self.seq_len, self.ring_size),)
+
+
+class Zigzag(_EvenLayout):
+    """Rank r holds chunks r and 2 ring_size - 1 - r of 2 ring_size chunks: equal causal work on every rank and step."""
+
+    name = "zigzag"
+    chunks_per_rank = 2
+
+    def shard(self, rank: int) -> Shard:
+        self._check(rank)
+        chunk = self.shard_len // 2
+        early, late = rank, 2 * self.ring_size - 1 - rank
+        return range(early * chunk, (early + 1) * chunk), range(late * chunk, (late + 1) * chunk)
+
+
+LAYOUTS = {layout.name: layout for layout in (Contiguous, Striped, Zigzag)}

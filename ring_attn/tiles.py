@@ -1,0 +1,254 @@
+"""The work of a visit as band tiles: rectangles of local rows with a band `lo <= j - i <= hi` of allowed cells.
+
+Note [bands]: for a query range and a KV range with one step s, `q_pos - kv_pos = d + (i - j) * s`. Full, causal and window
+masks bound `q_pos - kv_pos`, so in local rows each is a band. Packed documents and key padding are no mask at all: the ranges
+are cut at their ends first and only equal documents are paired.
+
+Note [trimming]: a tile keeps only rows and columns with an allowed cell. So no row of a tile is fully masked, and its band is
+flash-attention's bottom-right window, `left = Sk - Sq - lo` and `right = hi - (Sk - Sq)`, both at least 0.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from ring_attn.layout import Layout, Shard
+from ring_attn.mask import Mask, Rule
+
+
+class Band(NamedTuple):
+    """Cell (i, j) of a tile is allowed iff `lo <= j - i <= hi`, rows counted from the tile's corner; None is open."""
+
+    lo: int | None = None
+    hi: int | None = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query rows x KV rows of one visit, and the band of allowed cells.
+
+    `q_rows`, `kv_rows`: rows of the rank's query shard and of the visit's KV. `positions`: the global positions of those rows,
+    (q, kv), each as ranges in row order. `batch`: the one batch row the tile holds for, None for every row.
+    """
+
+    q_rows: range
+    kv_rows: range
+    band: Band
+    positions: tuple[Shard, Shard]
+    batch: int | None = None
+
+    @property
+    def window(self) -> tuple[int | None, int | None]:
+        """(left, right) of flash-attention's bottom-right aligned window; None is open."""
+        shift = len(self.kv_rows) - len(self.q_rows)
+        left = None if self.band.lo is None else shift - self.band.lo
+        right = None if self.band.hi is None else self.band.hi - shift
+        return left, right
+
+    @property
+    def cells(self) -> int:
+        """The number of allowed (query, key) pairs, for one batch row and head."""
+        return count_cells(len(self.q_rows), len(self.kv_rows), self.band)
+
+
+def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile, ...]:
+    """The tiles that cover exactly the allowed cells of a query shard against KV shards joined in the order given.
+
+    Tiles are disjoint, trimmed and coalesced. Raises NotImplementedError where a query and a KV range have different steps.
+    """
+    queries, keys = _pieces(q_shard), _pieces(r for shard in kv_shards for r in shard)
+    rules = mask.rules()
+    rows: list[int | None] = [None] if len(set(rules)) == 1 else list(range(len(rules)))
+    found: list[Tile] = []
+    for row in rows:
+        rule = rules[row or 0]
+        raw = (_tile(q, kv, rule, row) for q, kv in _pairs(queries, keys, rule))
+        found += _coalesce([tile for tile in raw if tile is not None], queries, keys)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of every visit of a tour. `meets[step][rank]` lists the sources whose KV the rank sees at that step."""
+
+    layout: Layout
+    mask: Mask
+    meets: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def __getitem__(self, rank_step: tuple[int, int]) -> tuple[Tile, ...]:
+        cached = self._cache.get(rank_step)
+        if cached is None:
+            rank, step = rank_step
+            kv_shards = [self.layout.shard(source) for source in self.meets[step][rank]]
+            cached = self._cache[rank_step] = tiles(self.layout.shard(rank), kv_shards, self.mask)
+        return cached
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that some rank needs, the same on every rank. Step 0 always stands: it is the own shard."""
+        ranks = range(self.layout.ring_size)
+        return tuple(s for s in range(len(self.meets)) if s == 0 or any(self[rank, s] for rank in ranks))
+
+    def cells(self, rank: int, step: int, batch: int = 1) -> int:
+        """Allowed cells of a rank's visit, for one head, over `batch` rows."""
+        return sum(tile.cells * (batch if tile.batch is None else 1) for tile in self[rank, step])
+
+    @cached_property
+    def _cache(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
+        return {}
+
+
+@lru_cache(maxsize=128)
+def make_plan(layout: Layout, mask: Mask, meets: tuple[tuple[tuple[int, ...], ...], ...]) -> Plan:
+    """The plan for these arguments, made once and kept: plans fill lazily and are shared between layers and passes."""
+    return Plan(layout, mask, meets)
+
+
+def count_cells(num_q: int, num_kv: int, band: Band) -> int:
+    """The number of cells of a num_q x num_kv rectangle inside the band."""
+    below_hi = num_q * num_kv if band.hi is None else _cells_up_to(num_q, num_kv, band.hi)
+    below_lo = 0 if band.lo is None else _cells_up_to(num_q, num_kv, band.lo - 1)
+    return below_hi - below_lo
+
+
+def _cells_up_to(num_q: int, num_kv: int, hi: int) -> int:
+    """Cells with j - i <= hi: row i holds clip(i + hi + 1, 0, num_kv) of them."""
+    first = max(0, -hi)
+    full = max(first, min(num_q, num_kv - hi - 1))
+    if first >= num_q:
+        return 0
+    rising = full - first
+    return rising * (first + hi + 1) + rising * (rising - 1) // 2 + (num_q - full) * num_kv
+
+
+class _Piece(NamedTuple):
+    row: int
+    positions: range
+
+
+def _pieces(ranges: Iterable[range]) -> list[_Piece]:
+    """Ranges laid out row after row; a range that continues the one before it joins it."""
+    pieces: list[_Piece] = []
+    row = 0
+    for r in ranges:
+        if not r:
+            continue
+        last = pieces[-1] if pieces else None
+        if last and last.positions.step == r.step and last.positions[-1] + r.step == r[0]:
+            pieces[-1] = _Piece(last.row, range(last.positions[0], r[-1] + r.step, r.step))
+        else:
+            pieces.append(_Piece(row, r))
+        row += len(r)
+    return pieces
+
+
+def _cut(piece: _Piece, start: int, stop: int) -> _Piece:
+    return _Piece(piece.row + start, piece.positions[start:stop])
+
+
+def _by_document(pieces: list[_Piece], ends: tuple[int, ...] | None) -> Iterator[tuple[int, _Piece]]:
+    for piece in pieces:
+        start, length = 0, len(piece.positions)
+        while start < length:
+            document = 0 if ends is None else bisect_right(ends, piece.positions[start])
+            stop = length if ends is None else bisect_left(piece.positions, ends[document])
+            yield document, _cut(piece, start, stop)
+            start = stop
+
+
+def _pairs(queries: list[_Piece], keys: list[_Piece], rule: Rule) -> Iterator[tuple[_Piece, _Piece]]:
+    if rule.num_keys is not None:
+        keys = [_cut(piece, 0, bisect_left(piece.positions, rule.num_keys)) for piece in keys]
+    documents: dict[int, list[_Piece]] = defaultdict(list)
+    for document, piece in _by_document(keys, rule.document_ends):
+        documents[document].append(piece)
+    for document, q in _by_document(queries, rule.document_ends):
+        for kv in documents.get(document, ()):
+            yield q, kv
+
+
+def _tile(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Tile | None:
+    """The trimmed tile of two pieces, or None where no cell is allowed."""
+    steps = {piece.positions.step for piece in (q, kv) if len(piece.positions) > 1}
+    if len(steps) > 1:
+        raise NotImplementedError(
+            f"query positions {q.positions} and KV positions {kv.positions} have different steps; "
+            f"shard both with the same layout and ring size"
+        )
+    step = steps.pop() if steps else 1
+    num_q, num_kv = len(q.positions), len(kv.positions)
+    distance = q.positions[0] - kv.positions[0]
+    lo = -(num_q - 1) if rule.left is None else max(-((rule.left - distance) // step), -(num_q - 1))
+    hi = num_kv - 1 if rule.right is None else min((distance + rule.right) // step, num_kv - 1)
+    i0, i1 = max(0, -hi), min(num_q, num_kv - lo)
+    j0, j1 = max(0, lo), min(num_kv, num_q + hi)
+    if lo > hi or i0 >= i1 or j0 >= j1:
+        return None
+    q, kv = _cut(q, i0, i1), _cut(kv, j0, j1)
+    return _with_band(q.row, q.row + i1 - i0, kv.row, kv.row + j1 - j0, lo + i0 - j0, hi + i0 - j0, batch)
+
+
+def _with_band(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int, batch: int | None) -> Tile:
+    """A tile whose band is open wherever its corner makes the bound idle; positions are filled in by `_coalesce`."""
+    band = Band(None if lo <= q0 - q1 + 1 else lo, None if hi >= k1 - k0 - 1 else hi)
+    return Tile(range(q0, q1), range(k0, k1), band, ((), ()), batch)
+
+
+def _coalesce(found: list[Tile], queries: list[_Piece], keys: list[_Piece]) -> list[Tile]:
+    """The same cells in fewer tiles. Only near neighbours in row order are tried: the cost stays linear in the tiles."""
+    merged: list[Tile] = []
+    for tile in sorted(found, key=lambda t: (t.q_rows.start, t.kv_rows.start)):
+        at = len(merged) - 1
+        while at >= max(0, len(merged) - _NEIGHBOURS):
+            union = _union(merged[at], tile)
+            if union is None:
+                at -= 1
+            else:
+                del merged[at]
+                tile, at = union, len(merged) - 1
+        merged.append(tile)
+    return [
+        Tile(t.q_rows, t.kv_rows, t.band, (_positions(queries, t.q_rows), _positions(keys, t.kv_rows)), t.batch)
+        for t in merged
+    ]
+
+
+_NEIGHBOURS = 8
+
+
+def _union(a: Tile, b: Tile) -> Tile | None:
+    """One tile with exactly the cells of two disjoint ones, or None where no band tile has them."""
+    if not (_touch(a.q_rows, b.q_rows) and _touch(a.kv_rows, b.kv_rows)):
+        return None
+    q0, q1 = min(a.q_rows.start, b.q_rows.start), max(a.q_rows.stop, b.q_rows.stop)
+    k0, k1 = min(a.kv_rows.start, b.kv_rows.start), max(a.kv_rows.stop, b.kv_rows.stop)
+    los = {t.band.lo + t.kv_rows.start - t.q_rows.start for t in (a, b) if t.band.lo is not None}
+    his = {t.band.hi + t.kv_rows.start - t.q_rows.start for t in (a, b) if t.band.hi is not None}
+    if len(los) > 1 or len(his) > 1:
+        return None
+    lo = los.pop() + q0 - k0 if los else q0 - q1 + 1
+    hi = his.pop() + q0 - k0 if his else k1 - k0 - 1
+    union = _with_band(q0, q1, k0, k1, lo, hi, a.batch)
+    inside = all(t.cells == _cells_within(t, lo - q0 + k0, hi - q0 + k0) for t in (a, b))
+    return union if inside and union.cells == a.cells + b.cells else None
+
+
+def _touch(a: range, b: range) -> bool:
+    return a.start <= b.stop and b.start <= a.stop
+
+
+def _cells_within(tile: Tile, lo: int, hi: int) -> int:
+    """Cells of the tile's rectangle inside a band given in shard rows."""
+    shift = tile.q_rows.start - tile.kv_rows.start
+    return count_cells(len(tile.q_rows), len(tile.kv_rows), Band(lo + shift, hi + shift))
+
+
+def _positions(pieces: list[_Piece], rows: range) -> Shard:
+    """The global positions of `rows`, as ranges."""
+    overlaps = (p.positions[max(0, rows.start - p.row) : max(0, rows.stop - p.row)] for p in pieces)
+    return tuple(r for r in overlaps if r)

@@ -1,0 +1,148 @@
+"""What the tests share: relative error, a dense truth, tile kinds, and one way to run a kernel."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import Grads, Kernel, Upstream
+from ring_attn.layout import Contiguous
+from ring_attn.mask import Causal, Documents, Full, Mask, Rule, Window
+from ring_attn.partial import accumulator_dtype
+from ring_attn.tiles import Tile, tiles
+
+FLOAT64_LIMIT = 1e-12
+FLOAT32_LIMIT = 1e-5
+OUT_FACTOR, GRAD_FACTOR = 2.0, 3.0  # 16-bit limits, as multiples of plain single-device PyTorch's own error
+
+
+def rel_error(x: Tensor, ref: Tensor) -> float:
+    """‖x - ref‖ / ‖ref‖ in float64; rows that hold -inf must hold it in both. NaN never passes as small."""
+    x, ref = x.detach().double(), ref.detach().double()
+    assert x.shape == ref.shape, f"shape {tuple(x.shape)} is not {tuple(ref.shape)}"
+    both = (x == -torch.inf) & (ref == -torch.inf)
+    x, ref = x.masked_fill(both, 0), ref.masked_fill(both, 0)
+    norm = ref.norm().item()
+    error = (x - ref).norm().item()
+    return error if norm == 0 else error / norm
+
+
+def allowed(mask: Mask, seq_len: int, batch: int, device="cpu") -> Tensor:
+    """[b, t, t] bool, straight from the definition of each rule."""
+    rules = mask.rules()
+    return torch.stack([_allowed(rules[b % len(rules)], seq_len, device) for b in range(batch)])
+
+
+def _allowed(rule: Rule, t: int, device) -> Tensor:
+    q, k = torch.arange(t, device=device).unsqueeze(1), torch.arange(t, device=device).unsqueeze(0)
+    seen = torch.ones(t, t, dtype=torch.bool, device=device)
+    if rule.left is not None:
+        seen &= k >= q - rule.left
+    if rule.right is not None:
+        seen &= k <= q + rule.right
+    if rule.num_keys is not None:
+        seen &= k < rule.num_keys
+    if rule.document_ends is not None:
+        document = torch.bucketize(torch.arange(t, device=device), torch.tensor(rule.document_ends, device=device), right=True)
+        seen &= document.unsqueeze(1) == document.unsqueeze(0)
+    return seen
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [b, t, h, dv], lse [b, h, t]) by one plain softmax over all keys, in the inputs' dtype; autograd follows it."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    scores = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
+    blind = ~seen.any(-1)[:, None, :, None]
+    p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+    lse = scores.logsumexp(-1) if not blind.any() else _lse(scores, blind)
+    return torch.einsum("bhij,bjhd->bihd", p, v), lse
+
+
+def _lse(scores: Tensor, blind: Tensor) -> Tensor:
+    return scores.masked_fill(blind, 0).logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
+
+
+def random_qkv(b, s, skv, h, g, d, dv=None, *, dtype=torch.float32, device="cpu", seed=0, outliers=False):
+    """q, k, v and a random dout; `outliers` puts a few entries near 30 into q and k."""
+    gen = torch.Generator().manual_seed(seed)
+    dv = d if dv is None else dv
+    shapes = (b, s, h, d), (b, skv, g, d), (b, skv, g, dv), (b, s, h, dv)
+    q, k, v, dout = (torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes)
+    if outliers:
+        for x in (q, k):
+            x[torch.rand(x.shape, generator=gen) < 1e-3] *= 30
+    return tuple(x.to(dtype).to(device) for x in (q, k, v, dout))
+
+
+def band_tiles(kind: str, num_q: int, num_kv: int) -> tuple[Tile, ...]:
+    """Tiles of one kind for num_q query rows and num_kv keys: what a rank meets on its visits."""
+    queries, keys = (range(num_q),), [(range(num_kv),)]
+    late = (range(num_kv, num_kv + num_q),)  # queries behind all keys, as on a visit to an earlier rank
+    t = max(num_q, num_kv)
+    cut = t // 3
+    match kind:
+        case "full":
+            return tiles(queries, keys, Full())
+        case "causal":
+            return tiles(queries, keys, Causal())
+        case "strict":
+            return tiles((range(0, 2 * num_q, 2),), [(range(1, 2 * num_kv + 1, 2),)], Causal())
+        case "window":
+            return tiles(queries, keys, Window(num_kv // 3, 2))
+        case "far window":
+            return tiles(late, keys, Window(num_kv // 2, 0))
+        case "documents":
+            return tiles(queries, keys, Causal() & Documents(lengths=[cut, 1, 0, t - cut - 1]))
+        case "batch rows":
+            return tiles(queries, keys, Causal() & Documents(lengths=[[cut, t - cut], [t - 1, 1]]))
+        case "many":
+            shards = [Contiguous(num_kv // 4 * 4, 4).shard(r) for r in (2, 0, 3, 1)]
+            return tiles(queries, shards, Window(num_kv // 2, 3))
+    raise AssertionError(kind)
+
+
+BAND_KINDS = ("full", "causal", "strict", "window", "far window", "documents", "batch rows", "many")
+
+
+def poison_memory(device: str = "cpu") -> None:
+    """Leaves freed memory full of NaN, so that an element a kernel forgets to write shows."""
+    blocks = [torch.full((1 << power,), torch.nan, device=device) for power in range(8, 22) for _ in range(4)]
+    del blocks
+
+
+def run_kernel(
+    kernel: Kernel, q, k, v, dout, tile_lists: Sequence[tuple[Tile, ...]], *, scale: float, dlse=None, backward: Kernel | None = None
+) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv of a kernel that makes one visit per tile list, carrying on from visit to visit."""
+    poison_memory(q.device.type)
+    partial = None
+    out = torch.full((*q.shape[:3], v.shape[-1]), torch.nan, dtype=q.dtype, device=q.device)
+    for visit, tile_list in enumerate(tile_lists):
+        last = visit == len(tile_lists) - 1
+        partial = kernel.forward(q, k, v, tile_list, scale=scale, into=partial, out=out if last else None)
+    dtype = accumulator_dtype(q.dtype)
+    into = Grads(*(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)))
+    up = Upstream(dout, out, partial.lse, dlse)
+    for tile_list in tile_lists:
+        (backward or kernel).backward(up, q, k, v, tile_list, scale=scale, into=into)
+    return {"out": out, "lse": partial.lse, "dq": into.dq, "dk": into.dk, "dv": into.dv}
+
+
+def truth(q, k, v, dout, tile_lists, *, scale, dlse=None) -> dict[str, Tensor]:
+    """The same in float64 on the reference kernel, which tests/kernels/test_reference.py holds to the dense softmax."""
+    from ring_attn.kernels import get_kernel
+
+    up = [x.double() for x in (q, k, v, dout)]
+    return run_kernel(get_kernel("reference"), *up, tile_lists, scale=scale, dlse=None if dlse is None else dlse.double())
+
+
+def split_tiles(tile_list: Sequence[Tile], visits: int) -> list[tuple[Tile, ...]]:
+    """The same tiles spread over several visits (some may stay empty)."""
+    order = list(tile_list)
+    random.Random(0).shuffle(order)
+    return [tuple(order[i::visits]) for i in range(visits)]
