@@ -1,0 +1,23 @@
+"""Exact attention over sequences too long for one device. The public names; everything else is behind them."""
+
+from ring_attn.attention import ring_attention
+from ring_attn.kernels import KernelUnavailable
+from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
+from ring_attn.module import RingSelfAttention
+from ring_attn.ring import Ring
+from ring_attn.sharding import global_token_loss, pad_to, shift_labels
+
+__all__ = [
+    "Causal",
+    "Documents",
+    "Full",
+    "KernelUnavailable",
+    "KeyPadding",
+    "Ring",
+    "RingSelfAttention",
+    "Window",
+    "global_token_loss",
+    "pad_to",
+    "ring_attention",
+    "shift_labels",
+]

@@ -1,0 +1,64 @@
+"""Every rank of the ring in this process: for tests, for one device, and for understanding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ring_attn.comm.transport import Pending, check_parts, check_payloads
+
+
+class LocalTransport:
+    """Hosts all `ring_size` ranks; a transfer hands the payload over, nothing is copied.
+
+    `hostile=True` takes every liberty the contract gives: what is received is NaN until `wait()`, payloads are read as late as
+    `wait()`, and sent buffers are overwritten with NaN after it. Code that forgets a wait, or reads or writes a buffer it gave
+    away, then fails its tests.
+    """
+
+    def __init__(self, ring_size: int, *, hostile: bool = False) -> None:
+        if ring_size < 1:
+            raise ValueError(f"ring_size must be at least 1, got {ring_size}")
+        self.ring_size = ring_size
+        self.hosted = tuple(range(ring_size))
+        self.hostile = hostile
+
+    def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
+        check_payloads(self, shards, what)
+        sources = [shards[(rank - offset) % self.ring_size] for rank in self.hosted]
+        return self._hand_over(sources, shards, what)
+
+    def all_gather(self, shards: Sequence[Tensor], *, what: str = "all-gather") -> Pending[list[Tensor]]:
+        check_payloads(self, shards, what)
+        return self._hand_over(list(shards), shards, what)
+
+    def reduce_scatter(self, parts: Sequence[Sequence[Tensor]], *, what: str = "reduce-scatter") -> Pending[list[Tensor]]:
+        check_parts(self, parts, what)
+        sums = [torch.stack([row[rank] for row in parts]).sum(0) for rank in self.hosted]
+        return self._hand_over(sums, [x for row in parts for x in row], what)
+
+    def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
+        check_parts(self, parts, what)
+        sources = [row[rank] for rank in self.hosted for row in parts]
+        flat = self._hand_over(sources, [x for row in parts for x in row], what)
+        grid = [flat.received[i * self.ring_size : (i + 1) * self.ring_size] for i in self.hosted]
+        return Pending(grid, lambda: flat.wait() and None, what)
+
+    def _hand_over(self, sources: list[Tensor], sent: Sequence[Tensor], what: str) -> Pending[list[Tensor]]:
+        if not self.hostile:
+            return Pending(sources, lambda: None, what)
+        received = [_poisoned(torch.empty_like(x)) for x in sources]
+
+        def finish() -> None:
+            for target, source in zip(received, sources, strict=True):
+                target.copy_(source)
+            for x in sent:
+                _poisoned(x)
+
+        return Pending(received, finish, what)
+
+
+def _poisoned(x: Tensor) -> Tensor:
+    return x.fill_(torch.nan if x.dtype.is_floating_point else 77)

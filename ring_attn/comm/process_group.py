@@ -1,0 +1,160 @@
+"""torch.distributed: one or more ranks of the ring in each process of a group, over NCCL, gloo or any other backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ring_attn.comm.transport import Pending, check_parts, check_payloads
+
+
+class ProcessGroupTransport:
+    """A ring over the processes of `group` (None: the default group), `ranks_per_process` neighbouring ranks in each.
+
+    Process p of the group hosts ranks p * n ... p * n + n - 1. Ranks are those of the ring, never the job's. A transfer that
+    fails (a peer died, or the group's timeout passed) raises RuntimeError naming this rank, its peer and the operation.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, ranks_per_process: int = 1) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
+        self.group = dist.group.WORLD if group is None else group
+        self.process = dist.get_rank(self.group)
+        if self.process < 0:
+            raise ValueError(f"process {dist.get_rank()} is not in the group it was given; build the ring on its own group")
+        self.num_processes = dist.get_world_size(self.group)
+        self.ranks_per_process = ranks_per_process
+        self.ring_size = self.num_processes * ranks_per_process
+        first = self.process * ranks_per_process
+        self.hosted = tuple(range(first, first + ranks_per_process))
+        self._tag = 0
+
+    def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
+        check_payloads(self, shards, what)
+        received: list[Tensor] = []
+        peers: dict[str, list[int]] = {"from": [], "to": []}
+        ops = []
+        for i, rank in enumerate(self.hosted):
+            source, target = (rank - offset) % self.ring_size, (rank + offset) % self.ring_size
+            if source in self.hosted:
+                received.append(shards[source - self.hosted[0]])
+            else:
+                received.append(torch.empty_like(shards[i]))
+                ops.append((source, dist.P2POp(dist.irecv, received[i], self._global(source), self.group, self._tag_of(source))))
+                peers["from"].append(source)
+            if target not in self.hosted:
+                ops.append((rank, dist.P2POp(dist.isend, shards[i], self._global(target), self.group, self._tag_of(rank))))
+                peers["to"].append(target)
+        self._tag += self.ring_size
+        # Both ends of a pair list its messages by the rank that sends, so they match in order where tags are ignored.
+        ops.sort(key=lambda pair: pair[0])
+        what = f"{what}, from rank {peers['from']} to rank {peers['to']}"
+        works = self._guarded(lambda: dist.batch_isend_irecv([op for _, op in ops]) if ops else [], what)
+        return self._pending(received, works, what, keep=shards)
+
+    def all_gather(self, shards: Sequence[Tensor], *, what: str = "all-gather") -> Pending[list[Tensor]]:
+        check_payloads(self, shards, what)
+        mine = _bytes(torch.stack(tuple(shards)) if len(shards) > 1 else shards[0])
+        everything = mine.new_empty(self.num_processes * mine.numel())
+        works = self._guarded(lambda: [dist.all_gather_into_tensor(everything, mine, group=self.group, async_op=True)], what)
+        received = list(everything.view(shards[0].dtype).view(self.ring_size, *shards[0].shape).unbind(0))
+        return self._pending(received, works, what, keep=mine)
+
+    def reduce_scatter(self, parts: Sequence[Sequence[Tensor]], *, what: str = "reduce-scatter") -> Pending[list[Tensor]]:
+        check_parts(self, parts, what)
+        mine = torch.stack([torch.stack([row[rank] for row in parts]).sum(0) for rank in range(self.ring_size)])
+        if dist.get_backend(self.group) != dist.Backend.NCCL:
+            return self._reduce_scatter_by_all_to_all(mine, what)
+        sums = mine.new_empty(self.ranks_per_process, *mine.shape[1:])
+        works = self._guarded(lambda: [dist.reduce_scatter_tensor(sums, mine, group=self.group, async_op=True)], what)
+        return self._pending(list(sums.unbind(0)), works, what, keep=mine)
+
+    def _reduce_scatter_by_all_to_all(self, mine: Tensor, what: str) -> Pending[list[Tensor]]:
+        """For backends without the collective: every process sums what the others sent it, in rank order."""
+        parts = torch.empty_like(mine)
+        sums = mine.new_empty(self.ranks_per_process, *mine.shape[1:])
+        works = self._guarded(
+            lambda: [dist.all_to_all_single(_bytes(parts), _bytes(mine), group=self.group, async_op=True)], what
+        )
+
+        def add_up() -> None:
+            torch.sum(parts.view(self.num_processes, *sums.shape), 0, out=sums)
+
+        return self._pending(list(sums.unbind(0)), works, what, keep=mine, after=add_up)
+
+    def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
+        check_parts(self, parts, what)
+        n = self.ranks_per_process
+        targets = range(self.ring_size)
+        # [process, target on it, source here]: each process gets, for each of its ranks, what our ranks send it.
+        mine = torch.stack([torch.stack([row[target] for row in parts]) for target in targets])
+        got = torch.empty_like(mine)
+        works = self._guarded(
+            lambda: [dist.all_to_all_single(_bytes(got), _bytes(mine), group=self.group, async_op=True)], what
+        )
+        by_rank = got.view(self.num_processes, n, n, *mine.shape[2:])
+        received = [[by_rank[source // n, i, source % n] for source in targets] for i in range(n)]
+        return self._pending(received, works, what, keep=mine)
+
+    def _global(self, rank: int) -> int:
+        return dist.get_global_rank(self.group, rank // self.ranks_per_process)
+
+    def _tag_of(self, source: int) -> int:
+        return (self._tag + source) % (1 << 30)
+
+    def _guarded(self, post: Callable, what: str):
+        """`post()`, with a failure named; backends raise RuntimeError or its subclass DistBackendError."""
+        try:
+            return post()
+        except RuntimeError as error:
+            raise RuntimeError(f"rank {list(self.hosted)} of {self.ring_size}: {what} failed: {error}") from error
+
+    def _pending(self, received, works, what: str, *, keep, after: Callable[[], None] | None = None) -> Pending:
+        def finish() -> None:
+            for work in works:
+                self._guarded(work.wait, what)
+            if after is not None:
+                after()
+            finish.keep = None
+
+        finish.keep = keep  # sent buffers live until the transfer is done
+        return Pending(received, finish, what)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The same memory as flat bytes: backends then move any dtype."""
+    return x.reshape(-1).view(torch.uint8)
+
+
+def split_group(group: dist.ProcessGroup | None, ring_size: int, ranks_per_process: int) -> dist.ProcessGroup:
+    """The group of this process's ring where `group` is cut into rings of `ring_size` ranks; all its processes must call."""
+    group = dist.group.WORLD if group is None else group
+    processes = dist.get_process_group_ranks(group)
+    if ring_size % ranks_per_process or ring_size < 1:
+        raise ValueError(f"ring_size {ring_size} must be a multiple of ranks_per_process {ranks_per_process}")
+    each = ring_size // ranks_per_process
+    if each > len(processes):
+        raise ValueError(
+            f"a ring of {ring_size} ranks needs {each} processes, but the group has {len(processes)}; "
+            f"start more processes, or host more ranks in each with ranks_per_process"
+        )
+    if len(processes) % each:
+        raise ValueError(f"a group of {len(processes)} processes cannot be cut into rings of {each} processes")
+    if each == len(processes):
+        return group
+    rings = [processes[i : i + each] for i in range(0, len(processes), each)]
+    mine, _ = dist.new_subgroups_by_enumeration(rings) if len(processes) == dist.get_world_size() else (None, None)
+    if mine is None:
+        made = [dist.new_group(ranks, use_local_synchronization=True) for ranks in rings if dist.get_rank() in ranks]
+        mine = made[0]
+    return mine
+
+
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A new tensor with `x` summed over the group."""
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return total

@@ -1,0 +1,73 @@
+"""The `Transport` protocol: the contract every way of moving shards between ranks keeps.
+
+A process hosts one or more ranks of the ring. Real training hosts one; `LocalTransport` hosts all of them in one process; the
+loops above are the same for both. A payload is one contiguous tensor a hosted rank, of equal shape and dtype on all ranks.
+
+Contract. Every process calls the same operations in the same order with the same offsets. What is sent belongs to the transport
+from the call until `wait()` has returned, and its content is undefined afterwards (it may serve as the next receive buffer).
+What is received may be read only after `wait()`. No operation synchronises the host with a device or holds all ranks at a barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Pending(Generic[T]):
+    """An operation under way. `received` may be read only after `wait()`, which returns it, once."""
+
+    def __init__(self, received: T, finish: Callable[[], None], what: str) -> None:
+        self.received = received
+        self._finish: Callable[[], None] | None = finish
+        self._what = what
+
+    def wait(self) -> T:
+        """What was received. Raises RuntimeError on a second call, and where the transfer failed (naming it)."""
+        if self._finish is None:
+            raise RuntimeError(f"{self._what}: wait() was already called; a transfer is waited for exactly once")
+        finish, self._finish = self._finish, None
+        finish()
+        return self.received
+
+
+class Transport(Protocol):
+    """Moves payloads between the ranks of one ring. `what` names the operation in errors, such as "ring forward, step 2"."""
+
+    ring_size: int
+    hosted: tuple[int, ...]
+
+    def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
+        """Sends each hosted rank's payload to rank + offset; receives from rank - offset, in the order of `hosted`."""
+
+    def all_gather(self, shards: Sequence[Tensor], *, what: str = "all-gather") -> Pending[list[Tensor]]:
+        """The payloads of all ranks, in rank order."""
+
+    def reduce_scatter(self, parts: Sequence[Sequence[Tensor]], *, what: str = "reduce-scatter") -> Pending[list[Tensor]]:
+        """`parts[i][r]`: hosted rank i's contribution to rank r. Returns the sum for each hosted rank, in the parts' dtype."""
+
+    def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
+        """`parts[i][r]`: what hosted rank i sends to rank r. Returns `[i][r]`: what hosted rank i got from rank r."""
+
+
+def check_payloads(transport: Transport, shards: Sequence[Tensor], what: str) -> None:
+    """Raises ValueError unless there is one contiguous payload a hosted rank, all alike."""
+    if len(shards) != len(transport.hosted):
+        raise ValueError(f"{what}: {len(shards)} payloads for {len(transport.hosted)} hosted ranks; give one a hosted rank")
+    if len({(x.shape, x.dtype, x.device) for x in shards}) > 1:
+        raise ValueError(f"{what}: payloads differ in shape, dtype or device: {[(tuple(x.shape), x.dtype) for x in shards]}")
+    if not all(x.is_contiguous() for x in shards):
+        raise ValueError(f"{what}: payloads must be contiguous; pack or copy them first")
+
+
+def check_parts(transport: Transport, parts: Sequence[Sequence[Tensor]], what: str) -> None:
+    """Raises ValueError unless every hosted rank gives one part a rank of the ring."""
+    if len(parts) != len(transport.hosted) or any(len(row) != transport.ring_size for row in parts):
+        raise ValueError(
+            f"{what}: got {[len(row) for row in parts]} parts; give {transport.ring_size} (one a rank of the ring) "
+            f"for each of {len(transport.hosted)} hosted ranks"
+        )

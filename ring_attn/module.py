@@ -1,0 +1,73 @@
+"""A self-attention layer whose sequence is sharded over a ring; without a ring, the same layer on one device."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ring_attn.attention import ring_attention
+from ring_attn.mask import Causal, Mask
+from ring_attn.ring import Ring
+
+
+class RingSelfAttention(nn.Module):
+    """Grouped-head self-attention with rotary embeddings by global position, for LLM blocks.
+
+    `ring=None` attends over the local sequence alone, as on one device. Weights are those of four linear layers (q_proj, k_proj,
+    v_proj, o_proj) and load the same with or without a ring. `head_dim` defaults to dim // num_heads, `num_kv_heads` to
+    num_heads. `rope_theta=None` leaves rotary out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        ring: Ring | None = None,
+        rope_theta: float | None = 10000.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(f"dim {dim} must be a multiple of num_heads {num_heads}, or name head_dim")
+            head_dim = dim // num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+        if rope_theta is not None and head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head_dim, got {head_dim}; pass rope_theta=None to leave them out")
+        self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta = num_heads, num_kv_heads, head_dim, rope_theta
+        self.ring = Ring.simulated(1, "contiguous") if ring is None else ring
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor, *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
+        """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` holds in global positions."""
+        q, k, v = (rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope_theta is not None:
+            seq_len = x.shape[1] // len(self.ring.hosted) * self.ring.size
+            cos, sin = rotary_angles(self.ring.positions(seq_len, x.device), self.head_dim, self.rope_theta)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = ring_attention(q, k, v, ring=self.ring, mask=mask)
+        return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin [s, head_dim / 2] in float64 of rotary position embeddings (Su et al., arXiv 2104.09864) for int positions [s]."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    angles = positions.to(torch.float64).unsqueeze(-1) * theta**-exponent
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [b, s, h, d] turned by the angles, pairing dimension i with i + d / 2 as Llama does; computed in at least fp32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+    a, b = x.to(dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)

@@ -1,0 +1,164 @@
+"""`Ring`: transport, layout, exchange and kernel choice, built once and passed down to every attention call."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ring_attn import sharding
+from ring_attn.comm.local import LocalTransport
+from ring_attn.comm.transport import Transport
+from ring_attn.exchange import EXCHANGES, Exchange
+from ring_attn.kernels import KERNEL_NAMES
+from ring_attn.layout import LAYOUTS, Layout
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+logger = logging.getLogger("ring_attn")
+
+
+class Ring:
+    """A ring of ranks and how it works: which layout, exchange and kernel. Make one with simulated, from_group or from_mesh."""
+
+    def __init__(self, transport: Transport, *, layout: str = "zigzag", exchange: str = "auto", kernel: str = "auto") -> None:
+        if kernel not in KERNEL_NAMES:
+            raise ValueError(f"kernel {kernel!r} is not one of {', '.join(KERNEL_NAMES)}")
+        self.transport = transport
+        self.layout_class = _choose("layout", layout, LAYOUTS)
+        self.exchange: Exchange = _choose("exchange", _auto_exchange() if exchange == "auto" else exchange, EXCHANGES, "auto")
+        self.kernel = kernel
+        self._agreed: set[tuple] = set()
+
+    @classmethod
+    def simulated(
+        cls, ring_size: int, layout: str = "zigzag", *, exchange: str = "auto", kernel: str = "auto", hostile: bool = False
+    ) -> Ring:
+        """A ring whose ranks all live in this process, in one tensor [b, t, ...] joined rank by rank.
+
+        `hostile`: for tests; see LocalTransport.
+        """
+        return cls(LocalTransport(ring_size, hostile=hostile), layout=layout, exchange=exchange, kernel=kernel)
+
+    @classmethod
+    def from_group(
+        cls,
+        group: dist.ProcessGroup | None = None,
+        layout: str = "zigzag",
+        *,
+        exchange: str = "auto",
+        kernel: str = "auto",
+        ring_size: int | None = None,
+        ranks_per_process: int = 1,
+    ) -> Ring:
+        """A ring over a torch.distributed group (None: the default group), one rank a process unless `ranks_per_process` says more.
+
+        `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group must
+        then call this. Raises ValueError where the ring is larger than the group or does not divide it.
+        """
+        from ring_attn.comm.process_group import ProcessGroupTransport, split_group
+
+        if ring_size is not None:
+            group = split_group(group, ring_size, ranks_per_process)
+        transport = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
+        return cls(transport, layout=layout, exchange=exchange, kernel=kernel)
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh, layout: str = "zigzag", *, exchange: str = "auto", kernel: str = "auto") -> Ring:
+        """A ring over a one-axis DeviceMesh, such as `mesh["cp"]`. A two-axis (ulysses, ring) mesh is not implemented yet."""
+        if mesh.ndim != 1:
+            raise NotImplementedError(f"a mesh of {mesh.ndim} axes needs Ulysses beside the ring, which is not there yet; pass mesh['cp']")
+        return cls.from_group(mesh.get_group(), layout, exchange=exchange, kernel=kernel)
+
+    @property
+    def size(self) -> int:
+        """The number of ranks in the ring."""
+        return self.transport.ring_size
+
+    @property
+    def hosted(self) -> tuple[int, ...]:
+        """The ranks whose shards live in this process."""
+        return self.transport.hosted
+
+    @property
+    def layout_name(self) -> str:
+        return self.layout_class.name
+
+    @property
+    def shard_multiple(self) -> int:
+        """What a sequence length must be a multiple of; see `pad_to`."""
+        return self.size * self.layout_class.chunks_per_rank
+
+    def layout(self, seq_len: int) -> Layout:
+        """The layout of a sequence. Raises ValueError where it does not divide."""
+        return self.layout_class(seq_len, self.size)
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The rows of a whole `x` along `dim` that this process hosts. Differentiable; every process gets the whole gradient."""
+        return sharding.shard(x, self.layout(x.shape[dim]), self.transport, dim)
+
+    def unshard(self, x: Tensor, dim: int = 1, *, grad: str = "replicated") -> Tensor:
+        """The whole tensor, in global order and on every process, from hosted rows: the inverse of `shard`. Differentiable.
+
+        grad="replicated": every process computes the same from the result, so this process's rows of its gradient are the answer;
+        "partial": each goes on differently and losses add up, so gradients are summed over the processes.
+        """
+        if x.shape[dim] % len(self.hosted):
+            raise ValueError(f"{x.shape[dim]} rows cannot be the equal shards of {len(self.hosted)} hosted ranks")
+        seq_len = x.shape[dim] // len(self.hosted) * self.size
+        return sharding.unshard(x, self.layout(seq_len), self.transport, dim, grad)
+
+    def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
+        """Global positions of the hosted rows, int64 [rows]: for rotary embeddings and the like."""
+        return sharding.positions(self.layout(seq_len), self.hosted, device)
+
+    def agree(self, signature: tuple) -> None:
+        """Raises ValueError on every rank where ranks call with different shapes, dtypes or masks.
+
+        One small all-gather the first time a signature is seen; a ring in one process has nobody to ask.
+        """
+        if len(self.hosted) == self.size or signature in self._agreed:
+            return
+        shapes = [size for part in signature[:3] for size in part]
+        numbers = [*shapes, *(zlib.crc32(repr(part).encode()) for part in signature[3:])]
+        device = torch.device("cuda", torch.cuda.current_device()) if signature[4] == "cuda" else torch.device("cpu")
+        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+        everyone = self.transport.all_gather([mine] * len(self.hosted), what="agreeing on shapes, dtype and mask").wait()
+        rows = [row.tolist() for row in everyone]
+        if any(row != rows[0] for row in rows):
+            seen = {rank: (row[0:4], row[4:8], row[8:12], row[12:]) for rank, row in enumerate(rows)}
+            raise ValueError(
+                "every rank must call with the same shapes, dtype, mask and scale; got q, k, v shapes and (dtype, device, mask, "
+                f"scale) checksums by rank: {seen}; shard equal lengths with ring.shard, padding with ring_attn.pad_to"
+            )
+        self._agreed.add(signature)
+
+    def sum_over_processes(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """`x` summed over the processes of the ring, or of `group`, without gradient."""
+        if group is not None:
+            from ring_attn.comm.process_group import all_reduce_sum
+
+            return all_reduce_sum(x, group)
+        if len(self.hosted) == self.size:
+            return x
+        shards = [x.contiguous().clone()] + [torch.zeros_like(x) for _ in self.hosted[1:]]
+        return torch.stack(self.transport.all_gather(shards, what="sum over processes").wait()).sum(0)
+
+    def __repr__(self) -> str:
+        return f"Ring(size={self.size}, hosted={self.hosted}, layout={self.layout_name}, exchange={self.exchange.name}, kernel={self.kernel})"
+
+
+def _auto_exchange() -> str:
+    logger.info("exchange: ring; not gather: it holds the KV of all ranks at once")
+    return "ring"
+
+
+def _choose(what: str, name: str, options: dict, *more: str):
+    if name not in options:
+        raise ValueError(f"{what} {name!r} is not one of {', '.join((*more, *options))}")
+    return options[name]

@@ -1,0 +1,125 @@
+"""A sequence cut into shards and put together again, labels shifted before the cut, padding, and the loss over all ranks.
+
+Note [one program]: `shard` and `unshard` follow the view that all processes of a ring run one program on one global tensor. So the
+gradient of `shard` is the whole gradient on every process, and the gradient of `unshard` is this process's rows of a gradient
+that every process computes alike. Where each process goes on differently with the whole tensor, say grad="partial".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ring_attn.comm.transport import Transport
+from ring_attn.layout import Layout
+
+if TYPE_CHECKING:
+    from ring_attn.ring import Ring
+
+IGNORE_INDEX = -100
+
+
+def positions(layout: Layout, ranks: tuple[int, ...], device: torch.device | str | None = None) -> Tensor:
+    """Global positions of the rows of `ranks`, int64 [rows], in row order."""
+    ranges = [r for rank in ranks for r in layout.shard(rank)]
+    return torch.cat([torch.arange(r.start, r.stop, r.step, device=device) for r in ranges])
+
+
+def shard(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+    """The rows of `x` along `dim` that this process hosts; see Note [one program] for the gradient."""
+    return _Shard.apply(x, layout, transport, dim % x.dim())
+
+
+def unshard(x: Tensor, layout: Layout, transport: Transport, dim: int, grad: str = "replicated") -> Tensor:
+    """All rows along `dim` in global order, on every process: the inverse of `shard`."""
+    if grad not in ("replicated", "partial"):
+        raise ValueError(f"grad must be 'replicated' or 'partial', got {grad!r}")
+    return _Unshard.apply(x, layout, transport, dim % x.dim(), grad)
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layout, transport, dim):
+        ctx.args = layout, transport, dim
+        return _take(x, layout, transport, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, *ctx.args), None, None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layout, transport, dim, grad):
+        ctx.args, ctx.grad = (layout, transport, dim), grad
+        return _gather(x, layout, transport, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        local = _take(grad, *ctx.args) if ctx.grad == "replicated" else _scatter_sum(grad, *ctx.args)
+        return local, None, None, None, None
+
+
+def _take(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+    return x.index_select(dim, positions(layout, transport.hosted, x.device))
+
+
+def _gather(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+    shards = [part.clone(memory_format=torch.contiguous_format) for part in x.chunk(len(transport.hosted), dim)]
+    joined = torch.cat(transport.all_gather(shards, what="unshard").wait(), dim)
+    order = positions(layout, tuple(range(transport.ring_size)), x.device)
+    return joined.index_select(dim, torch.argsort(order))
+
+
+def _scatter_sum(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+    rows = [x.index_select(dim, positions(layout, (rank,), x.device)) for rank in range(transport.ring_size)]
+    # Every hosted rank reads the same whole tensor, so this process contributes once: through its first rank.
+    idle = [torch.zeros_like(part) for part in rows]
+    parts = [rows] + [list(idle) for _ in transport.hosted[1:]]
+    return torch.cat(transport.reduce_scatter(parts, what="unshard backward").wait(), dim)
+
+
+def shift_labels(tokens: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Next-token labels of whole sequences tokens [..., t]: labels[i] = tokens[i + 1], the last one `ignore_index`.
+
+    Shift before sharding: at a shard's last row the next token lies on another rank.
+    """
+    last = torch.full_like(tokens[..., :1], ignore_index)
+    return torch.cat([tokens[..., 1:], last], -1)
+
+
+def pad_to(x: Tensor, multiple: int, *, dim: int = 1, value: float = 0) -> Tensor:
+    """`x` with `value` appended along `dim` up to the next multiple of `multiple`; `ring.shard_multiple` is the one to use.
+
+    Under a causal mask nothing that was there sees the padding; under others add KeyPadding(lengths). Pad labels with -100.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple must be at least 1, got {multiple}")
+    missing = -x.shape[dim] % multiple
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_full(shape, value)], dim) if missing else x
+
+
+def global_token_loss(
+    logits: Tensor, labels: Tensor, *, ring: Ring, group: object = None, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Mean cross-entropy over the valid tokens of all ranks, the same scalar on every rank, in nats.
+
+    logits [..., vocabulary] and labels [...] (int64, already shifted) are the rows this process hosts; labels equal to
+    `ignore_index` do not count. `group`: the process group to sum over where data-parallel ranks stand beside the ring (None: the
+    ring alone). Each process's gradient is its own share: parameter gradients *summed* over all processes are those of the
+    unsharded run, so scale the loss by the number of processes under DDP, which averages. 0 where no token is valid anywhere.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of logits without the vocabulary, {tuple(logits.shape)}")
+    flat = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    local = F.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    valid = (labels != ignore_index).sum()
+    total = ring.sum_over_processes(torch.stack([local.detach().double(), valid.double()]), group)
+    num_valid = total[1].clamp(min=1)
+    share = local / num_valid.to(local.dtype)
+    return share + ((total[0] / num_valid).to(local.dtype) - share).detach()
