@@ -1,0 +1,178 @@
+"""`ring-attn plan`: every step of a tour in words and numbers, and how evenly the work is spread over the ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ring_attn.exchange import EXCHANGES
+from ring_attn.layout import LAYOUTS
+from ring_attn.mask import Causal, Documents, Full, Mask, Window
+from ring_attn.tiles import Plan, Tile, make_plan
+
+MASKS = {"causal": Causal, "full": Full}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Prints for every step and rank the sources, the tiles and the cells of a plan, and draws it.
+
+    Attributes:
+        layout: Which positions each rank holds.
+        mask: Who may attend to whom.
+        exchange: In which order a rank meets the KV shards.
+        ring_size: Number of ranks.
+        seq_len: Positions in the whole sequence.
+        window: Together with the mask: query i sees only keys j with |i - j| <= window.
+        documents: Lengths of packed documents, as 100,200,...; they add up to seq_len.
+        max_tiles: How many tiles of a visit are printed; the others are counted.
+        plot: A PNG, PDF or SVG file to draw to.
+    """
+
+    layout: Literal["contiguous", "striped", "zigzag"] = "zigzag"
+    mask: Literal["causal", "full"] = "causal"
+    exchange: str = "ring"
+    ring_size: int = 4
+    seq_len: int = 65536
+    window: int | None = None
+    documents: str = ""
+    max_tiles: int = 4
+    plot: str | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the plan that `argv` asks for; 2 where the options break a rule, which is then named."""
+    import tyro
+
+    options = tyro.cli(PlanOptions, args=list(argv), prog="ring-attn plan")
+    try:
+        plan = plan_of(options)
+        print(report(plan, options))
+        if options.plot is not None:
+            from ring_attn.plan_plot import draw
+
+            draw(plan, title_of(options), options.plot)
+            print(f"\ndrawn to {options.plot}")
+    except ValueError as error:
+        print(f"ring-attn plan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plan_of(options: PlanOptions) -> Plan:
+    """The plan asked for. Raises ValueError where layout, mask and sizes do not fit."""
+    if options.exchange not in EXCHANGES:
+        raise ValueError(f"exchange {options.exchange!r} is not one of {', '.join(EXCHANGES)}")
+    layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
+    mask = mask_of(options)
+    mask.check(options.seq_len, 1)
+    return make_plan(layout, mask, EXCHANGES[options.exchange].meets(options.ring_size))
+
+
+def mask_of(options: PlanOptions) -> Mask:
+    """The mask asked for, with its window and documents."""
+    mask: Mask = MASKS[options.mask]()
+    if options.window is not None:
+        mask &= Window(options.window, options.window)
+    if options.documents:
+        try:
+            lengths = [int(length) for length in options.documents.split(",")]
+        except ValueError:
+            raise ValueError(f"--documents takes whole numbers with commas between them, got {options.documents!r}") from None
+        mask &= Documents(lengths=lengths)
+    return mask
+
+
+def title_of(options: PlanOptions) -> str:
+    """The plan in one line."""
+    parts = [f"{options.layout} layout", f"{options.mask} mask"]
+    parts += [f"window {options.window:,}"] if options.window is not None else []
+    parts += [f"{options.documents.count(',') + 1} documents"] if options.documents else []
+    return ", ".join([*parts, f"{options.exchange} exchange", f"{options.seq_len:,} positions over {options.ring_size} ranks"])
+
+
+def report(plan: Plan, options: PlanOptions) -> str:
+    """The plan as text: visits step by step, then the balance."""
+    lines = [title_of(options)]
+    for rank in range(plan.layout.ring_size):
+        lines.append(f"  rank {rank} holds {', '.join(map(_positions, plan.layout.shard(rank)))}")
+    for step in plan.steps:
+        lines += ["", f"step {step}"]
+        for rank in range(plan.layout.ring_size):
+            lines += _visit(plan, rank, step, options.max_tiles)
+    skipped = [str(step) for step in range(len(plan.meets)) if step not in plan.steps]
+    if skipped:
+        lines += ["", f"steps {', '.join(skipped)} hold no allowed cell for any rank: no KV is sent for them"]
+    return "\n".join([*lines, "", *_balance(plan)])
+
+
+def _positions(positions: range) -> str:
+    if not positions:
+        return "nothing"
+    every = f" every {positions.step}" if positions.step > 1 else ""
+    return f"{positions[0]:,}..{positions[-1]:,}{every}"
+
+
+def _visit(plan: Plan, rank: int, step: int, max_tiles: int) -> list[str]:
+    sources = ", ".join(map(str, plan.meets[step][rank]))
+    found = plan[rank, step]
+    head = f"  rank {rank} meets {sources}: {plan.cells(rank, step):>{_width(plan)},} cells"
+    lines = [f"{head} in {len(found)} tile{'s' * (len(found) != 1)}"]
+    lines += [f"      {_tile(tile)}" for tile in found[:max_tiles]]
+    hidden = found[max_tiles:]
+    if hidden:
+        lines.append(f"      and {len(hidden)} more tiles with {sum(tile.cells for tile in hidden):,} cells")
+    return lines
+
+
+def _width(plan: Plan) -> int:
+    return max(len(f"{plan.cells(rank, step):,}") for rank in range(plan.layout.ring_size) for step in plan.steps)
+
+
+def kind_of(tile: Tile) -> str:
+    """`full`, `causal` (bounded above), `anticausal` (bounded below) or `band` (both)."""
+    bounded = tile.band.lo is not None, tile.band.hi is not None
+    return {(False, False): "full", (False, True): "causal", (True, False): "anticausal", (True, True): "band"}[bounded]
+
+
+def _tile(tile: Tile) -> str:
+    q, kv = tile.q_rows, tile.kv_rows
+    left, right = ("open" if side is None else f"{side:,}" for side in tile.window)
+    window = "" if kind_of(tile) == "full" else f", window ({left}, {right})"
+    return f"{kind_of(tile):10} rows {q.start:,}..{q.stop - 1:,} x {kv.start:,}..{kv.stop - 1:,}: {tile.cells:,} cells{window}"
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How evenly a plan spreads its cells. Ranks are taken to meet at the end of each step.
+
+    `ranks`: cells a rank. `steps`: (step, the busiest rank's cells over the mean). `efficiency`: all cells over ring size x
+    the busiest rank's cells, summed over the steps; 1 is perfect.
+    """
+
+    ranks: tuple[int, ...]
+    steps: tuple[tuple[int, float], ...]
+    efficiency: float
+
+
+def balance_of(plan: Plan) -> Balance:
+    """The balance of a plan; a step or plan without work counts as even."""
+    size = plan.layout.ring_size
+    table = {step: [plan.cells(rank, step) for rank in range(size)] for step in plan.steps}
+    total, slowest = sum(map(sum, table.values())), sum(map(max, table.values()))
+    steps = tuple((step, max(row) * size / sum(row) if sum(row) else 1.0) for step, row in table.items())
+    ranks = tuple(sum(row[rank] for row in table.values()) for rank in range(size))
+    return Balance(ranks, steps, total / (size * slowest) if slowest else 1.0)
+
+
+def _balance(plan: Plan) -> list[str]:
+    balance = balance_of(plan)
+    mean = sum(balance.ranks) / len(balance.ranks)
+    width = len(f"{max(balance.ranks):,}")
+    lines = ["balance"]
+    for rank, cells in enumerate(balance.ranks):
+        lines.append(f"  rank {rank}: {cells:>{width},} cells, {cells / mean if mean else 1:.3f} of the mean")
+    lines += [f"  step {step}: busiest rank has {ratio:.3f} times the mean" for step, ratio in balance.steps]
+    return [*lines, f"  total {sum(balance.ranks):,} cells, efficiency {balance.efficiency:.1%} if ranks meet after every step"]
