@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Kernel, Upstream
 from ring_attn.layout import Contiguous
-from ring_attn.mask import Causal, Documents, Full, Mask, Rule, Window
+from ring_attn.mask import All, Causal, Documents, Full, KeyPadding, Mask, Window
 from ring_attn.partial import accumulator_dtype
 from ring_attn.tiles import Tile, tiles
 
@@ -31,24 +31,32 @@ def rel_error(x: Tensor, ref: Tensor) -> float:
 
 
 def allowed(mask: Mask, seq_len: int, batch: int, device="cpu") -> Tensor:
-    """[b, t, t] bool, straight from the definition of each rule."""
-    rules = mask.rules()
-    return torch.stack([_allowed(rules[b % len(rules)], seq_len, device) for b in range(batch)])
+    """[b, t, t] bool, straight from what each mask promises and not from the rules the package works with."""
+    q, k = torch.arange(seq_len, device=device).unsqueeze(1), torch.arange(seq_len, device=device)
+    everything = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device)
+    match mask:
+        case All(masks):
+            return torch.stack([allowed(part, seq_len, batch, device) for part in masks]).all(0)
+        case Full():
+            rows = [everything]
+        case Causal():
+            rows = [k <= q]
+        case Window(left, right):
+            rows = [everything if left is None else k >= q - left]
+            rows = [rows[0] if right is None else rows[0] & (k <= q + right)]
+        case Documents():
+            rows = [_same_document(ends, device) for ends in mask.ends]
+        case KeyPadding():
+            rows = [everything & (k < length) for length in mask.lengths]
+        case _:
+            raise AssertionError(mask)
+    return torch.stack([rows[b % len(rows)] for b in range(batch)])
 
 
-def _allowed(rule: Rule, t: int, device) -> Tensor:
-    q, k = torch.arange(t, device=device).unsqueeze(1), torch.arange(t, device=device).unsqueeze(0)
-    seen = torch.ones(t, t, dtype=torch.bool, device=device)
-    if rule.left is not None:
-        seen &= k >= q - rule.left
-    if rule.right is not None:
-        seen &= k <= q + rule.right
-    if rule.num_keys is not None:
-        seen &= k < rule.num_keys
-    if rule.document_ends is not None:
-        document = torch.bucketize(torch.arange(t, device=device), torch.tensor(rule.document_ends, device=device), right=True)
-        seen &= document.unsqueeze(1) == document.unsqueeze(0)
-    return seen
+def _same_document(ends: tuple[int, ...], device) -> Tensor:
+    lengths = torch.tensor([b - a for a, b in zip((0, *ends), ends, strict=False)], device=device)
+    document = torch.repeat_interleave(torch.arange(len(ends), device=device), lengths)
+    return document.unsqueeze(1) == document
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,34 @@
+"""The matrix on real processes over gloo: the body of the simulated ring, handed a ring of processes."""
+
+import pytest
+import torch.distributed as dist
+
+import ring_attn as ra
+from tests.dist.harness import run_processes
+from tests.matrix import cases, check
+
+
+def _matrix(rank: int, ranks_per_process: int) -> None:
+    for case in cases():
+        ring = ra.Ring.from_group(None, case.layout, exchange=case.exchange, kernel=case.kernel, ranks_per_process=ranks_per_process)
+        check(case, ring)
+
+
+@pytest.mark.parametrize(("num_processes", "ranks_per_process"), [(2, 1), (3, 1), (4, 1), (2, 2)])
+def test_matrix(num_processes: int, ranks_per_process: int):
+    run_processes(_matrix, num_processes, ranks_per_process)
+
+
+def _side_by_side(rank: int) -> None:
+    for case in cases():
+        ring = ra.Ring.from_group(None, case.layout, exchange=case.exchange, kernel=case.kernel, ring_size=2)
+        assert ring.hosted == (rank % 2,)
+        check(case, ring)
+    group = dist.new_group([1, 3])
+    if rank in (1, 3):
+        for case in cases():
+            check(case, ra.Ring.from_group(group, case.layout, exchange=case.exchange, kernel=case.kernel))
+
+
+def test_rings_side_by_side_and_on_a_subgroup():
+    run_processes(_side_by_side, 4)

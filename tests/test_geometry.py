@@ -1,0 +1,183 @@
+"""Layouts and tiles against brute force, without torch: every layout, mask, ring size 1 to 6 and small length."""
+
+import time
+
+import pytest
+
+from ring_attn.layout import LAYOUTS, Contiguous, Striped, Zigzag
+from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
+from ring_attn.tiles import Band, count_cells, make_plan, tiles
+
+TWO_SECONDS = 2.0
+
+
+def flat(shard):
+    return [position for r in shard for position in r]
+
+
+def masks(t):
+    """(mask, what it allows by its own words, number of batch rows)."""
+    document = [0] * (t // 3) + [1] * min(1, t) + [3] * (t - t // 3 - 1)
+    lengths = [t // 3, min(1, t), 0, t - t // 3 - 1]
+    yield Full(), lambda b, i, j: True, 1
+    yield Causal(), lambda b, i, j: j <= i, 1
+    yield Window(3), lambda b, i, j: i - 3 <= j <= i, 1
+    yield Window(2, 1), lambda b, i, j: i - 2 <= j <= i + 1, 1
+    yield Window(None, 2), lambda b, i, j: j <= i + 2, 1
+    yield Window(4, None), lambda b, i, j: j >= i - 4, 1
+    yield Window(0, 0), lambda b, i, j: i == j, 1
+    yield Causal() & Documents(lengths=lengths), lambda b, i, j: j <= i and document[i] == document[j], 1
+    yield Window(2) & Documents(cu_seqlens=[0, t // 2, t]), lambda b, i, j: i - 2 <= j <= i and (i < t // 2) == (j < t // 2), 1
+    yield KeyPadding([t // 2]), lambda b, i, j: j < t // 2, 1
+    keys = [0, t, t // 3]
+    yield Causal() & KeyPadding(keys), lambda b, i, j: j <= i and j < keys[b], 3
+
+
+def cells(tile):
+    """Local (row, column) pairs of a tile, from the meaning of its band."""
+    lo, hi = tile.band
+    for i in tile.q_rows:
+        for j in tile.kv_rows:
+            offset = (j - tile.kv_rows.start) - (i - tile.q_rows.start)
+            if (lo is None or offset >= lo) and (hi is None or offset <= hi):
+                yield i, j
+
+
+def check_tiles(found, q_shard, kv_shards, seen, batch):
+    queries, keys = flat(q_shard), [p for shard in kv_shards for p in flat(shard)]
+    covered = []
+    for tile in found:
+        if tile.batch not in (None, batch):
+            continue
+        mine = list(cells(tile))
+        assert tile.cells == len(mine)
+        assert {i for i, _ in mine} == set(tile.q_rows), "a row without a cell"
+        assert {j for _, j in mine} == set(tile.kv_rows), "a column without a cell"
+        assert all(side is None or side >= 0 for side in tile.window)
+        assert flat(tile.positions[0]) == [queries[i] for i in tile.q_rows]
+        assert flat(tile.positions[1]) == [keys[j] for j in tile.kv_rows]
+        covered += mine
+    want = {(i, j) for i, p in enumerate(queries) for j, s in enumerate(keys) if seen(batch, p, s)}
+    assert len(covered) == len(set(covered)), "a cell counted twice"
+    assert set(covered) == want
+
+
+def test_every_layout_mask_ring_size_and_small_length():
+    start, checked = time.perf_counter(), 0
+    for layout_class in LAYOUTS.values():
+        for ring_size in range(1, 7):
+            for chunk in range(1, 5 if ring_size < 4 else 3):
+                layout = layout_class(ring_size * layout_class.chunks_per_rank * chunk, ring_size)
+                shards = [layout.shard(rank) for rank in range(ring_size)]
+                for mask, seen, rows in masks(layout.seq_len):
+                    mask.check(layout.seq_len, rows)
+                    for q_shard in shards:
+                        for kv_shards in [*([s] for s in shards), shards]:
+                            found = tiles(q_shard, kv_shards, mask)
+                            for batch in range(rows):
+                                check_tiles(found, q_shard, kv_shards, seen, batch)
+                                checked += 1
+    assert checked > 8000
+    assert time.perf_counter() - start < TWO_SECONDS
+
+
+@pytest.mark.parametrize("layout_class", LAYOUTS.values())
+def test_shards_partition_the_sequence(layout_class):
+    for ring_size in range(1, 7):
+        layout = layout_class(ring_size * 6, ring_size)
+        shards = [flat(layout.shard(rank)) for rank in range(ring_size)]
+        assert {len(shard) for shard in shards} == {6}
+        assert sorted(p for shard in shards for p in shard) == list(range(layout.seq_len))
+
+
+def test_known_zigzag_schedule():
+    """Own step: plain causal. From an earlier rank: all queries x its front half. From a later one: back half x all its keys."""
+    layout, half = Zigzag(64, 4), 8
+    for rank in range(4):
+        for source in range(4):
+            [tile] = tiles(layout.shard(rank), [layout.shard(source)], Causal())
+            if source == rank:
+                assert (tile.q_rows, tile.kv_rows, tile.band) == (range(16), range(16), Band(None, 0))
+            elif source < rank:
+                assert (tile.q_rows, tile.kv_rows, tile.band) == (range(16), range(half), Band())
+            else:
+                assert (tile.q_rows, tile.kv_rows, tile.band) == (range(half, 16), range(16), Band())
+
+
+def test_known_striped_schedule():
+    """Causal where the source is not ahead; else strictly lower: the first query row and the last key drop out."""
+    layout = Striped(64, 4)
+    for rank in range(4):
+        for source in range(4):
+            [tile] = tiles(layout.shard(rank), [layout.shard(source)], Causal())
+            rows = (range(16), range(16)) if source <= rank else (range(1, 16), range(15))
+            assert (tile.q_rows, tile.kv_rows, tile.band) == (*rows, Band(None, 0))
+
+
+def test_zigzag_and_striped_balance_causal_work():
+    meets = tuple(tuple(((r - step) % 4,) for r in range(4)) for step in range(4))
+    for layout, spread in ((Zigzag(256, 4), 0), (Striped(256, 4), 64), (Contiguous(256, 4), 64 * 64)):
+        plan = make_plan(layout, Causal(), meets)
+        for step in (1, 2, 3):
+            work = [plan.cells(rank, step) for rank in range(4)]
+            assert max(work) - min(work) == spread, (layout, step, work)
+
+
+def test_windows_shorten_the_tour():
+    meets = tuple(tuple(((r - step) % 8,) for r in range(8)) for step in range(8))
+    steps = {left: make_plan(Contiguous(128, 8), Window(left), meets).steps for left in (0, 1, 16, 17, 127)}
+    assert steps == {0: (0,), 1: (0, 1), 16: (0, 1), 17: (0, 1, 2), 127: tuple(range(8))}
+    assert make_plan(Zigzag(128, 8), Window(4), meets).steps == (0, 1, 7)
+    assert make_plan(Contiguous(128, 8), Documents(lengths=[16] * 8), meets).steps == (0,)
+
+
+def test_count_cells_against_brute_force():
+    for num_q in range(1, 7):
+        for num_kv in range(1, 7):
+            for lo in (None, *range(-8, 8)):
+                for hi in (None, *range(-8, 8)):
+                    want = sum(
+                        (lo is None or j - i >= lo) and (hi is None or j - i <= hi) for i in range(num_q) for j in range(num_kv)
+                    )
+                    if lo is None or hi is None or lo <= hi + 1:
+                        assert count_cells(num_q, num_kv, Band(lo, hi)) == want
+
+
+def test_many_documents_stay_linear():
+    layout = Striped(1 << 16, 4)
+    start = time.perf_counter()
+    found = tiles(layout.shard(0), [layout.shard(1)], Causal() & Documents(lengths=[16] * (1 << 12)))
+    assert len(found) == 1 << 12
+    assert time.perf_counter() - start < TWO_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Zigzag(20, 4), r"seq_len 20 must be a multiple of 2 \* ring_size = 8 for the zigzag layout; pad with ring_attn.pad_to"),
+        (lambda: Striped(10, 4), r"seq_len 10 must be a multiple of ring_size = 4 for the striped layout"),
+        (lambda: Contiguous(10, 0), r"ring_size must be at least 1, got 0"),
+        (lambda: Contiguous(8, 4).shard(4), r"rank 4 is not in a ring of 4"),
+        (lambda: Window(-1), r"Window left must be at least 0 positions, or None for an open side, got -1"),
+        (lambda: Documents(), r"exactly one of lengths=... and cu_seqlens=..."),
+        (lambda: Documents(lengths=[3, -1]), r"document lengths must be at least 0, got \[3, -1\]"),
+        (lambda: Documents(lengths=[3, 1.5]), r"takes whole numbers, got 1.5"),
+        (lambda: Documents(lengths=[3, [4]]), r"not a mixture"),
+        (lambda: Documents(cu_seqlens=[1, 3]), r"cu_seqlens must start at 0 and never fall, got \[1, 3\]"),
+        (lambda: Documents(lengths=[3, 4]).check(8, 1), r"the documents add up to 7 positions, but seq_len is 8"),
+        (lambda: Documents(lengths=[[8], [8]]).check(8, 3), r"given for 2 batch rows, but the batch is 3"),
+        (lambda: KeyPadding([-1]), r"KeyPadding lengths must be at least 0, got \[-1\]"),
+        (lambda: KeyPadding([9]).check(8, 1), r"must not exceed seq_len 8"),
+        (lambda: (KeyPadding([1, 2]) & KeyPadding([1, 2, 3])).rules(), r"masks for 2 and for 3 batch rows cannot be combined"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_masks_combine_and_compare_by_value():
+    assert Causal() & Window(3) == Causal() & Window(3)
+    assert hash(Documents(lengths=[2, 3])) == hash(Documents(cu_seqlens=[0, 2, 5]))
+    [rule] = (Causal() & Window(5, 3) & Documents(lengths=[2, 6]) & Documents(lengths=[4, 4]) & KeyPadding([7])).rules()
+    assert (rule.left, rule.right, rule.document_ends, rule.num_keys) == (5, 0, (2, 4, 8), 7)

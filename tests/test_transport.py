@@ -1,0 +1,82 @@
+"""One conformance suite for all transports: local, hostile local, and gloo processes hosting one rank or two."""
+
+import pytest
+import torch
+
+from ring_attn.comm.local import LocalTransport
+from ring_attn.comm.process_group import ProcessGroupTransport
+from tests.dist.harness import run_processes
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
+
+def payload(rank, *, salt=0, dtype=torch.float64):
+    """What rank sends: known to every process, different for every rank, element and salt."""
+    generator = torch.Generator().manual_seed(1000 * salt + rank)
+    return torch.randint(-99, 99, (2, 3), generator=generator).to(dtype)
+
+
+def conform(transport):
+    size, hosted = transport.ring_size, transport.hosted
+    for dtype in DTYPES:
+        for offset in range(-size, size + 1):
+            got = transport.shift([payload(r, dtype=dtype) for r in hosted], offset).wait()
+            assert all(torch.equal(x, payload((r - offset) % size, dtype=dtype)) for r, x in zip(hosted, got, strict=True))
+        got = transport.all_gather([payload(r, dtype=dtype) for r in hosted]).wait()
+        assert all(torch.equal(x, payload(r, dtype=dtype)) for r, x in enumerate(got)) and len(got) == size
+        parts = [[payload(r, salt=to, dtype=dtype) for to in range(size)] for r in hosted]
+        got = transport.all_to_all(parts).wait()
+        assert all(torch.equal(x, payload(src, salt=r, dtype=dtype)) for r, row in zip(hosted, got, strict=True) for src, x in enumerate(row))
+        if dtype in (torch.float64, torch.float32):
+            parts = [[payload(r, salt=to, dtype=dtype) for to in range(size)] for r in hosted]
+            got = transport.reduce_scatter(parts).wait()
+            sums = [sum(payload(src, salt=r, dtype=dtype) for src in range(size)) for r in hosted]
+            assert all(torch.equal(x, want) for x, want in zip(got, sums, strict=True))
+    several_under_way(transport)
+    misuse(transport)
+
+
+def several_under_way(transport):
+    """Transfers of different sizes posted together arrive in any order of waiting."""
+    posted = [transport.shift([payload(r, salt=n).repeat(n + 1, 1) for r in transport.hosted], n + 1) for n in range(4)]
+    for n in (2, 0, 3, 1):
+        for rank, x in zip(transport.hosted, posted[n].wait(), strict=True):
+            assert torch.equal(x, payload((rank - n - 1) % transport.ring_size, salt=n).repeat(n + 1, 1))
+
+
+def misuse(transport):
+    pending = transport.shift([payload(r) for r in transport.hosted])
+    pending.wait()
+    with pytest.raises(RuntimeError, match="waited for exactly once"):
+        pending.wait()
+    with pytest.raises(ValueError, match="payloads for .* hosted ranks; give one a hosted rank"):
+        transport.shift([payload(0)] * (len(transport.hosted) + 1))
+    with pytest.raises(ValueError, match="payloads must be contiguous"):
+        transport.all_gather([payload(r).t() for r in transport.hosted])
+    with pytest.raises(ValueError, match="one a rank of the ring"):
+        transport.reduce_scatter([[payload(0)] * (transport.ring_size + 1)] * len(transport.hosted))
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 5])
+def test_local(ring_size, hostile):
+    conform(LocalTransport(ring_size, hostile=hostile))
+
+
+def test_hostile_hands_out_nan_until_waited_for_and_overwrites_what_was_sent():
+    transport = LocalTransport(2, hostile=True)
+    sent = [payload(0), payload(1)]
+    pending = transport.shift(sent)
+    assert all(x.isnan().all() for x in pending.received)
+    sent[0][0, 0] = 1234.0
+    assert pending.wait()[1][0, 0] == 1234.0, "a payload is read as late as wait()"
+    assert all(x.isnan().all() for x in sent)
+
+
+def _conform_on_gloo(rank, ranks_per_process):
+    conform(ProcessGroupTransport(ranks_per_process=ranks_per_process))
+
+
+@pytest.mark.parametrize(("num_processes", "ranks_per_process"), [(1, 1), (2, 1), (3, 1), (2, 2), (2, 3)])
+def test_gloo(num_processes, ranks_per_process):
+    run_processes(_conform_on_gloo, num_processes, ranks_per_process)
