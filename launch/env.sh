@@ -33,7 +33,7 @@ fi
 "$venv_python" -c 'import torch' 2>/dev/null || "$venv_python" -m pip install torch==2.13.0
 
 # The second install may add packages, never another PyTorch or Triton than the one at hand.
-if ! "$venv_python" -c 'import ring_attn.cli, hypothesis, pytest, tyro' 2>/dev/null || [ pyproject.toml -nt "$venv/installed" ]; then
+if [ pyproject.toml -nt "$venv/installed" ]; then
   "$venv_python" - > "$venv/constraints.txt" <<'P'
 from importlib.metadata import PackageNotFoundError, version
 print(f"torch=={version('torch')}")

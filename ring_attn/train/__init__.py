@@ -1,0 +1,1 @@
+"""Training the small decoder: configuration, data, the loop, checkpoints and metrics."""
