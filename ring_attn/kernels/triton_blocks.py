@@ -1,0 +1,223 @@
+"""What the Triton kernels are launched with: block sizes from a table, and the tiles of a visit as an int32 table per block.
+
+Note [block table]: a visit is one launch, so every program must find its work alone. Program p reads the four ints
+(block, batch row, first, last) at `4 * p`; its entries are the eight ints at each of `range(first, last, 8)`: own rows
+[start, stop), rows to walk over [start, stop) and the band `lo <= walked - own <= hi` in shard rows, then two ints of padding. Own rows
+are query rows for the forward and dq kernels and KV rows for the dk, dv kernel, which reads the transposed tiles. Programs are sorted by
+work, the heaviest first, so that the light ones fill the last wave; those without entries come last and can be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ring_attn.tiles import Tile
+
+ENTRY = 8
+PROGRAM = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch: `own` rows stay with a program, `walk` rows are met at a time."""
+
+    own: int
+    walk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The three launches of one problem. `forward` and `dq` own query rows, `dkdv` owns KV rows."""
+
+    forward: Config
+    dkdv: Config
+    dq: Config
+
+
+# Note [configurations]: keyed by the larger head dim rounded up to a power of two. "large" needs compute capability 9.0 and 227 KiB of
+# shared memory, "small" fits 99 KiB. tests/kernels/test_triton_compile.py holds every line to its shared memory and spills.
+_TABLE = {
+    ("16-bit", "large"): {
+        64: Configs(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+        128: Configs(Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(128, 64, 8, 2)),
+        256: Configs(Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+    },
+    ("16-bit", "small"): {
+        64: Configs(Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        128: Configs(Config(128, 32, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+        256: Configs(Config(64, 32, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 4, 1)),
+    },
+    ("32-bit", "small"): {
+        64: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+        128: Configs(Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 4, 1)),
+        256: Configs(Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    },
+}
+_TABLE["32-bit", "large"] = _TABLE["32-bit", "small"]
+
+
+def configs(dtype: torch.dtype, head_dim: int, v_head_dim: int, size: str) -> Configs:
+    """The launch configurations for a problem; `size`: "large" or "small", see `device_size`."""
+    width = max(padded(head_dim), padded(v_head_dim))
+    table = _TABLE["32-bit" if dtype == torch.float32 else "16-bit", size]
+    return table[min(bucket for bucket in table if bucket >= width)]
+
+
+def padded(head_dim: int) -> int:
+    """The power of two, at least 16, that a block of this head dim is padded to."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+@lru_cache
+def device_size(device: torch.device) -> str:
+    """"large" for compute capability 9.0 with 227 KiB of shared memory a block, "small" for everything else."""
+    if device.type != "cuda":
+        return "small"
+    properties = torch.cuda.get_device_properties(device)
+    return "large" if properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024 else "small"
+
+
+@dataclass(frozen=True)
+class Table:
+    """`ints`: int32, see Note [block table]. `programs`: how many blocks x batch rows it lists, `busy`: those with entries."""
+
+    ints: Tensor
+    programs: int
+    busy: int
+
+
+class Edge(NamedTuple):
+    """One tile in shard rows: own row i meets walked row j iff both are in range and `lo <= j - i <= hi`."""
+
+    start: int
+    stop: int
+    walk_start: int
+    walk_stop: int
+    lo: int
+    hi: int
+    batch: int | None
+
+    @staticmethod
+    def of(tile: Tile) -> Edge:
+        q, kv = tile.q_rows, tile.kv_rows
+        shift = kv.start - q.start
+        lo = kv.start - q.stop + 1 if tile.band.lo is None else tile.band.lo + shift
+        hi = kv.stop - 1 - q.start if tile.band.hi is None else tile.band.hi + shift
+        return Edge(q.start, q.stop, kv.start, kv.stop, lo, hi, tile.batch)
+
+    @property
+    def transposed(self) -> Edge:
+        return Edge(self.walk_start, self.walk_stop, self.start, self.stop, -self.hi, -self.lo, self.batch)
+
+    def walked(self, start: int, stop: int) -> int:
+        """The number of rows that own rows [start, stop) walk over."""
+        first, last = max(start, self.start), min(stop, self.stop) - 1
+        return max(0, min(self.walk_stop, last + self.hi + 1) - max(self.walk_start, first + self.lo))
+
+
+@dataclass(frozen=True)
+class TableKey:
+    """What a table is made from. Tiles count as the same only if they are the same tuple: to hash thousands costs milliseconds.
+
+    `stream`: the table is copied to the device on that stream and only ever read there, so nothing waits.
+    """
+
+    tiles: Sequence[Tile]
+    transposed: bool
+    rows: int
+    block: int
+    batch: int
+    device: torch.device
+    stream: int = 0
+
+    def __hash__(self) -> int:
+        return hash((id(self.tiles), *self._values))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TableKey) and self.tiles is other.tiles and self._values == other._values
+
+    @property
+    def _values(self) -> tuple:
+        return self.transposed, self.rows, self.block, self.batch, self.device, self.stream
+
+
+def query_table(tiles: Sequence[Tile], q: Tensor, block: int) -> Table:
+    """The table of every block of `block` query rows of q [b, s, h, d]."""
+    return _cached(TableKey(tiles, False, q.shape[1], block, q.shape[0], q.device))
+
+
+def kv_table(tiles: Sequence[Tile], k: Tensor, block: int) -> Table:
+    """The table of every block of `block` KV rows of k [b, skv, g, d]."""
+    return _cached(TableKey(tiles, True, k.shape[1], block, k.shape[0], k.device))
+
+
+def _cached(key: TableKey) -> Table:
+    if not isinstance(key.tiles, tuple):
+        key = replace(key, tiles=tuple(key.tiles))
+    if key.device.type == "cuda":
+        key = replace(key, stream=torch.cuda.current_stream(key.device).cuda_stream)
+    return _make(key)
+
+
+@lru_cache(maxsize=512)
+def _make(key: TableKey) -> Table:
+    edges = [Edge.of(tile) for tile in key.tiles]
+    if key.transposed:
+        edges = [edge.transposed for edge in edges]
+    shared: dict[tuple[int, int | None], _Slot] = {}
+    for edge in edges:
+        for block in range(edge.start // key.block, -(-edge.stop // key.block)):
+            slot = shared.setdefault((block, edge.batch), _Slot([], 0))
+            slot.edges.append(edge)
+            slot.work += edge.walked(block * key.block, (block + 1) * key.block)
+    programs = sorted(_programs(key, shared), key=lambda program: -program.work)
+    return Table(_to_device(_flat(programs), key.device), len(programs), sum(program.work > 0 for program in programs))
+
+
+@dataclass
+class _Slot:
+    edges: list[Edge]
+    work: int
+
+
+class _Program(NamedTuple):
+    block: int
+    batch: int
+    edges: list[Edge]
+    work: int
+
+
+def _programs(key: TableKey, shared: dict[tuple[int, int | None], _Slot]) -> Iterator[_Program]:
+    """Every block of every batch row; what follows the diagonal is heaviest at the end, hence the reverse order."""
+    none = _Slot([], 0)
+    for block in reversed(range(-(-key.rows // key.block))):
+        everywhere = shared.get((block, None), none)
+        for batch in range(key.batch):
+            here = shared.get((block, batch), none)
+            yield _Program(block, batch, everywhere.edges + here.edges, everywhere.work + here.work)
+
+
+def _flat(programs: list[_Program]) -> list[int]:
+    """The ints of Note [block table]."""
+    head: list[int] = []
+    entries: list[int] = []
+    at = PROGRAM * len(programs)
+    for program in programs:
+        head += (program.block, program.batch, at, at + ENTRY * len(program.edges))
+        at += ENTRY * len(program.edges)
+        for edge in program.edges:
+            entries += (*edge[:6], 0, 0)
+    return head + entries
+
+
+def _to_device(ints: list[int], device: torch.device) -> Tensor:
+    table = torch.tensor(ints, dtype=torch.int32)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

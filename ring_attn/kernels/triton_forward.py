@@ -1,0 +1,164 @@
+"""The Triton forward: all tiles of a visit in one launch, unnormalised and carried on from visit to visit.
+
+Note [base 2]: scores are scaled by log2(e) so that exp2 serves; m2 is in base 2, and m and lse in memory are natural logs. The
+baseline is scale * max of the raw scores, which needs a positive scale: `forward_call` turns other scales into one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ring_attn.kernels.triton_blocks import Config, Table, padded
+from ring_attn.kernels.triton_rows import (
+    LN2,
+    LOG2E,
+    Call,
+    entry_span,
+    load_rows,
+    number_pointers,
+    numbers_of,
+    program_work,
+    row_mask,
+    row_pointers,
+    rows_of,
+)
+from ring_attn.partial import Partial
+
+
+def forward_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Table,
+    config: Config,
+    *,
+    scale: float,
+    carried: Partial | None,
+    target: Partial,
+    out: Tensor | None,
+) -> Call:
+    """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, which may be `target`.
+
+    With `out` it is the last visit: out [b, s, h, dv] and target's lse are written, and target's acc and m are not.
+    """
+    q, scale = _positive(q, scale)
+    every_row_counts = carried is None or out is not None
+    programs = table.programs if every_row_counts else table.busy
+    heads, groups = q.shape[2], k.shape[2]
+    arguments = {
+        "q": rows_of(q),
+        "k": rows_of(k),
+        "v": rows_of(v),
+        "acc": None if carried is None and out is not None else rows_of(target.acc),
+        "m": None if carried is None and out is not None else numbers_of(target.m),
+        "lse": numbers_of(target.lse),
+        "out": None if out is None else rows_of(out),
+        "table": table.ints,
+        "scale_log2": scale * math.log2(math.e),
+        "num_q": q.shape[1],
+        "programs": programs,
+        "group": heads // groups,
+        "CARRIED": carried is not None,
+        "LAST": out is not None,
+        "DIM": q.shape[3],
+        "V_DIM": v.shape[3],
+        "WIDTH": padded(q.shape[3]),
+        "V_WIDTH": padded(v.shape[3]),
+        "BLOCK_M": config.own,
+        "BLOCK_N": config.walk,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    return Call(forward_kernel, programs * heads, arguments)
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(q, scale) with the same scores and a positive scale."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+
+
+@triton.jit(do_not_specialize=["num_q", "programs"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    acc,
+    m,
+    lse,
+    out,
+    table,
+    scale_log2,
+    num_q,
+    programs,
+    group,
+    CARRIED: tl.constexpr,
+    LAST: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # The query heads of one KV head are neighbours, and KV heads come one after the other: KV stays in L2.
+    kv_head = tl.program_id(0) // (programs * group)
+    place = tl.program_id(0) % (programs * group)
+    head = kv_head * group + place % group
+    block, batch, first, last = program_work(table, place // group)
+
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < num_q
+    block_stop = tl.minimum(block * BLOCK_M + BLOCK_M, num_q)
+    q_rows = load_rows(row_pointers(q, batch, head, rows, WIDTH), live, DIM, WIDTH)
+    if CARRIED:
+        m_row = tl.load(number_pointers(m, batch, head, rows), mask=live, other=float("-inf"))
+        lse_row = tl.load(number_pointers(lse, batch, head, rows), mask=live, other=float("-inf"))
+        # A row without keys has m = lse = -inf, and its sum is 0.
+        l_row = tl.where(lse_row == float("-inf"), 0.0, tl.exp2((lse_row - m_row) * LOG2E))
+        m2 = m_row * LOG2E
+        total = load_rows(row_pointers(acc, batch, head, rows, V_WIDTH), live, V_DIM, V_WIDTH)
+    else:
+        m2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        l_row = tl.zeros((BLOCK_M,), tl.float32)
+        total = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
+
+    for at in range(first, last, 8):
+        low, high, start, stop, clear_start, clear_stop = entry_span(table + at, rows, block * BLOCK_M, block_stop)
+        columns = start + tl.arange(0, BLOCK_N)
+        k_pointers = row_pointers(k, batch, kv_head, columns, WIDTH)
+        v_pointers = row_pointers(v, batch, kv_head, columns, V_WIDTH)
+        for j in tl.range(start, stop, BLOCK_N):
+            columns = j + tl.arange(0, BLOCK_N)
+            # Rows past the entry are not read: they may hold anything, and 0 * NaN is no 0.
+            met = columns < stop
+            s = tl.dot(q_rows, tl.trans(load_rows(k_pointers, met, DIM, WIDTH)), input_precision="ieee")
+            if (j < clear_start) | (j + BLOCK_N > clear_stop):
+                s = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] <= high[:, None]), s, float("-inf"))
+            m2_next = tl.maximum(m2, tl.max(s, 1) * scale_log2)
+            base = tl.where(m2_next == float("-inf"), 0.0, m2_next)
+            p = tl.exp2(s * scale_log2 - base[:, None])
+            rescale = tl.exp2(m2 - base)
+            l_row = l_row * rescale + tl.sum(p, 1)
+            v_rows = load_rows(v_pointers, met, V_DIM, V_WIDTH)
+            total = tl.dot(p.to(v_rows.dtype), v_rows, total * rescale[:, None], input_precision="ieee")
+            m2 = m2_next
+            k_pointers += tl.full((), BLOCK_N, tl.int64) * k.s
+            v_pointers += tl.full((), BLOCK_N, tl.int64) * v.s
+
+    divisor = tl.where(l_row == 0.0, 1.0, l_row)
+    tl.store(number_pointers(lse, batch, head, rows), (m2 + tl.log2(divisor)) * LN2, mask=live)
+    if LAST:
+        value = total / divisor[:, None]
+        tl.store(
+            row_pointers(out, batch, head, rows, V_WIDTH), value.to(out.ptr.dtype.element_ty), mask=row_mask(live, V_DIM, V_WIDTH)
+        )
+    else:
+        tl.store(number_pointers(m, batch, head, rows), m2 * LN2, mask=live)
+        tl.store(row_pointers(acc, batch, head, rows, V_WIDTH), total, mask=row_mask(live, V_DIM, V_WIDTH))

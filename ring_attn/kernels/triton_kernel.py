@@ -1,0 +1,113 @@
+"""The Triton kernel: one source that compiles for CUDA and runs on the CPU in Triton's interpreter.
+
+Triton is imported when a kernel first runs, so this module can be imported, and asked what it supports, without it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.kernels.triton_blocks import Configs, configs, device_size, kv_table, query_table
+from ring_attn.partial import Partial
+from ring_attn.tiles import Tile
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """`configs`: the launch configurations to use whatever the problem; None takes them from the table."""
+
+    configs: Configs | None = None
+    name: str = "triton"
+
+    def supports(self, problem: Problem) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if problem.dtype not in _DTYPES:
+            return f"it takes float16, bfloat16 and float32, not {problem.dtype}"
+        if problem.score is not None:
+            return "score modifiers are not implemented"
+        if max(problem.head_dim, problem.v_head_dim) > MAX_HEAD_DIM:
+            return f"it takes head dims up to {MAX_HEAD_DIM}, not {problem.head_dim} and {problem.v_head_dim}"
+        return _device_refusal(problem)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Partial | None = None,
+        out: Tensor | None = None,
+    ) -> Partial:
+        from ring_attn.kernels.triton_forward import forward_call
+
+        config = self._configs(q, v).forward
+        table = query_table(tiles, q, config.own)
+        target = _target(q, v, out) if into is None else into
+        forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
+        # A normalised output is the partial with m = lse.
+        return target if out is None else Partial(out, target.lse, target.lse)
+
+    def backward(
+        self,
+        up: Upstream,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Grads,
+    ) -> None:
+        from ring_attn.kernels.triton_backward import dkdv_call, dq_call
+
+        config = self._configs(q, v)
+        dkdv_call(up, q, k, v, kv_table(tiles, k, config.dkdv.own), config.dkdv, scale=scale, into=into)()
+        dq_call(up, q, k, v, query_table(tiles, q, config.dq.own), config.dq, scale=scale, into=into)()
+
+    def _configs(self, q: Tensor, v: Tensor) -> Configs:
+        return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], device_size(q.device))
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter; Triton reads the environment when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _device_refusal(problem: Problem) -> str | None:
+    if interpreted():
+        # Its dot multiplies the bit patterns of bfloat16 as integers.
+        return "Triton's interpreter computes wrong bfloat16 dots" if problem.dtype == torch.bfloat16 else None
+    if problem.device == "cpu":
+        return "it runs on the CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
+    if problem.device != "cuda":
+        return f"it runs on CUDA devices, not on {problem.device}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return f"it needs compute capability 8.0, this device has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    return None
+
+
+def _target(q: Tensor, v: Tensor, out: Tensor | None) -> Partial:
+    """An unwritten partial; where `out` is given only its lse has memory of its own."""
+    b, s, h, _ = q.shape
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
+    if out is not None:
+        return Partial(out, lse, lse)
+    return Partial(torch.empty(b, s, h, v.shape[-1], dtype=torch.float32, device=q.device), torch.empty_like(lse), lse)
+
+
+KERNELS = {"triton": TritonKernel()}

@@ -1,0 +1,113 @@
+"""What the Triton kernels share: tensors as pointers with strides, rows of them, and which walked rows an own row meets.
+
+All offsets that reach a pointer are 64-bit. Head dims are padded to a power of two; the padding is loaded as 0 and never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Rows(NamedTuple):
+    """A tensor of rows for every batch row and head: its pointer, and its strides over batch, rows and heads."""
+
+    ptr: Any
+    b: Any
+    s: Any
+    h: Any
+
+
+def rows_of(x: Tensor) -> Rows:
+    """`Rows` of x [b, s, h, d] with unit stride in the last dimension."""
+    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def numbers_of(x: Tensor) -> Rows:
+    """`Rows` of x [b, h, s], one number a row."""
+    return Rows(x, x.stride(0), x.stride(2), x.stride(1))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel launch, built in one place for the launch itself and for the test that compiles it."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+
+    def __call__(self) -> None:
+        if self.grid:
+            self.kernel[(self.grid,)](**self.arguments)
+
+
+@triton.jit
+def row_pointers(x, batch, head, rows, WIDTH: tl.constexpr):
+    """Pointers [rows, WIDTH] to the rows of one batch row and head."""
+    base = x.ptr + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h
+    return base + rows.to(tl.int64)[:, None] * x.s + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def number_pointers(x, batch, head, rows):
+    """Pointers [rows] to the numbers of one batch row and head."""
+    return x.ptr + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h + rows.to(tl.int64) * x.s
+
+
+@triton.jit
+def row_mask(live, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Which of [rows, WIDTH] exist: the live rows, without the padding of the head dim."""
+    if DIM == WIDTH:
+        return live[:, None]
+    else:
+        return live[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
+
+
+@triton.jit
+def load_rows(pointers, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[rows, WIDTH], 0 where not live and in the padding."""
+    return tl.load(pointers, mask=row_mask(live, DIM, WIDTH), other=0.0)
+
+
+@triton.jit
+def add_rows(x, value, batch, head, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds value [rows, WIDTH] to the live rows. Only this program touches them, so the sum has one order."""
+    pointers = row_pointers(x, batch, head, rows, WIDTH)
+    mask = row_mask(live, DIM, WIDTH)
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + value, mask=mask)
+
+
+@triton.jit
+def program_work(table, program):
+    """(block, batch, first, last) of a program, see Note [block table]."""
+    at = table + program * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def entry_span(entry, rows, block_start, block_stop):
+    """(low, high, start, stop, clear_start, clear_stop): which walked rows the own `rows` of a block meet in one entry.
+
+    Row r meets the walked rows low[r] to high[r], ends included; a row outside the entry meets none. The block walks over
+    [start, stop), and every row of it that exists meets all of [clear_start, clear_stop), where no mask is needed.
+    """
+    own_start, own_stop = tl.load(entry), tl.load(entry + 1)
+    walk_start, walk_stop = tl.load(entry + 2), tl.load(entry + 3)
+    lo, hi = tl.load(entry + 4), tl.load(entry + 5)
+    inside = (rows >= own_start) & (rows < own_stop)
+    low = tl.maximum(walk_start, rows + lo)
+    high = tl.where(inside, tl.minimum(walk_stop - 1, rows + hi), -1)
+    first, last = tl.maximum(own_start, block_start), tl.minimum(own_stop, block_stop) - 1
+    start = tl.maximum(walk_start, first + lo)
+    stop = tl.minimum(walk_stop, last + hi + 1)
+    clear_start = tl.maximum(walk_start, last + lo)
+    clear_stop = tl.minimum(walk_stop, first + hi + 1)
+    covered = (own_start <= block_start) & (own_stop >= block_stop)
+    return low, high, start, stop, clear_start, tl.where(covered, clear_stop, clear_start)

@@ -1,0 +1,99 @@
+"""Compiles the launches of the Triton kernel for a CUDA architecture without a GPU, and prints what each one takes as JSON.
+
+Run in a process without TRITON_INTERPRET: `python -m tests.kernels.triton_compile bfloat16:128:large ...`, each argument a dtype, a
+head dim and a device size. The launches come from the same functions as the real ones, through Triton's own specialisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ring_attn.kernels import Grads, Upstream
+from ring_attn.kernels.triton_blocks import Configs, configs, kv_table, query_table
+from ring_attn.kernels.triton_rows import Call
+from ring_attn.layout import Contiguous
+from ring_attn.mask import Causal
+from ring_attn.partial import empty
+from ring_attn.tiles import tiles
+
+CAPABILITY = {"large": 90, "small": 80}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """`spills`: bytes of stores and loads ptxas reports; `shared`: bytes a block; `serialized`: ptxas serialises its wgmma."""
+
+    registers: int
+    spills: int
+    shared: int
+    serialized: bool
+
+
+def resources(call: Call, capability: int) -> Resources:
+    """What one launch takes on that architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", capability, 32)
+    backend, kernel = make_backend(target), call.kernel
+    arguments = call.arguments | {"debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**arguments)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, arguments, bound, specialization, options)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+    text = log.getvalue()
+    registers = max(map(int, re.findall(r"Used (\d+) registers", text)))
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+    return Resources(registers, spills, compiled.metadata.shared, "serialized" in text)
+
+
+def calls(dtype: torch.dtype, head_dim: int, config: Configs, *, group: int = 4) -> Iterator[tuple[str, Call]]:
+    """Every launch the kernel makes for this dtype and head dim, by name."""
+    rows = 512
+    plan = tiles(Contiguous(rows, 1).shard(0), [Contiguous(rows, 1).shard(0)], Causal())
+    q = torch.zeros(1, rows, 2 * group, head_dim, dtype=dtype)
+    k = torch.zeros(1, rows, 2, head_dim, dtype=dtype)
+    partial = empty(q, head_dim)
+    grads = Grads(q.float(), k.float(), k.float())
+    up = Upstream(q, q, partial.lse)
+    yield from forward_calls(q, k, partial, plan, config)
+    from ring_attn.kernels.triton_backward import dkdv_call, dq_call
+
+    yield "dkdv", dkdv_call(up, q, k, k, kv_table(plan, k, config.dkdv.own), config.dkdv, scale=0.1, into=grads)
+    yield "dq", dq_call(up, q, k, k, query_table(plan, q, config.dq.own), config.dq, scale=0.1, into=grads)
+
+
+def forward_calls(q, k, partial, plan, config) -> Iterator[tuple[str, Call]]:
+    """The forward fresh or carried, last or not."""
+    from ring_attn.kernels.triton_forward import forward_call
+
+    table = query_table(plan, q, config.forward.own)
+    for name, carried, out in (("first", None, None), ("only", None, q), ("middle", partial, None), ("last", partial, q)):
+        yield f"forward {name}", forward_call(q, k, k, table, config.forward, scale=0.1, carried=carried, target=partial, out=out)
+
+
+def main(requests: list[str]) -> None:
+    for request in requests:
+        name, head_dim, size = request.split(":")
+        dtype = getattr(torch, name)
+        for launch, call in calls(dtype, int(head_dim), configs(dtype, int(head_dim), int(head_dim), size)):
+            taken = resources(call, CAPABILITY[size])
+            print(json.dumps({"request": request, "launch": launch} | taken.__dict__), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
