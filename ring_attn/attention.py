@@ -44,20 +44,22 @@ def ring_attention(
     q [b, s, h, d], k [b, s, g, d], v [b, s, g, dv]: the rows this process hosts, sharded as `ring.shard` does; h a multiple of g,
     and query head i reads KV head i // (h // g). `mask` holds in global positions. `softmax_scale` defaults to d ** -0.5. With
     `return_lse`, also lse [b, h, s] (natural log; fp32, float64 for float64 inputs), differentiable. A row that sees no key has
-    output 0, lse -inf and zero gradients. Every process of the ring must make the same calls in the same order.
+    output 0, lse -inf and zero gradients. Every process of the ring must make the same calls in the same order. Under torch.compile,
+    make masks outside the compiled function.
 
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, KernelUnavailable (a ValueError) where a kernel asked
     for by name cannot do it, RuntimeError where a transfer failed.
     """
-    _check(q, k, v, ring, mask, score)
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    call = Call(ring, mask, score, scale)
-    mask.check(call.seq_len(q), q.shape[0])
-    resolve(ring.kernel, call.problem(q, k, v, "forward"))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        resolve(ring.kernel, call.problem(q, k, v, "backward"))
-    ring.agree(call.signature(q, k, v))
-    call, name = _named(call)
+    if torch.compiler.is_compiling():
+        name = _name_kept(ring, mask, score, scale)
+    else:
+        name, call = _named(Call(ring, mask, score, scale))
+        _validate(q, k, v, call)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            resolve(ring.kernel, call.problem(q, k, v, "backward"))
     out, lse = _forward_op(q, k, v, name)
     return (out, lse) if return_lse else out
 
@@ -84,8 +86,9 @@ class Call:
         return Problem(direction, q.device.type, q.dtype, *dims, left_bounded, lse_grad, self.score)
 
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
-        """What must be alike on every rank."""
-        return (tuple(q.shape), tuple(k.shape), tuple(v.shape), str(q.dtype), q.device.type, self.mask, self.scale)
+        """What must be alike on every rank: the three shapes, then everything else."""
+        kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
+        return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.score, self.scale)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """The rows of each hosted rank."""
@@ -93,6 +96,7 @@ class Call:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    _validate(q, k, v, call)
     ring, plan = call.ring, call.plan(q)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "forward"))
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -151,17 +155,22 @@ _kept: list[Call] = []
 _counter = count()
 
 
-def _named(call: Call) -> tuple[Call, str]:
+def _named(call: Call) -> tuple[str, Call]:
     """The call and its name, see Note [call]; equal calls share one while any of them lives."""
     name = _names.get(call)
     if name is not None:
-        call = _calls[name]
-    else:
-        name = f"call{next(_counter)}"
-        _names[call], _calls[name] = name, call
-    if torch.compiler.is_compiling():
-        _kept.append(call)
-    return call, name
+        return name, _calls[name]
+    name = f"call{next(_counter)}"
+    _names[call], _calls[name] = name, call
+    return name, call
+
+
+@torch.compiler.assume_constant_result
+def _name_kept(ring: Ring, mask: Mask, score: object, scale: float) -> str:
+    """The name of a call that a compiled graph may use at any later time. Runs while compiling."""
+    name, call = _named(Call(ring, mask, score, scale))
+    _kept.append(call)
+    return name
 
 
 @torch.library.custom_op("ring_attn::forward", mutates_args=())
@@ -205,12 +214,22 @@ def _op_backward(ctx, dout: Tensor | None, dlse: Tensor | None):
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, ring: Ring, mask: Mask, score: object) -> None:
+def _validate(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    """Raises unless the call can be done and all ranks make the same one; remembered, so it costs once a signature."""
+    signature = call.signature(q, k, v)
+    if call.ring.has_agreed(signature):
+        return
+    _check(q, k, v, call)
+    call.mask.check(call.seq_len(q), q.shape[0])
+    call.ring.layout(call.seq_len(q))
+    resolve(call.ring.kernel, call.problem(q, k, v, "forward"))
+    call.ring.agree(signature, q.device)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
     """Raises for inputs that break a rule, naming the rule and the values."""
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
-    if score is not None:
-        raise NotImplementedError(f"score={score!r}: no kernel here supports score modifiers yet; pass score=None")
+    if call.score is not None:
+        raise NotImplementedError(f"score={call.score!r}: no kernel here supports score modifiers yet; pass score=None")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, rows, heads, head_dim], got shape {tuple(x.shape)}")
@@ -232,5 +251,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, ring: Ring, mask: Mask, score: objec
         raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if h % g:
         raise ValueError(f"num_heads {h} must be a multiple of num_kv_heads {g}: query head i reads KV head i // (h // g)")
-    if s % len(ring.hosted):
-        raise ValueError(f"{s} rows cannot be the equal shards of {len(ring.hosted)} hosted ranks; use ring.shard")
+    if s % len(call.ring.hosted):
+        raise ValueError(f"{s} rows cannot be the equal shards of {len(call.ring.hosted)} hosted ranks; use ring.shard")

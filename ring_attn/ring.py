@@ -33,7 +33,7 @@ class Ring:
         self.layout_class = _choose("layout", layout, LAYOUTS)
         self.exchange: Exchange = _choose("exchange", _auto_exchange() if exchange == "auto" else exchange, EXCHANGES, "auto")
         self.kernel = kernel
-        self._agreed: set[tuple] = set()
+        self._agreed: dict[tuple, None] = {}
 
     @classmethod
     def simulated(
@@ -117,26 +117,30 @@ class Ring:
         """Global positions of the hosted rows, int64 [rows]: for rotary embeddings and the like."""
         return sharding.positions(self.layout(seq_len), self.hosted, device)
 
-    def agree(self, signature: tuple) -> None:
-        """Raises ValueError on every rank where ranks call with different shapes, dtypes or masks.
+    def has_agreed(self, signature: tuple) -> bool:
+        """Whether a call of this signature has been found good and alike on every rank."""
+        return signature in self._agreed
 
-        One small all-gather the first time a signature is seen; a ring in one process has nobody to ask.
+    def agree(self, signature: tuple, device: torch.device) -> None:
+        """Raises ValueError on every rank where ranks differ in what they are about to do.
+
+        `signature`: three shapes, then anything with a telling repr. One small all-gather, the first time a signature is seen; a
+        ring in one process has nobody to ask. Every rank forgets the oldest signatures at the same point.
         """
-        if len(self.hosted) == self.size or signature in self._agreed:
-            return
-        shapes = [size for part in signature[:3] for size in part]
-        numbers = [*shapes, *(zlib.crc32(repr(part).encode()) for part in signature[3:])]
-        device = torch.device("cuda", torch.cuda.current_device()) if signature[4] == "cuda" else torch.device("cpu")
-        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-        everyone = self.transport.all_gather([mine] * len(self.hosted), what="agreeing on shapes, dtype and mask").wait()
-        rows = [row.tolist() for row in everyone]
-        if any(row != rows[0] for row in rows):
-            seen = {rank: (row[0:4], row[4:8], row[8:12], row[12:]) for rank, row in enumerate(rows)}
-            raise ValueError(
-                "every rank must call with the same shapes, dtype, mask and scale; got q, k, v shapes and (dtype, device, mask, "
-                f"scale) checksums by rank: {seen}; shard equal lengths with ring.shard, padding with ring_attn.pad_to"
-            )
-        self._agreed.add(signature)
+        if len(self.hosted) < self.size:
+            shapes, rest = signature[:3], signature[3:]
+            numbers = [*(size for shape in shapes for size in shape), *(zlib.crc32(_text(part)) for part in rest)]
+            mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+            everyone = self.transport.all_gather([mine] * len(self.hosted), what="agreeing on shapes, dtype and mask").wait()
+            rows = [row.tolist() for row in everyone]
+            if any(row != rows[0] for row in rows):
+                raise ValueError(
+                    "every rank must call with the same shapes, dtype, mask and scale, but q, k, v shapes (then checksums of dtype "
+                    f"and device, mask, score, scale) are, by rank: {_table(rows)}; shard with ring.shard, pad with ring_attn.pad_to"
+                )
+        self._agreed[signature] = None
+        if len(self._agreed) > 4096:
+            del self._agreed[next(iter(self._agreed))]
 
     def sum_over_processes(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """`x` summed over the processes of the ring, or of `group`, without gradient."""
@@ -151,6 +155,15 @@ class Ring:
 
     def __repr__(self) -> str:
         return f"Ring(size={self.size}, hosted={self.hosted}, layout={self.layout_name}, exchange={self.exchange.name}, kernel={self.kernel})"
+
+
+def _text(part: object) -> bytes:
+    """The same bytes for equal values in every process (the order of a set is not)."""
+    return repr(sorted(part) if isinstance(part, frozenset) else part).encode()
+
+
+def _table(rows: list[list[int]]) -> dict[int, tuple]:
+    return {rank: (row[0:4], row[4:8], row[8:12], *row[12:]) for rank, row in enumerate(rows)}
 
 
 def _auto_exchange() -> str:

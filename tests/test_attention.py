@@ -1,0 +1,161 @@
+"""ring_attention itself: gradients, the two custom ops under torch's own checks, torch.compile, and bad input."""
+
+import pytest
+import torch
+
+import ring_attn as ra
+from ring_attn import attention
+from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT, allowed, dense, random_qkv, rel_error
+
+torch.manual_seed(0)
+
+
+def qkv(t=8, h=2, g=1, d=4, dv=None, dtype=torch.float64, b=1):
+    return [x.requires_grad_() for x in random_qkv(b, t, t, h, g, d, dv, dtype=dtype)[:3]]
+
+
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+def test_gradcheck_through_out_and_lse(layout, exchange):
+    ring = ra.Ring.simulated(2, layout, exchange=exchange)
+    both = lambda q, k, v: ra.ring_attention(q, k, v, ring=ring, return_lse=True)  # noqa: E731
+    assert torch.autograd.gradcheck(both, qkv(dv=3))
+
+
+def test_lse_alone_and_out_alone_have_gradients():
+    ring = ra.Ring.simulated(2, "striped")
+    q, k, v = qkv()
+    ref_out, ref_lse = dense(*(ring.unshard(x) for x in (q, k, v)), allowed(ra.Causal(), 8, 1), 0.5)
+    out, lse = ra.ring_attention(q, k, v, ring=ring, return_lse=True)
+    for got, ref in ((out, ring.shard(ref_out)), (lse, ring.shard(ref_lse, 2))):
+        up = torch.randn_like(got)
+        grads = torch.autograd.grad(got, (q, k, v), up, retain_graph=True, allow_unused=True)
+        wants = torch.autograd.grad(ref, (q, k, v), up, retain_graph=True, allow_unused=True)
+        for grad, want in zip(grads, wants, strict=True):
+            assert rel_error(grad, torch.zeros_like(grad) if want is None else want) < FLOAT64_LIMIT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_dtypes_stay_as_close_as_plain_pytorch(dtype):
+    t = 48
+    q, k, v, dout = random_qkv(2, t, t, 4, 2, 16, dtype=dtype, seed=3)
+    seen = allowed(ra.Causal(), t, 2)
+    truth = gradients(lambda *x: dense(*x, seen, 0.25)[0], [x.double() for x in (q, k, v)], dout.double())
+    plain = gradients(lambda *x: dense(*x, seen, 0.25)[0], (q, k, v), dout)
+    ring = ra.Ring.simulated(3, "zigzag", hostile=True)
+    got = gradients(lambda *x: ring.unshard(ra.ring_attention(*(ring.shard(y) for y in x), ring=ring, softmax_scale=0.25)), (q, k, v), dout)
+    for n, (x, ref, other) in enumerate(zip(got, truth, plain, strict=True)):
+        assert x.dtype == dtype
+        factor = 2 if n == 0 else 3
+        assert rel_error(x, ref) <= (FLOAT32_LIMIT if dtype == torch.float32 else factor * rel_error(other, ref))
+
+
+def gradients(function, inputs, up):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, up)]
+
+
+def test_opcheck():
+    ring = ra.Ring.simulated(2, "zigzag")
+    name, call = attention._named(attention.Call(ring, ra.Causal(), None, 0.5))
+    q, k, v = qkv(dv=3)
+    torch.library.opcheck(attention._forward_op, (q, k, v, name))
+    out, lse = attention._forward_op(q, k, v, name)
+    saved = [x.detach() for x in (q, k, v, out, lse)]
+    torch.library.opcheck(attention._backward_op, (torch.randn_like(saved[3]), None, *saved, name))
+    assert call is attention._calls[name]
+
+
+def test_compiles_in_one_graph():
+    ring, mask = ra.Ring.simulated(2, "zigzag"), ra.Causal() & ra.Window(5)
+
+    def function(q, k, v):
+        return ra.ring_attention(q * 2, k, v, ring=ring, mask=mask) * 3
+
+    inputs, up = qkv(), torch.randn(1, 8, 2, 4, dtype=torch.float64)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled, inputs, up), gradients(function, inputs, up), strict=True):
+        assert rel_error(got, want) < FLOAT64_LIMIT
+
+
+def test_an_eager_call_is_forgotten_with_its_graph():
+    import gc
+
+    ring = ra.Ring.simulated(2, "contiguous")
+    q, k, v = qkv()
+    gc.collect()
+    before = len(attention._calls)
+    outs = [ra.ring_attention(q, k, v, ring=ring, mask=ra.Causal() & ra.Documents(lengths=[n, 8 - n])) for n in range(1, 5)]
+    assert len(attention._calls) == before + 4
+    torch.autograd.grad([out.sin().sum() for out in outs], (q, k, v))
+    del outs
+    gc.collect()
+    assert len(attention._calls) == before
+
+
+def test_the_fallback_scale_is_one_over_root_head_dim():
+    ring = ra.Ring.simulated(1)
+    q, k, v = qkv()
+    assert torch.equal(ra.ring_attention(q, k, v, ring=ring), ra.ring_attention(q, k, v, ring=ring, softmax_scale=0.5))
+    assert not torch.equal(ra.ring_attention(q, k, v, ring=ring), ra.ring_attention(q, k, v, ring=ring, softmax_scale=0.6))
+
+
+def broken(**change):
+    """Inputs of a good call with some replaced by functions of the good ones."""
+    q, k, v = (x.detach() for x in qkv(t=8, h=4, g=2))
+    good = {"q": q, "k": k, "v": v, "ring": ra.Ring.simulated(2, "zigzag"), "mask": ra.Causal()}
+    good |= {name: f(good[name]) if callable(f) else f for name, f in change.items()}
+    return good.pop("q"), good.pop("k"), good.pop("v"), good
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": lambda q: q[0]}, r"q must be \[batch, rows, heads, head_dim\], got shape \(8, 4, 4\)"),
+        ({"q": lambda q: q.float()}, r"q, k and v must share one dtype, got torch.float32, torch.float64, torch.float64; cast them"),
+        ({"v": lambda v: v.to("meta")}, r"must be on one device, got cpu, cpu, meta"),
+        ({"q": lambda q: q[:, :, :3]}, r"num_heads 3 must be a multiple of num_kv_heads 2"),
+        ({"k": lambda k: k[:, :6], "v": lambda v: v[:, :6]}, r"must have the same batch and rows.*shard all three with the same ring"),
+        ({"k": lambda k: k[..., :3]}, r"k must share q's head_dim"),
+        ({"v": lambda v: v[:, :, :1]}, r"v must share k's heads"),
+        ({"q": lambda q: q.long(), "k": lambda k: k.long(), "v": lambda v: v.long()}, r"q must have a floating dtype, got torch.int64"),
+        ({"q": lambda x: x[:, :0], "k": lambda x: x[:, :0], "v": lambda x: x[:, :0]}, r"every dimension must be at least 1"),
+        ({"q": lambda x: x[:, :6], "k": lambda x: x[:, :6], "v": lambda x: x[:, :6]}, r"seq_len 6 must be a multiple of 2 \* ring_size = 4"),
+        ({"q": lambda x: x[:, :7], "k": lambda x: x[:, :7], "v": lambda x: x[:, :7]}, r"7 rows cannot be the equal shards of 2 hosted ranks"),
+        ({"mask": ra.Documents(lengths=[3, 4])}, r"the documents add up to 7 positions, but seq_len is 8"),
+        ({"mask": ra.KeyPadding([1, 2, 3])}, r"given for 3 batch rows, but the batch is 1"),
+        ({"ring": ra.Ring.simulated(2, kernel="flash2")}, r"kernel 'flash2' cannot do this forward: .*kernel='auto' picks one that can"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    q, k, v, options = broken(**change)
+    with pytest.raises(ValueError, match=message):
+        ra.ring_attention(q, k, v, **options)
+
+
+def test_types_and_unbuilt_combinations_are_refused():
+    q, k, v, options = broken()
+    with pytest.raises(TypeError, match="mask must be a ring_attn mask"):
+        ra.ring_attention(q, k, v, **(options | {"mask": torch.ones(8, 8)}))
+    with pytest.raises(NotImplementedError, match="no kernel here supports score modifiers yet"):
+        ra.ring_attention(q, k, v, **options, score=object())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "spiral"}, r"layout 'spiral' is not one of contiguous, striped, zigzag"),
+        ({"exchange": "pull"}, r"exchange 'pull' is not one of auto, ring, gather"),
+        ({"kernel": "flash4"}, r"kernel 'flash4' is not one of auto, reference, triton, flash2"),
+        ({"ring_size": 0}, r"ring_size must be at least 1, got 0"),
+    ],
+)
+def test_a_ring_of_what_there_is(options, message):
+    with pytest.raises(ValueError, match=message):
+        ra.Ring.simulated(**({"ring_size": 2} | options))
+
+
+def test_a_ring_of_processes_wants_a_process_group():
+    with pytest.raises(RuntimeError, match="call torch.distributed.init_process_group first"):
+        ra.Ring.from_group(None)
