@@ -165,12 +165,15 @@ def _named(call: Call) -> tuple[str, Call]:
     return name, call
 
 
-@torch.compiler.assume_constant_result
 def _name_kept(ring: Ring, mask: Mask, score: object, scale: float) -> str:
     """The name of a call that a compiled graph may use at any later time. Runs while compiling."""
     name, call = _named(Call(ring, mask, score, scale))
     _kept.append(call)
     return name
+
+
+# What torch.compiler.assume_constant_result sets; that function imports all of Dynamo, here at import time.
+_name_kept._dynamo_marked_constant = True
 
 
 @torch.library.custom_op("ring_attn::forward", mutates_args=())

@@ -163,7 +163,7 @@ def _text(part: object) -> bytes:
 
 
 def _table(rows: list[list[int]]) -> dict[int, tuple]:
-    return {rank: (row[0:4], row[4:8], row[8:12], *row[12:]) for rank, row in enumerate(rows)}
+    return {rank: (*(tuple(row[i : i + 4]) for i in (0, 4, 8)), *row[12:]) for rank, row in enumerate(rows)}
 
 
 def _auto_exchange() -> str:

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from ring_attn.comm.transport import Pending, check_parts, check_payloads
 
+# torch 2.13 renamed these two and warns at the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class ProcessGroupTransport:
     """A ring over the processes of `group` (None: the default group), `ranks_per_process` neighbouring ranks in each.
@@ -59,7 +63,7 @@ class ProcessGroupTransport:
         check_payloads(self, shards, what)
         mine = _bytes(torch.stack(tuple(shards)) if len(shards) > 1 else shards[0])
         everything = mine.new_empty(self.num_processes * mine.numel())
-        works = self._guarded(lambda: [dist.all_gather_into_tensor(everything, mine, group=self.group, async_op=True)], what)
+        works = self._guarded(lambda: [_all_gather(everything, mine, group=self.group, async_op=True)], what)
         received = list(everything.view(shards[0].dtype).view(self.ring_size, *shards[0].shape).unbind(0))
         return self._pending(received, works, what, keep=mine)
 
@@ -69,7 +73,7 @@ class ProcessGroupTransport:
         if dist.get_backend(self.group) != dist.Backend.NCCL:
             return self._reduce_scatter_by_all_to_all(mine, what)
         sums = mine.new_empty(self.ranks_per_process, *mine.shape[1:])
-        works = self._guarded(lambda: [dist.reduce_scatter_tensor(sums, mine, group=self.group, async_op=True)], what)
+        works = self._guarded(lambda: [_reduce_scatter(sums, mine, group=self.group, async_op=True)], what)
         return self._pending(list(sums.unbind(0)), works, what, keep=mine)
 
     def _reduce_scatter_by_all_to_all(self, mine: Tensor, what: str) -> Pending[list[Tensor]]:
@@ -145,12 +149,9 @@ def split_group(group: dist.ProcessGroup | None, ring_size: int, ranks_per_proce
         raise ValueError(f"a group of {len(processes)} processes cannot be cut into rings of {each} processes")
     if each == len(processes):
         return group
-    rings = [processes[i : i + each] for i in range(0, len(processes), each)]
-    mine, _ = dist.new_subgroups_by_enumeration(rings) if len(processes) == dist.get_world_size() else (None, None)
-    if mine is None:
-        made = [dist.new_group(ranks, use_local_synchronization=True) for ranks in rings if dist.get_rank() in ranks]
-        mine = made[0]
-    return mine
+    # Every process makes only its own ring's group, so a group that is itself a part of the job can be cut as well.
+    mine = processes.index(dist.get_rank()) // each
+    return dist.new_group(processes[mine * each : (mine + 1) * each], use_local_synchronization=True)
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

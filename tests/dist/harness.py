@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import torch.multiprocessing as mp
 def run_processes(body: Callable, num_processes: int, *args, timeout_s: float = 60) -> None:
     """`body(rank, *args)` on every process of a fresh gloo group. Raises where any of them raised, with its traceback.
 
-    `body` must be a module-level function. The group meets over a file, so no port is taken.
+    `body` must be a module-level function. The group meets over a file, so no port is taken. Processes are forked from a server
+    that has imported torch once, so a test costs no import.
     """
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "pytest", "ring_attn", "tests.matrix"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_main, (body, num_processes, folder, timeout_s, args), nprocs=num_processes, start_method="spawn")
+        mp.start_processes(_main, (body, num_processes, folder, timeout_s, args), nprocs=num_processes, start_method="forkserver")
 
 
 def _main(rank: int, body: Callable, num_processes: int, folder: str, timeout_s: float, args: tuple) -> None:

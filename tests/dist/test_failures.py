@@ -1,0 +1,120 @@
+"""What goes wrong between processes is named, in bounded time: unequal calls, a rank that dies, a rank that stalls."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ring_attn as ra
+from tests.dist.harness import run_processes
+from tests.support import random_qkv
+
+
+def _call(ring, rows=8, mask=None, seed=0):
+    q, k, v, _ = random_qkv(1, rows, rows, 2, 1, 4, seed=seed)
+    return ra.ring_attention(q, k, v, ring=ring, mask=mask or ra.Causal())
+
+
+def _unequal_lengths(rank):
+    with pytest.raises(ValueError, match=r"every rank must call with the same shapes.*by rank.*\(1, 8, 2, 4\).*\(1, 12, 2, 4\)"):
+        _call(ra.Ring.from_group(None, "contiguous"), rows=8 + 4 * (rank == 1))
+
+
+def test_unequal_lengths_are_found_on_every_rank():
+    run_processes(_unequal_lengths, 3)
+
+
+def _unequal_masks(rank):
+    ring = ra.Ring.from_group(None, "contiguous")
+    with pytest.raises(ValueError, match="every rank must call with the same shapes, dtype, mask and scale"):
+        _call(ring, mask=ra.Window(3 + rank))
+    _call(ring, mask=ra.Window(3))
+
+
+def test_unequal_masks_are_found_and_the_ring_goes_on():
+    run_processes(_unequal_masks, 2)
+
+
+def _a_rank_dies(rank, exchange):
+    ring = ra.Ring.from_group(None, "contiguous", exchange=exchange)
+    _call(ring)
+    if rank == 2:
+        os._exit(0)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf"rank \[{rank}\] of 3: {exchange} forward.*failed"):
+        for seed in range(4):
+            _call(ring, seed=seed)
+    assert time.monotonic() - start < 20
+    os._exit(0)  # the group is broken: nothing more can be agreed on
+
+
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
+def test_a_rank_that_dies_is_named(exchange):
+    run_processes(_a_rank_dies, 3, exchange, timeout_s=10)
+
+
+def _a_rank_stalls(rank):
+    ring = ra.Ring.from_group(None, "contiguous", exchange="ring")
+    _call(ring)
+    if rank == 1:
+        time.sleep(8)
+        os._exit(0)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"rank \[0\] of 2: ring forward, KV for step 1, from rank \[1\] to rank \[1\] failed"):
+        _call(ring)
+    assert time.monotonic() - start < 7
+    os._exit(0)
+
+
+def test_a_rank_that_stalls_is_named_within_the_timeout():
+    run_processes(_a_rank_stalls, 2, timeout_s=3)
+
+
+def _too_large(rank):
+    with pytest.raises(ValueError, match="a ring of 4 ranks needs 4 processes, but the group has 2; start more processes"):
+        ra.Ring.from_group(None, ring_size=4)
+    with pytest.raises(ValueError, match="ring_size 3 must be a multiple of ranks_per_process 2"):
+        ra.Ring.from_group(None, ring_size=3, ranks_per_process=2)
+    group = dist.new_group([0])
+    if rank == 1:
+        with pytest.raises(ValueError, match="process 1 is not in the group"):
+            ra.Ring.from_group(group)
+
+
+def test_a_ring_larger_than_its_group_is_refused():
+    run_processes(_too_large, 2)
+
+
+def _cannot_be_cut(rank):
+    with pytest.raises(ValueError, match="a group of 3 processes cannot be cut into rings of 2 processes"):
+        ra.Ring.from_group(None, ring_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (3, 1), mesh_dim_names=("ring", "ulysses"))
+    with pytest.raises(NotImplementedError, match="a mesh of 2 axes needs Ulysses"):
+        ra.Ring.from_mesh(mesh)
+    assert ra.Ring.from_mesh(mesh["ring"]).hosted == (rank,)
+    assert ra.Ring.from_mesh(mesh["ulysses"]).size == 1
+
+
+def test_groups_and_meshes_that_do_not_fit():
+    run_processes(_cannot_be_cut, 3)
+
+
+def _compiled(rank):
+    ring = ra.Ring.from_group(None, "zigzag")
+    q, k, v, up = random_qkv(1, 8, 8, 2, 1, 4, dtype=torch.float64, seed=rank)
+
+    def function(q, k, v):
+        return ra.ring_attention(q + 1, k, v, ring=ring)
+
+    results = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = run(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, up)])
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=0) for a, b in zip(*results, strict=True))
+
+
+def test_compiles_around_real_processes():
+    run_processes(_compiled, 2)

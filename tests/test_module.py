@@ -1,0 +1,62 @@
+"""RingSelfAttention: the same layer with and without a ring."""
+
+import pytest
+import torch
+
+import ring_attn as ra
+from ring_attn.module import rotary_angles, rotate
+from tests.support import FLOAT64_LIMIT, rel_error
+
+
+def layers(ring, **options):
+    torch.manual_seed(0)
+    plain = ra.RingSelfAttention(24, 4, 2, **options).double()
+    ringed = ra.RingSelfAttention(24, 4, 2, **options, ring=ring).double()
+    ringed.load_state_dict(plain.state_dict())
+    return plain, ringed
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+@pytest.mark.parametrize("options", [{}, {"head_dim": 10, "bias": True}, {"rope_theta": None}])
+def test_same_output_and_gradients_with_and_without_a_ring(layout, options):
+    ring = ra.Ring.simulated(3, layout, hostile=True)
+    plain, ringed = layers(ring, **options)
+    x = torch.randn(2, 36, 24, dtype=torch.float64).requires_grad_()
+    up = torch.randn(2, 36, 24, dtype=torch.float64)
+    mask = ra.Causal() & ra.Documents(lengths=[5, 31])
+    want, got = plain(x, mask=mask), ring.unshard(ringed(ring.shard(x), mask=mask))
+    assert rel_error(got, want) < FLOAT64_LIMIT
+    grads = torch.autograd.grad(got, [x, *ringed.parameters()], up)
+    wants = torch.autograd.grad(want, [x, *plain.parameters()], up)
+    for grad, ref in zip(grads, wants, strict=True):
+        assert rel_error(grad, ref) < FLOAT64_LIMIT
+
+
+def test_rotary_depends_on_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
+    scores = []
+    for shift in (0, 1, 1000, 1 << 20):
+        cos, sin = rotary_angles(torch.tensor([7 + shift, 3 + shift]), 16)
+        scores.append((rotate(q, cos[:1], sin[:1]) * rotate(k, cos[1:], sin[1:])).sum())
+    assert all(abs(score - scores[0]) < 1e-9 for score in scores)
+    assert abs(scores[0] - (q * k).sum()) > 1e-3
+
+
+def test_bfloat16_rotation_keeps_far_positions_apart():
+    cos, sin = rotary_angles(torch.tensor([1 << 20, (1 << 20) + 1]), 16)
+    x = torch.randn(1, 1, 1, 16, dtype=torch.bfloat16).expand(1, 2, 1, 16)
+    turned = rotate(x, cos, sin)
+    assert turned.dtype == torch.bfloat16 and not torch.equal(turned[:, 0], turned[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((10, 4), r"dim 10 must be a multiple of num_heads 4, or name head_dim"),
+        ((12, 4, 3), r"num_heads 4 must be a multiple of num_kv_heads 3"),
+        ((12, 4), r"rotary embeddings need an even head_dim, got 3; pass rope_theta=None"),
+    ],
+)
+def test_bad_shapes_are_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        ra.RingSelfAttention(*args)
