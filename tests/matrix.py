@@ -56,7 +56,7 @@ def cases(**fixed) -> list[Case]:
     return found
 
 
-def errors(case: Case, ring: ra.Ring, dtype=torch.float64, device="cpu") -> dict[str, float]:
+def errors(case: Case, ring: ra.Ring, device="cpu") -> dict[str, float]:
     """Relative errors of out, lse, dq, dk, dv on the rows this process hosts, each rank's rows on their own; the worst rank's."""
     t = case.seq_len(ring.size)
     (h, g), (d, dv) = case.heads, case.head_dims
@@ -68,8 +68,8 @@ def errors(case: Case, ring: ra.Ring, dtype=torch.float64, device="cpu") -> dict
     finite = lse.masked_fill(lse == -torch.inf, 0)
     grads = torch.autograd.grad((out * dout).sum() + (finite * dlse).sum(), leaves)
 
-    local = [ring.shard(x.detach()).to(device, dtype).requires_grad_() for x in leaves]
-    up = [ring.shard(dout).to(device, dtype), ring.shard(dlse, 2).to(device, dtype)]
+    local = [ring.shard(x.detach()).to(device).requires_grad_() for x in leaves]
+    up = [ring.shard(dout).to(device), ring.shard(dlse, 2).to(device)]
     got = ra.ring_attention(*local, ring=ring, mask=mask, return_lse=True)
     got_grads = torch.autograd.grad(got, local, up)
     want = [ring.shard(out), ring.shard(lse, 2), *(ring.shard(x) for x in grads)]
@@ -77,10 +77,10 @@ def errors(case: Case, ring: ra.Ring, dtype=torch.float64, device="cpu") -> dict
     return {name: _worst(x.cpu(), ref, ring, dim) for name, x, ref, dim in zip(names, (*got, *got_grads), want, (1, 2, 1, 1, 1), strict=True)}
 
 
-def check(case: Case, ring: ra.Ring, limit: float = FLOAT64_LIMIT) -> None:
+def check(case: Case, ring: ra.Ring, device="cpu") -> None:
     """Raises AssertionError where an error is above the limit."""
-    found = errors(case, ring)
-    wrong = {name: error for name, error in found.items() if not error <= limit}
+    found = errors(case, ring, device)
+    wrong = {name: error for name, error in found.items() if not error <= FLOAT64_LIMIT}
     assert not wrong, f"{case} on {ring}: {wrong}"
 
 

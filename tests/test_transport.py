@@ -1,5 +1,7 @@
 """One conformance suite for all transports: local, hostile local, and gloo processes hosting one rank or two."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,14 +12,16 @@ from tests.dist.harness import run_processes
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
-def payload(rank, *, salt=0, dtype=torch.float64):
+def make_payload(rank, *, salt=0, dtype=torch.float64, device="cpu"):
     """What rank sends: known to every process, different for every rank, element and salt."""
     generator = torch.Generator().manual_seed(1000 * salt + rank)
-    return torch.randint(-99, 99, (2, 3), generator=generator).to(dtype)
+    return torch.randint(-99, 99, (2, 3), generator=generator).to(device, dtype)
 
 
-def conform(transport):
+def conform(transport, device="cpu"):
+    """Raises where a transport breaks its contract. Every process of the ring runs it."""
     size, hosted = transport.ring_size, transport.hosted
+    payload = partial(make_payload, device=device)
     for dtype in DTYPES:
         for offset in range(-size, size + 1):
             got = transport.shift([payload(r, dtype=dtype) for r in hosted], offset).wait()
@@ -32,11 +36,11 @@ def conform(transport):
             got = transport.reduce_scatter(parts).wait()
             sums = [sum(payload(src, salt=r, dtype=dtype) for src in range(size)) for r in hosted]
             assert all(torch.equal(x, want) for x, want in zip(got, sums, strict=True))
-    several_under_way(transport)
-    misuse(transport)
+    several_under_way(transport, payload)
+    misuse(transport, payload)
 
 
-def several_under_way(transport):
+def several_under_way(transport, payload):
     """Transfers of different sizes posted together arrive in any order of waiting."""
     posted = [transport.shift([payload(r, salt=n).repeat(n + 1, 1) for r in transport.hosted], n + 1) for n in range(4)]
     for n in (2, 0, 3, 1):
@@ -44,7 +48,7 @@ def several_under_way(transport):
             assert torch.equal(x, payload((rank - n - 1) % transport.ring_size, salt=n).repeat(n + 1, 1))
 
 
-def misuse(transport):
+def misuse(transport, payload):
     pending = transport.shift([payload(r) for r in transport.hosted])
     pending.wait()
     with pytest.raises(RuntimeError, match="waited for exactly once"):
@@ -65,7 +69,7 @@ def test_local(ring_size, hostile):
 
 def test_hostile_hands_out_nan_until_waited_for_and_overwrites_what_was_sent():
     transport = LocalTransport(2, hostile=True)
-    sent = [payload(0), payload(1)]
+    sent = [make_payload(0), make_payload(1)]
     pending = transport.shift(sent)
     assert all(x.isnan().all() for x in pending.received)
     sent[0][0, 0] = 1234.0

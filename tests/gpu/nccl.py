@@ -1,0 +1,135 @@
+"""The ring on real GPUs over NCCL: conformance, the matrix in float64, 16 bits against plain PyTorch, and times.
+
+    torchrun --standalone --nproc-per-node 4 -m tests.gpu.nccl [--quick]
+
+Every rank checks its own rows; rank 0 prints a short table last; exits non-zero on every rank where anything was wrong on any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+import ring_attn as ra
+from ring_attn.comm.process_group import ProcessGroupTransport
+from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
+from tests.support import GRAD_FACTOR, OUT_FACTOR, allowed, dense, random_qkv, rel_error
+from tests.test_transport import conform
+
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def gradients(function, inputs, up):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, up)]
+
+
+def ratios_in_16_bits(layout: str, exchange: str, mask_name: str, kernel: str, dtype: torch.dtype, head_dim: int = 128) -> list[float]:
+    """Errors of out, dq, dk, dv on this rank's rows, as multiples of plain single-device PyTorch's own in that dtype."""
+    ring = ra.Ring.from_group(None, layout, exchange=exchange, kernel=kernel)
+    t = ring.size * 2 * 149
+    mask = MASKS[mask_name](t)
+    inputs = random_qkv(2, t, t, 8, 2, head_dim, dtype=dtype, device=DEVICE, seed=7)
+    q, k, v, dout = inputs
+    seen, scale = allowed(mask, t, 2, DEVICE), head_dim**-0.5
+    truth = gradients(lambda *x: dense(*x, seen, scale)[0], [x.double() for x in (q, k, v)], dout.double())
+    plain = gradients(lambda *x: dense(*x, seen, scale)[0], (q, k, v), dout)
+    got = gradients(
+        lambda *x: ra.ring_attention(*x, ring=ring, mask=mask), [ring.shard(x) for x in (q, k, v)], ring.shard(dout)
+    )
+    return [rel_error(x, ring.shard(a)) / max(rel_error(ring.shard(b), ring.shard(a)), 1e-30) for x, a, b in zip(got, truth, plain, strict=True)]
+
+
+def check_16_bits(layout: str, exchange: str, mask_name: str, kernel: str, dtype: torch.dtype) -> str:
+    ratios = ratios_in_16_bits(layout, exchange, mask_name, kernel, dtype)
+    limits = [OUT_FACTOR, *[GRAD_FACTOR] * 3]
+    assert all(r <= limit for r, limit in zip(ratios, limits, strict=True)), f"{layout} {exchange} {mask_name} {kernel}: {ratios}"
+    return " ".join(f"{r:.2f}" for r in ratios)
+
+
+def median_ms(function, repeats: int = 7) -> float:
+    """CUDA-event median of the slowest rank."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        dist.barrier()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    slowest = torch.tensor(statistics.median(times), device=DEVICE)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return slowest.item()
+
+
+def timing(exchange: str, kernel: str, seq_len: int, h: int = 32, g: int = 8, d: int = 128) -> str:
+    """ms and TFLOP/s a GPU, forward and forward + backward, causal, zigzag, bf16."""
+    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, kernel=kernel)
+    rows = seq_len // ring.size
+    q, k, v, dout = (x.requires_grad_() for x in random_qkv(1, rows, rows, h, g, d, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0]))
+    with torch.no_grad():
+        forward = median_ms(lambda: ra.ring_attention(q, k, v, ring=ring))
+    both = median_ms(lambda: torch.autograd.grad(ra.ring_attention(q, k, v, ring=ring), (q, k, v), dout))
+    flops = 2 * h * seq_len**2 * d / ring.size / 1e9
+    return f"{exchange:7s} {kernel:7s} t={seq_len:7d}  forward {forward:8.2f} ms {flops / forward:5.0f} TF   both {both:8.2f} ms {3.5 * flops / both:5.0f} TF"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="no times")
+    options = parser.parse_args()
+    torch.cuda.set_device(DEVICE)
+    dist.init_process_group("nccl", device_id=DEVICE, timeout=timedelta(seconds=120))
+    rows, failures = [], []
+
+    def attempt(name: str, function, *args) -> None:
+        try:
+            rows.append(f"{name:52s} {function(*args) or 'ok'}")
+        except Exception as error:  # noqa: BLE001 (a report: one failure must not hide the others)
+            traceback.print_exc()
+            failures.append(f"rank {dist.get_rank()}: {name}: {type(error).__name__}: {error}")
+
+    attempt("transport conformance", lambda: conform(ProcessGroupTransport(), DEVICE))
+    for exchange in EXCHANGES:
+        attempt(f"float64 matrix, {exchange}", lambda e=exchange: [run_case(c) for c in cases() if c.exchange == e] and None)
+    for layout in LAYOUTS:
+        for exchange in EXCHANGES:
+            for mask in ("full", "causal", "causal window", "causal documents", "causal padding"):
+                attempt(f"bf16 auto {layout} {exchange} {mask}", check_16_bits, layout, exchange, mask, "auto", torch.bfloat16)
+    for kernel in ("triton", "flash2", "cudnn", "aten"):
+        for dtype in (torch.bfloat16, torch.float16):
+            attempt(f"{dtype} {kernel} zigzag ring causal".removeprefix("torch."), check_16_bits, "zigzag", "ring", "causal", kernel, dtype)
+    if not options.quick:
+        for seq_len in (8192, 32768, 131072):
+            for exchange in EXCHANGES:
+                for kernel in ("auto", "cudnn"):
+                    attempt(f"time {exchange} {kernel} {seq_len}", timing, exchange, kernel, seq_len)
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failures)
+    wrong = [failure for rank in everyone for failure in rank]
+    if dist.get_rank() == 0:
+        print(f"\n{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}; 16-bit columns: out dq dk dv as multiples of plain PyTorch's error")
+        print("\n".join(rows))
+        print("\n".join(wrong) if wrong else "all ranks agree: nothing wrong")
+    dist.destroy_process_group()
+    sys.exit(bool(wrong))
+
+
+def run_case(case: Case) -> None:
+    ring = ra.Ring.from_group(None, case.layout, exchange=case.exchange, kernel=case.kernel)
+    check(case, ring, device=DEVICE)
+
+
+if __name__ == "__main__":
+    main()
