@@ -117,6 +117,23 @@ def band_tiles(kind: str, num_q: int, num_kv: int) -> tuple[Tile, ...]:
 BAND_KINDS = ("full", "causal", "strict", "window", "far window", "documents", "batch rows", "many")
 
 
+def cells_of(tile_list: Sequence[Tile], batch: int, num_q: int, num_kv: int, device="cpu") -> Tensor:
+    """[b, num_q, num_kv] bool: the cells the tiles allow, a mask for `dense`. Fails where two tiles share a cell."""
+    seen = torch.zeros(batch, num_q, num_kv, dtype=torch.bool, device=device)
+    for tile in tile_list:
+        b = slice(None) if tile.batch is None else slice(tile.batch, tile.batch + 1)
+        offset = torch.arange(len(tile.kv_rows), device=device) - torch.arange(len(tile.q_rows), device=device).unsqueeze(1)
+        inside = torch.ones_like(offset, dtype=torch.bool)
+        if tile.band.lo is not None:
+            inside &= offset >= tile.band.lo
+        if tile.band.hi is not None:
+            inside &= offset <= tile.band.hi
+        part = seen[b, tile.q_rows.start : tile.q_rows.stop, tile.kv_rows.start : tile.kv_rows.stop]
+        assert not (part & inside).any(), f"{tile} overlaps another tile"
+        part |= inside
+    return seen
+
+
 def poison_memory(device: str = "cpu") -> None:
     """Leaves freed memory full of NaN, so that an element a kernel forgets to write shows."""
     blocks = [torch.full((1 << power,), torch.nan, device=device) for power in range(8, 22) for _ in range(4)]

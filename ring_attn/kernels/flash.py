@@ -1,0 +1,151 @@
+"""Adapter to flash-attn 2 (`flash_attn.flash_attn_interface`), versions 2.5 to 2.8; the only file that knows its versions.
+
+Note [versions]: the four private functions, as released:
+
+| version | window | softcap | forward returns | lse of a pack |
+|---|---|---|---|---|
+| 2.5 | `window_size` tuple | no | 8 values, lse sixth | [count, h, max_q] |
+| 2.6 | `window_size` tuple | yes | 8 values, lse sixth | [h, n] |
+| 2.7, 2.8 | `window_size_left`, `window_size_right` | yes | 4 values, lse second | [h, n] |
+
+All of them fill the dq, dk, dv they are given, so what a backward returns is never needed. From 2.7 on the functions are custom
+operators, whose Python signature says nothing; before, a parameter that a patch release added is found by `inspect`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import Problem, Upstream
+from ring_attn.kernels.split import windows
+from ring_attn.kernels.tilewise import Gradients, Pack, Packing, refusal
+from ring_attn.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Flash2Kernel(Packing):
+    """flash-attn 2: a tile is a window, tiles with one window are a pack."""
+
+    name: str = "flash2"
+
+    def supports(self, problem: Problem) -> str | None:
+        library = load()
+        if isinstance(library, str):
+            return library
+        if problem.device != "cuda":
+            return f"flash-attn runs on CUDA, not on {problem.device!r}"
+        return refusal(problem, (torch.float16, torch.bfloat16), head_dim_step=8, head_dim_max=256)
+
+    def pieces(self, tile: Tile) -> Iterable[Tile]:
+        return windows(tile)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+        library = load()
+        return library.forward("_flash_attn_forward", tile.window, scale, q=q, k=k, v=v)
+
+    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Gradients:
+        return load().backward("_flash_attn_backward", tile.window, scale, up, up.lse, q=q, k=k, v=v)
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+        library = load()
+        out, lse = library.forward("_flash_attn_varlen_forward", pack.window, scale, q=q, k=k, v=v, **_lengths(pack))
+        return out, _from_padded(lse, pack, len(q)) if library.pads_lse else lse
+
+    def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> Gradients:
+        library = load()
+        lse = _to_padded(up.lse, pack) if library.pads_lse else up.lse
+        return library.backward("_flash_attn_varlen_backward", pack.window, scale, up, lse, q=q, k=k, v=v, **_lengths(pack))
+
+
+@dataclass(frozen=True)
+class _Library:
+    """flash-attn's functions behind one calling convention."""
+
+    module: ModuleType
+    version: tuple[int, int]
+
+    @property
+    def pads_lse(self) -> bool:
+        return self.version < (2, 6)
+
+    def forward(self, name: str, window: tuple, scale: float, **tensors) -> tuple[Tensor, Tensor]:
+        function = getattr(self.module, name)
+        result = function(**tensors, **self._options(function, window, scale), return_softmax=False)
+        return result[0], result[1 if self.version >= (2, 7) else 5]
+
+    def backward(self, name: str, window: tuple, scale: float, up: Upstream, lse: Tensor, **tensors) -> Gradients:
+        function = getattr(self.module, name)
+        dq, dk, dv = (torch.empty(tensors[x].shape, dtype=up.out.dtype, device=lse.device) for x in "qkv")
+        function(
+            **tensors, dout=up.dout, out=up.out, softmax_lse=lse, dq=dq, dk=dk, dv=dv,
+            **self._options(function, window, scale), deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        return dq, dk, dv
+
+    def _options(self, function: Callable, window: tuple, scale: float) -> dict:
+        left, right = (-1 if side is None else side for side in window)
+        options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": False, "alibi_slopes": None}
+        if self.version >= (2, 7):
+            return options | {"window_size_left": left, "window_size_right": right, "softcap": 0.0}
+        options["window_size"] = left, right
+        if self.version >= (2, 6):
+            options["softcap"] = 0.0
+        if "block_table" in inspect.signature(function).parameters:
+            options["block_table"] = None
+        return options
+
+
+@cache
+def load() -> _Library | str:
+    """flash-attn 2, or the reason why it cannot be used."""
+    try:
+        import flash_attn
+        from flash_attn import flash_attn_interface
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        return "flash_attn is not installed" if missing else f"flash_attn 2 does not import here: {error}"
+    release = getattr(flash_attn, "__version__", "unknown")
+    parts = release.split(".")
+    if parts[0] != "2" or len(parts) < 2 or not parts[1].isdigit() or not 5 <= int(parts[1]) <= 8:
+        return f"flash_attn {release} is installed; this adapter is written for 2.5 to 2.8"
+    return _Library(flash_attn_interface, (2, int(parts[1])))
+
+
+def _lengths(pack: Pack) -> dict:
+    return {
+        "cu_seqlens_q": pack.cu_q,
+        "cu_seqlens_k": pack.cu_kv,
+        "max_seqlen_q": pack.max_q,
+        "max_seqlen_k": pack.max_kv,
+    }
+
+
+def _from_padded(lse: Tensor, pack: Pack, num_rows: int) -> Tensor:
+    """lse [count, h, max_q] of version 2.5 as [h, n]."""
+    member, row = _members(pack, num_rows)
+    return lse[member, :, row].T
+
+
+def _to_padded(lse: Tensor, pack: Pack) -> Tensor:
+    """lse [h, n] as the [count, h, max_q] that version 2.5 reads."""
+    member, row = _members(pack, lse.shape[1])
+    padded = lse.new_zeros(len(pack.cu_q) - 1, lse.shape[0], pack.max_q)
+    padded[member, :, row] = lse.T
+    return padded
+
+
+def _members(pack: Pack, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Of every packed row: its rectangle, and its row in there."""
+    starts = pack.cu_q[:-1].long()
+    member = torch.repeat_interleave(pack.cu_q.diff(), output_size=num_rows)
+    return member, torch.arange(num_rows, device=starts.device) - starts[member]
+
+
+KERNELS = {"flash2": Flash2Kernel()}

@@ -1,0 +1,279 @@
+"""The skeleton of the adapters: libraries that attend one rectangle a call and hand back normalised output and lse.
+
+A normalised output is a partial with m = lse, so calls merge like any partials; backwards add up because each is given the
+**final** out and lse of its rows. A subclass says which tiles its library can express (`pieces`) and how to call it.
+
+Note [contiguous lse]: flash-attention and cuDNN read lse through its raw pointer and check neither strides nor shape. A slice
+of rows is strided, and every head after the first would read another head's values. It is copied here, once, for all of them.
+
+Note [packs]: rectangles with one window and no row in common can go in one variable-length call, as packed documents do. The
+rows of a pack are taken batch row after batch row, so the batch rows of a dense tile are documents too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, normalize
+from ring_attn.tiles import Tile
+
+# Row numbers as an index of [b, s, ...]: one batch row's slice, or the two coordinates of every row.
+Rows = tuple[int, slice] | tuple[Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def refusal(
+    problem: Problem,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    head_dim_step: int = 1,
+    head_dim_max: int | None = None,
+    any_v_head_dim: bool = False,
+) -> str | None:
+    """None, or why a library with these limits cannot do the problem."""
+    if problem.dtype not in dtypes:
+        return f"it takes {', '.join(_word(d) for d in dtypes)}, not {_word(problem.dtype)}"
+    if problem.v_head_dim != problem.head_dim and not any_v_head_dim:
+        return f"it needs v_head_dim = head_dim, not {problem.v_head_dim} and {problem.head_dim}; triton and reference do not"
+    for dim in (problem.head_dim, problem.v_head_dim):
+        if dim % head_dim_step:
+            return f"it needs a head_dim that is a multiple of {head_dim_step}, not {dim}"
+        if head_dim_max is not None and dim > head_dim_max:
+            return f"it takes a head_dim up to {head_dim_max}, not {dim}"
+    if problem.score is not None:
+        return f"it has no score modifiers, such as {problem.score}"
+    if problem.direction == "backward" and problem.lse_grad:
+        return (
+            "its backward recomputes delta from out and dout: no gradient through lse enters; triton and reference take one"
+        )
+    return None
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Tilewise(ABC):
+    """A kernel whose library attends one rectangle a call."""
+
+    name: str
+
+    @abstractmethod
+    def supports(self, problem: Problem) -> str | None: ...
+
+    @abstractmethod
+    def pieces(self, tile: Tile) -> Iterable[Tile]:
+        """Tiles with the same cells, each of which `attend` can express."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [b, i, h, dv], lse [b, h, i]) of the tile's queries [b, i, h, d] on its keys [b, j, g, d]."""
+
+    @abstractmethod
+    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Gradients:
+        """(dq, dk, dv) of one such tile; `up` holds its rows, with lse contiguous."""
+
+    def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
+        """The library calls of a visit."""
+        for tile in tiles:
+            yield from map(Dense, self.pieces(tile))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Partial | None = None,
+        out: Tensor | None = None,
+    ) -> Partial:
+        calls = list(self.calls(tiles, q))
+        if into is None and len(calls) == 1 and calls[0].covers(q):
+            return _alone(*calls[0].attend(self, q, k, v, scale), out)
+        into = empty(q, v.shape[-1]) if into is None else into
+        for call in calls:
+            call.merge(into, *call.attend(self, q, k, v, scale))
+        if out is not None:
+            out.copy_(normalize(into, out.dtype))
+        return into
+
+    def backward(
+        self,
+        up: Upstream,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Grads,
+    ) -> None:
+        for call in self.calls(tiles, q):
+            call.add(into, *call.differentiate(self, up, q, k, v, scale))
+
+
+class Packing(Tilewise):
+    """A tilewise kernel whose library also takes packs; see Note [packs]."""
+
+    @abstractmethod
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [n, h, dv], lse [h, n]) of packed queries [n, h, d] on packed keys [nkv, g, d]."""
+
+    @abstractmethod
+    def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> Gradients:
+        """(dq, dk, dv) of a pack; `up` holds dout and out [n, h, dv] and lse [h, n], contiguous."""
+
+    def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
+        for group in _groups(piece for tile in tiles for piece in self.pieces(tile)):
+            yield Dense(group[0]) if len(group) == 1 else Packed(make_pack(group, q.shape[0], q.device))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One rectangle, for one batch row or for all."""
+
+    tile: Tile
+
+    def covers(self, q: Tensor) -> bool:
+        """Whether it holds every row of q."""
+        return len(self.tile.q_rows) == q.shape[1] and self.tile.batch is None
+
+    def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return kernel.attend(q[self._q], k[self._kv], v[self._kv], self.tile, scale)
+
+    def merge(self, into: Partial, out: Tensor, lse: Tensor) -> None:
+        merge_(into.rows(self.tile.q_rows, self.tile.batch), Partial(out, lse, lse))
+
+    def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
+        batch, rows = self._q
+        up = Upstream(up.dout[batch, rows], up.out[batch, rows], up.lse[batch, :, rows].contiguous())
+        return kernel.differentiate(up, q[self._q], k[self._kv], v[self._kv], self.tile, scale)
+
+    def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        into.dq[self._q] += dq
+        into.dk[self._kv] += dk
+        into.dv[self._kv] += dv
+
+    @property
+    def _q(self) -> tuple[slice, slice]:
+        return self._batch, slice(self.tile.q_rows.start, self.tile.q_rows.stop)
+
+    @property
+    def _kv(self) -> tuple[slice, slice]:
+        return self._batch, slice(self.tile.kv_rows.start, self.tile.kv_rows.stop)
+
+    @property
+    def _batch(self) -> slice:
+        return slice(None) if self.tile.batch is None else slice(self.tile.batch, self.tile.batch + 1)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rectangles with one window (left, right): `q_rows` and `kv_rows` index [b, s, ...]; `cu_q`, `cu_kv` int32 [count + 1]."""
+
+    q_rows: Rows
+    kv_rows: Rows
+    cu_q: Tensor
+    cu_kv: Tensor
+    max_q: int
+    max_kv: int
+    window: tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One variable-length call; its rows act as one batch row."""
+
+    pack: Pack
+
+    def covers(self, q: Tensor) -> bool:
+        """Whether it holds every row of q, in order."""
+        return q.shape[0] == 1 and self.pack.q_rows == (0, slice(0, q.shape[1]))
+
+    def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        rows, kv = self.pack.q_rows, self.pack.kv_rows
+        out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scale)
+        return out.unsqueeze(0), lse.unsqueeze(0)
+
+    def merge(self, into: Partial, out: Tensor, lse: Tensor) -> None:
+        rows = self.pack.q_rows
+        m_rows, lse_rows = into.m.transpose(1, 2), into.lse.transpose(1, 2)
+        before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, lse_rows[rows].T)))
+        acc, m, lse = (x.squeeze(0) for x in merge(before, Partial(out, lse, lse)))
+        into.acc[rows], m_rows[rows], lse_rows[rows] = acc, m.T, lse.T
+
+    def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
+        rows, kv = self.pack.q_rows, self.pack.kv_rows
+        up = Upstream(up.dout[rows], up.out[rows], up.lse.transpose(1, 2)[rows].T.contiguous())
+        return kernel.differentiate_packed(up, q[rows], k[kv], v[kv], self.pack, scale)
+
+    def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        into.dq[self.pack.q_rows] += dq
+        into.dk[self.pack.kv_rows] += dk
+        into.dv[self.pack.kv_rows] += dv
+
+
+@lru_cache(maxsize=64)
+def make_pack(tiles: tuple[Tile, ...], batch: int, device: torch.device) -> Pack:
+    """The pack of tiles with one window; a tile for all batch rows counts once for each. Kept: layers share their plans."""
+    segments = [(b, t) for b in range(batch) for t in tiles if t.batch in (None, b)]
+    lengths_q, lengths_kv = [len(t.q_rows) for _, t in segments], [len(t.kv_rows) for _, t in segments]
+    return Pack(
+        _rows([(b, t.q_rows) for b, t in segments], device),
+        _rows([(b, t.kv_rows) for b, t in segments], device),
+        torch.tensor([0, *accumulate(lengths_q)], dtype=torch.int32, device=device),
+        torch.tensor([0, *accumulate(lengths_kv)], dtype=torch.int32, device=device),
+        max(lengths_q),
+        max(lengths_kv),
+        tiles[0].window,
+    )
+
+
+def _rows(segments: list[tuple[int, range]], device: torch.device) -> Rows:
+    """Segments in order as one index: a slice where each continues the one before it."""
+    (batch, first), (last_batch, last) = segments[0], segments[-1]
+    if batch == last_batch and all(a.stop == b.start for (_, a), (_, b) in pairwise(segments)):
+        return batch, slice(first.start, last.stop)
+    batches = torch.cat([torch.full((len(rows),), b) for b, rows in segments])
+    numbers = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in segments])
+    return batches.to(device), numbers.to(device)
+
+
+def _groups(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, ...]]:
+    """Tiles with one window and neither query rows nor KV rows in common, put together."""
+    groups: dict[tuple, list[list[Tile]]] = {}
+    for tile in sorted(tiles, key=lambda t: (t.batch or 0, t.q_rows.start, t.kv_rows.start)):
+        open_groups = groups.setdefault((tile.window, tile.batch is None), [])
+        group = next((g for g in open_groups if _follows(g[-1], tile)), None)
+        if group is None:
+            open_groups.append([tile])
+        else:
+            group.append(tile)
+    for open_groups in groups.values():
+        yield from map(tuple, open_groups)
+
+
+def _follows(before: Tile, tile: Tile) -> bool:
+    """Whether a tile shares no row with the one before it, nor, in a sorted group, with any earlier one."""
+    apart = before.q_rows.stop <= tile.q_rows.start and before.kv_rows.stop <= tile.kv_rows.start
+    return apart or before.batch != tile.batch
+
+
+def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
+    """A library's result as the partial of a whole visit, without a merge."""
+    if target is not None:
+        target.copy_(out)
+    lse = lse.contiguous()
+    return Partial(out.to(accumulator_dtype(out.dtype)), lse, lse.clone())

@@ -1,0 +1,296 @@
+"""Every kernel on a GPU against the float64 truth: `python -m tests.gpu.kernels [--quick]`.
+
+In 16 bits an error may be OUT_FACTOR (out) or GRAD_FACTOR (gradients) times the error of plain PyTorch in that dtype: a dense
+softmax attention with autograd. lse is computed in fp32 from products that fp32 holds exactly, so its relative error is that
+of an fp32 sum and of the hardware's exp2 and log2, about 1e-7 to 1e-6 of its size: 1e-5 leaves room for that and for nothing in
+16 bits. In fp32 every tensor keeps FLOAT32_LIMIT.
+
+Each pair of kernels runs in a process of its own, so a crash that takes the CUDA context along hides no other pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from ring_attn.kernels import Grads, Problem, Upstream, get_kernel
+from ring_attn.mask import Causal, Full
+from ring_attn.tiles import tiles
+from tests.support import (
+    BAND_KINDS,
+    FLOAT32_LIMIT,
+    GRAD_FACTOR,
+    OUT_FACTOR,
+    band_tiles,
+    cells_of,
+    dense,
+    random_qkv,
+    rel_error,
+    run_kernel,
+    split_tiles,
+    truth,
+)
+
+PAIRS = (
+    ("triton", "triton"),
+    ("triton", "flash2"),
+    ("flash2", "flash2"),
+    ("aten", "aten"),
+    ("cudnn", "cudnn"),
+    ("cudnn", "flash2"),
+    ("reference", "reference"),
+)
+GRADS = ("dq", "dk", "dv")
+LSE_LIMIT = 1e-5
+HALF = (torch.bfloat16, torch.float16)
+HEADS = ((4, 4), (8, 2), (4, 1))
+SIZES = ((515, 643), (643, 260))
+OWN = {"triton", "reference"}  # no limits on head dims, fp32, and a gradient through lse
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    heads: tuple[int, int]
+    size: tuple[int, int]
+    visits: int = 1
+    outliers: bool = False
+    lse_grad: bool = False
+
+    def problem(self, direction: str) -> Problem:
+        left_bounded = any(tile.band.lo is not None for tile in band_tiles(self.kind, *self.size))
+        lse_grad = self.lse_grad and direction == "backward"
+        dims = self.head_dim, self.v_head_dim
+        return Problem(direction, "cuda", self.dtype, *self.heads, *dims, left_bounded=left_bounded, lse_grad=lse_grad)
+
+    def __str__(self) -> str:
+        flags = " outliers" * self.outliers + " dlse" * self.lse_grad
+        sizes = f"{self.size[0]}x{self.size[1]} d {self.head_dim}/{self.v_head_dim} heads {self.heads[0]}/{self.heads[1]}"
+        return f"{self.kind} {_word(self.dtype)} {sizes} visits {self.visits}{flags}"
+
+
+@dataclass
+class Row:
+    """What became of one pair, dtype and head dim: the worst ratio (16 bits) or error (fp32) of each tensor."""
+
+    pair: str
+    dtype: str
+    dims: str
+    cases: int = 0
+    worst: dict[str, float] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def cases(pair: tuple[str, str], quick: bool) -> Iterator[Case]:
+    """All that a pair is asked to do; what it refuses, it refuses itself."""
+    sizes, visits, heads = cycle(SIZES), cycle((1, 1, 2)), cycle(HEADS)
+    for dtype in HALF:
+        for dim in (64, 80, 128):
+            for kind in BAND_KINDS:
+                for h in [next(heads)] if quick else HEADS:
+                    yield Case(kind, dtype, dim, dim, h, next(sizes), next(visits))
+            yield Case("causal", dtype, dim, dim, (4, 2), SIZES[0], outliers=True)
+    if set(pair) <= OWN | {"cudnn"}:
+        for dims in ((64, 128), (128, 64)):
+            for kind in ("full", "causal", "documents"):
+                yield Case(kind, torch.bfloat16, *dims, next(heads), next(sizes), next(visits))
+    if not set(pair) <= OWN:
+        return
+    for dtype in HALF:
+        for dim in (33, 256):
+            for kind in ("full", "causal", "far window"):
+                yield Case(kind, dtype, dim, dim, next(heads), next(sizes), next(visits))
+    for dims in ((64, 64), (128, 128), (33, 33), (80, 48)):
+        for kind in BAND_KINDS:
+            yield Case(kind, torch.float32, *dims, next(heads), next(sizes), next(visits))
+    for dtype in (torch.bfloat16, torch.float32):
+        for kind in ("causal", "many"):
+            yield Case(kind, dtype, 64, 64, (4, 2), next(sizes), 2, lse_grad=True)
+
+
+def check_pair(pair: tuple[str, str], quick: bool = False) -> list[Row]:
+    """Runs every case of a pair (forward kernel, backward kernel)."""
+    rows: dict[tuple, Row] = {}
+    for case in cases(pair, quick):
+        dims = str(case.head_dim) if case.head_dim == case.v_head_dim else f"{case.head_dim}/{case.v_head_dim}"
+        row = rows.setdefault((case.dtype, dims), Row("+".join(dict.fromkeys(pair)), _word(case.dtype), dims))
+        # Whatever a kernel raises is a result here: it belongs in the table, beside the others.
+        try:
+            _check(case, pair, row)
+        except Exception as error:
+            row.cases += 1
+            row.failures.append(f"{case}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            if "CUDA error" in str(error):
+                row.failures.append("the CUDA context is lost: no further case of this pair was run")
+                break
+    return list(rows.values())
+
+
+def _check(case: Case, pair: tuple[str, str], row: Row) -> None:
+    kernels = [get_kernel(name) for name in pair]
+    for kernel, direction in zip(kernels, ("forward", "backward"), strict=True):
+        reason = kernel.supports(case.problem(direction))
+        if reason is not None:
+            row.refused.append(f"{kernel.name}: {reason}")
+            return
+    row.cases += 1
+    for name, (ratio, limit) in measure(case, *kernels).items():
+        # A NaN is larger than any limit.
+        row.worst[name] = max(row.worst.get(name, 0.0), ratio if ratio == ratio else float("inf"))
+        if not ratio <= limit:
+            row.failures.append(f"{case}: {name} is {ratio:.3g}, the limit is {limit:.3g}")
+
+
+def measure(case: Case, forward, backward) -> dict[str, tuple[float, float]]:
+    """name -> (measure, limit) of out, lse, dq, dk, dv: times plain PyTorch's error in 16 bits, else the relative error."""
+    (num_q, num_kv), (h, g) = case.size, case.heads
+    shape = 2, num_q, num_kv, h, g, case.head_dim, case.v_head_dim
+    q, k, v, dout = random_qkv(*shape, dtype=case.dtype, device="cuda", seed=1, outliers=case.outliers)
+    dlse = torch.randn(2, h, num_q, generator=torch.Generator().manual_seed(2)).cuda() if case.lse_grad else None
+    tile_list, scale = band_tiles(case.kind, num_q, num_kv), case.head_dim**-0.5
+    visits = split_tiles(tile_list, case.visits)
+    exact = truth(q, k, v, dout, visits, scale=scale, dlse=dlse)
+    found = run_kernel(forward, q, k, v, dout, visits, scale=scale, dlse=dlse, backward=backward)
+    errors = {name: rel_error(found[name], exact[name]) for name in exact}
+    if case.dtype == torch.float32:
+        return {name: (error, FLOAT32_LIMIT) for name, error in errors.items()}
+    plain = _plain(q, k, v, dout, dlse, cells_of(tile_list, 2, num_q, num_kv, "cuda"), scale)
+    ratios = {name: errors[name] / rel_error(plain[name], exact[name]) for name in ("out", *GRADS)}
+    limits = {"out": OUT_FACTOR} | dict.fromkeys(GRADS, GRAD_FACTOR)
+    return {name: (ratios[name], limits[name]) for name in ratios} | {"lse": (errors["lse"], LSE_LIMIT)}
+
+
+def _plain(q, k, v, dout, dlse, seen, scale) -> dict:
+    """out, dq, dk, dv of a dense softmax attention in the inputs' dtype."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out, lse = dense(q, k, v, seen, scale)
+    target = (out * dout).sum()
+    if dlse is not None:
+        target = target + (lse.masked_fill(lse == -torch.inf, 0) * dlse.to(lse.dtype)).sum()
+    return {"out": out, **dict(zip(GRADS, torch.autograd.grad(target, (q, k, v)), strict=True))}
+
+
+def timing(seq_len: int = 16384, heads: int = 16, head_dim: int = 128) -> list[str]:
+    """Lines of a table: TFLOP/s of one visit, medians of CUDA events, bf16; the backward adds into fp32 gradients."""
+    lines = [f"bf16, head dim {head_dim}, {heads} heads, {seq_len} tokens: TFLOP/s forward / backward, and ms"]
+    q, k, v, dout = random_qkv(1, seq_len, seq_len, heads, heads, head_dim, dtype=torch.bfloat16, device="cuda")
+    into = Grads(*(torch.zeros(x.shape, device="cuda") for x in (q, k, v)))
+    scale = head_dim**-0.5
+    for name in ("triton", "flash2", "aten", "cudnn"):
+        columns = []
+        for label, mask in (("full", Full()), ("causal", Causal())):
+            plan = tiles((range(seq_len),), [(range(seq_len),)], mask)
+            flops = 4 * heads * head_dim * sum(tile.cells for tile in plan)
+            out = torch.empty_like(q)
+            try:
+                kernel = get_kernel(name)
+                visit = partial(kernel.forward, q, k, v, plan, scale=scale, out=out)
+                forward = _median_ms(visit)
+                up = dout, out, visit().lse
+                backward = _median_ms(partial(_backward, kernel, up, q, k, v, plan, scale=scale, into=into))
+            except Exception as error:
+                columns.append(f"{label} {type(error).__name__}: {' '.join(str(error).split())[:80]}")
+                continue
+            speeds = f"{flops / forward / 1e9:4.0f} / {2.5 * flops / backward / 1e9:4.0f}"
+            columns.append(f"{label} {speeds} ({forward:.2f} / {backward:.2f} ms)")
+        lines.append(f"{name:8s} " + "   ".join(columns))
+    return lines
+
+
+def _backward(kernel, up, *args, **options) -> None:
+    """One backward with an `Upstream` of its own, so that delta is part of what is timed."""
+    kernel.backward(Upstream(*up), *args, **options)
+
+
+def _median_ms(call, warmup: int = 3, repeats: int = 10) -> float:
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def table(rows: list[Row]) -> list[str]:
+    """One line a row: measures are ratios to plain PyTorch's error in 16 bits, relative errors in fp32."""
+    names = " ".join(f"{name:>7s}" for name in ("out", *GRADS, "lse"))
+    lines = [f"{'forward+backward':17s} {'dtype':9s} {'d':7s} {'cases':>5s}  {names}"]
+    for row in rows:
+        measures = " ".join(f"{row.worst[n]:7.2g}" if n in row.worst else "      -" for n in ("out", *GRADS, "lse"))
+        refused = f"; {len(row.refused)} refused: {row.refused[0]}" if row.refused else ""
+        verdict = f"{len(row.failures)} FAILED" if row.failures else "ok" if row.cases else "-"
+        lines.append(f"{row.pair:17s} {row.dtype:9s} {row.dims:7s} {row.cases:5d}  {measures}  {verdict}{refused[:110]}")
+    return lines
+
+
+def _in_process(arguments: list[str], path: Path) -> list | str:
+    """What a child process wrote as JSON, or the end of its error."""
+    command = [sys.executable, "-m", "tests.gpu.kernels", *arguments, "--json", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    except subprocess.TimeoutExpired:
+        return "it took more than 400 s"
+    return json.loads(path.read_text()) if done.returncode == 0 else f"exit {done.returncode}: {done.stderr[-600:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one head grouping a case in place of three")
+    parser.add_argument("--pair", help="only this pair, as forward+backward, in this process")
+    parser.add_argument("--timing", action="store_true", help="only the timing, in this process")
+    parser.add_argument("--json", help="write the result there and print nothing")
+    args = parser.parse_args()
+    if args.timing or args.pair:
+        result = timing() if args.timing else check_pair(tuple(args.pair.split("+")), args.quick)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result if args.timing else [asdict(row) for row in result]))
+            return 0
+        print("\n".join(result if args.timing else table(result)))
+        return 0 if args.timing else _report([f for row in result for f in row.failures])
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PAIRS)) as pool:
+        names = ["+".join(pair) for pair in PAIRS]
+        quick = ["--quick"] * args.quick
+        found = list(pool.map(lambda n: _in_process(["--pair", n, *quick], Path(folder, n)), names))
+        timed = _in_process(["--timing"], Path(folder, "timing"))
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    print("\n".join([timed] if isinstance(timed, str) else timed), end="\n\n")
+    rows = [Row(**row) for result in found if not isinstance(result, str) for row in result]
+    failures = [f"{row.pair}: {text}" for row in rows for text in row.failures[:3]]
+    failures += [f"{name}: {result}" for name, result in zip(names, found, strict=True) if isinstance(result, str)]
+    print("\n".join(table(rows)))
+    return _report(failures)
+
+
+def _report(failures: list[str]) -> int:
+    print("\n".join(failures[:40]))
+    print(f"{len(failures)} failures" if failures else "all within the limits")
+    return 1 if failures else 0
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
