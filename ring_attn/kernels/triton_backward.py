@@ -1,4 +1,4 @@
-"""The Triton backward: dq in one launch, dk and dv in another, each program the only writer of its rows, so sums have one order.
+"""The Triton backward: dq in one launch, dk and dv in another. A program is the only writer of its rows: one order of sums.
 
 Note [final lse]: p = exp(scale * s - lse) with the lse over all keys, so every visit's gradients simply add. A row that met no
 key anywhere has lse = -inf; it is read as +inf, which makes its p 0. Mathematics and names as in flash attention 2 (Dao,
@@ -19,18 +19,20 @@ from ring_attn.kernels.triton_blocks import Config, Table, padded
 from ring_attn.kernels.triton_rows import (
     LOG2E,
     Call,
-    add_rows,
+    at_head,
     entry_span,
+    load_numbers,
     load_rows,
-    number_pointers,
     numbers_of,
     program_work,
-    row_pointers,
     rows_of,
+    store_rows,
 )
 
 
-def dkdv_call(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads) -> Call:
+def dkdv_call(
+    up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads
+) -> Call:
     """The launch that adds into dk and dv; `table` lists blocks of KV rows."""
     arguments = _shared(up, q, k, v, table, config, scale)
     arguments |= {"dk": rows_of(into.dk), "dv": rows_of(into.dv), "num_kv": k.shape[1]}
@@ -70,10 +72,16 @@ def _shared(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config:
 
 
 @triton.jit
-def load_lse2(pointers, live):
+def load_lse2(at, rows, live):
     """lse in base 2, +inf for rows that met no key: see Note [final lse]."""
-    lse = tl.load(pointers, mask=live, other=float("inf"))
+    lse = load_numbers(at, rows, live, float("inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def add_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds value [rows, WIDTH] to the live rows."""
+    store_rows(at, load_rows(at, rows, live, DIM, WIDTH) + value, rows, live, DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_kv", "programs"])
@@ -104,40 +112,33 @@ def dkdv_kernel(
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     live = columns < num_kv
     block_stop = tl.minimum(block * BLOCK_N + BLOCK_N, num_kv)
-    k_rows = load_rows(row_pointers(k, batch, kv_head, columns, WIDTH), live, DIM, WIDTH)
-    v_rows = load_rows(row_pointers(v, batch, kv_head, columns, V_WIDTH), live, V_DIM, V_WIDTH)
+    k_rows = load_rows(at_head(k, batch, kv_head), columns, live, DIM, WIDTH)
+    v_rows = load_rows(at_head(v, batch, kv_head), columns, live, V_DIM, V_WIDTH)
     dk_rows = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     dv_rows = tl.zeros((BLOCK_N, V_WIDTH), tl.float32)
 
     for member in range(group):
         head = kv_head * group + member
-        for at in range(first, last, 8):
-            low, high, start, stop, clear_start, clear_stop = entry_span(table + at, columns, block * BLOCK_N, block_stop)
-            rows = start + tl.arange(0, BLOCK_M)
-            q_pointers = row_pointers(q, batch, head, rows, WIDTH)
-            dout_pointers = row_pointers(dout, batch, head, rows, V_WIDTH)
-            lse_pointers = number_pointers(lse, batch, head, rows)
-            delta_pointers = number_pointers(delta, batch, head, rows)
+        q_at, dout_at = at_head(q, batch, head), at_head(dout, batch, head)
+        lse_at, delta_at = at_head(lse, batch, head), at_head(delta, batch, head)
+        for entry in range(first, last, 8):
+            low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, columns, block * BLOCK_N, block_stop)
             for i in tl.range(start, stop, BLOCK_M):
                 rows = i + tl.arange(0, BLOCK_M)
                 met = rows < stop
-                q_rows = load_rows(q_pointers, met, DIM, WIDTH)
+                q_rows = load_rows(q_at, rows, met, DIM, WIDTH)
                 st = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee")
-                pt = tl.exp2(st * scale_log2 - load_lse2(lse_pointers, met)[None, :])
+                pt = tl.exp2(st * scale_log2 - load_lse2(lse_at, rows, met)[None, :])
                 if (i < clear_start) | (i + BLOCK_M > clear_stop):
                     pt = tl.where((rows[None, :] >= low[:, None]) & (rows[None, :] <= high[:, None]), pt, 0.0)
-                dout_rows = load_rows(dout_pointers, met, V_DIM, V_WIDTH)
+                dout_rows = load_rows(dout_at, rows, met, V_DIM, V_WIDTH)
                 dv_rows = tl.dot(pt.to(dout_rows.dtype), dout_rows, dv_rows, input_precision="ieee")
                 dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
-                dst = pt * (dpt - tl.load(delta_pointers, mask=met, other=0.0)[None, :])
+                dst = pt * (dpt - load_numbers(delta_at, rows, met, 0.0)[None, :])
                 dk_rows = tl.dot(dst.to(q_rows.dtype), q_rows, dk_rows, input_precision="ieee")
-                q_pointers += tl.full((), BLOCK_M, tl.int64) * q.s
-                dout_pointers += tl.full((), BLOCK_M, tl.int64) * dout.s
-                lse_pointers += tl.full((), BLOCK_M, tl.int64) * lse.s
-                delta_pointers += tl.full((), BLOCK_M, tl.int64) * delta.s
 
-    add_rows(dk, dk_rows * scale, batch, kv_head, columns, live, DIM, WIDTH)
-    add_rows(dv, dv_rows, batch, kv_head, columns, live, V_DIM, V_WIDTH)
+    add_rows(at_head(dk, batch, kv_head), dk_rows * scale, columns, live, DIM, WIDTH)
+    add_rows(at_head(dv, batch, kv_head), dv_rows, columns, live, V_DIM, V_WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_q", "programs"])
@@ -170,29 +171,25 @@ def dq_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < num_q
     block_stop = tl.minimum(block * BLOCK_M + BLOCK_M, num_q)
-    q_rows = load_rows(row_pointers(q, batch, head, rows, WIDTH), live, DIM, WIDTH)
-    dout_rows = load_rows(row_pointers(dout, batch, head, rows, V_WIDTH), live, V_DIM, V_WIDTH)
-    lse2 = load_lse2(number_pointers(lse, batch, head, rows), live)
-    delta_row = tl.load(number_pointers(delta, batch, head, rows), mask=live, other=0.0)
+    k_at, v_at = at_head(k, batch, kv_head), at_head(v, batch, kv_head)
+    q_rows = load_rows(at_head(q, batch, head), rows, live, DIM, WIDTH)
+    dout_rows = load_rows(at_head(dout, batch, head), rows, live, V_DIM, V_WIDTH)
+    lse2 = load_lse2(at_head(lse, batch, head), rows, live)
+    delta_row = load_numbers(at_head(delta, batch, head), rows, live, 0.0)
     dq_rows = tl.zeros((BLOCK_M, WIDTH), tl.float32)
 
-    for at in range(first, last, 8):
-        low, high, start, stop, clear_start, clear_stop = entry_span(table + at, rows, block * BLOCK_M, block_stop)
-        columns = start + tl.arange(0, BLOCK_N)
-        k_pointers = row_pointers(k, batch, kv_head, columns, WIDTH)
-        v_pointers = row_pointers(v, batch, kv_head, columns, V_WIDTH)
+    for entry in range(first, last, 8):
+        low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, rows, block * BLOCK_M, block_stop)
         for j in tl.range(start, stop, BLOCK_N):
             columns = j + tl.arange(0, BLOCK_N)
             met = columns < stop
-            k_rows = load_rows(k_pointers, met, DIM, WIDTH)
+            k_rows = load_rows(k_at, columns, met, DIM, WIDTH)
             s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
             p = tl.exp2(s * scale_log2 - lse2[:, None])
             if (j < clear_start) | (j + BLOCK_N > clear_stop):
                 p = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] <= high[:, None]), p, 0.0)
-            v_rows = load_rows(v_pointers, met, V_DIM, V_WIDTH)
+            v_rows = load_rows(v_at, columns, met, V_DIM, V_WIDTH)
             ds = p * (tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee") - delta_row[:, None])
             dq_rows = tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")
-            k_pointers += tl.full((), BLOCK_N, tl.int64) * k.s
-            v_pointers += tl.full((), BLOCK_N, tl.int64) * v.s
 
-    add_rows(dq, dq_rows * scale, batch, head, rows, live, DIM, WIDTH)
+    add_rows(at_head(dq, batch, head), dq_rows * scale, rows, live, DIM, WIDTH)

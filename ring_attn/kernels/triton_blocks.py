@@ -2,9 +2,10 @@
 
 Note [block table]: a visit is one launch, so every program must find its work alone. Program p reads the four ints
 (block, batch row, first, last) at `4 * p`; its entries are the eight ints at each of `range(first, last, 8)`: own rows
-[start, stop), rows to walk over [start, stop) and the band `lo <= walked - own <= hi` in shard rows, then two ints of padding. Own rows
-are query rows for the forward and dq kernels and KV rows for the dk, dv kernel, which reads the transposed tiles. Programs are sorted by
-work, the heaviest first, so that the light ones fill the last wave; those without entries come last and can be left out.
+[start, stop), rows to walk over [start, stop) and the band `lo <= walked - own <= hi` in shard rows, then two ints of padding.
+Own rows are query rows for the forward and dq kernels and KV rows for the dk, dv kernel, which reads the transposed tiles.
+Programs are sorted by work, the heaviest first, so that the light ones fill the last wave; those without entries come last and
+can be left out.
 """
 
 from __future__ import annotations
@@ -42,23 +43,23 @@ class Configs:
     dq: Config
 
 
-# Note [configurations]: keyed by the larger head dim rounded up to a power of two. "large" needs compute capability 9.0 and 227 KiB of
-# shared memory, "small" fits 99 KiB. tests/kernels/test_triton_compile.py holds every line to its shared memory and spills.
+# Keyed by the larger head dim, padded. "large" needs compute capability 9.0 and 227 KiB of shared memory, "small" fits 99 KiB;
+# tests/kernels/test_triton_compile.py holds every line to that and to its spills.
 _TABLE = {
     ("16-bit", "large"): {
         64: Configs(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
-        128: Configs(Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(128, 64, 8, 2)),
-        256: Configs(Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2)),
+        128: Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 3)),
+        256: Configs(Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 64, 8, 2)),
     },
     ("16-bit", "small"): {
-        64: Configs(Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-        128: Configs(Config(128, 32, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
-        256: Configs(Config(64, 32, 4, 2), Config(32, 16, 4, 2), Config(32, 32, 4, 1)),
+        64: Configs(Config(128, 64, 8, 2), Config(64, 32, 4, 1), Config(64, 64, 4, 2)),
+        128: Configs(Config(128, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 2)),
+        256: Configs(Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     },
     ("32-bit", "small"): {
-        64: Configs(Config(64, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-        128: Configs(Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 4, 1)),
-        256: Configs(Config(16, 16, 4, 1), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+        64: Configs(Config(64, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+        128: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+        256: Configs(Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
     },
 }
 _TABLE["32-bit", "large"] = _TABLE["32-bit", "small"]
@@ -78,7 +79,7 @@ def padded(head_dim: int) -> int:
 
 @lru_cache
 def device_size(device: torch.device) -> str:
-    """"large" for compute capability 9.0 with 227 KiB of shared memory a block, "small" for everything else."""
+    """Which configurations fit: "large" for compute capability 9.0 with 227 KiB of shared memory a block, else "small"."""
     if device.type != "cuda":
         return "small"
     properties = torch.cuda.get_device_properties(device)

@@ -18,14 +18,15 @@ from ring_attn.kernels.triton_rows import (
     LN2,
     LOG2E,
     Call,
+    at_head,
     entry_span,
+    load_numbers,
     load_rows,
-    number_pointers,
     numbers_of,
     program_work,
-    row_mask,
-    row_pointers,
     rows_of,
+    store_numbers,
+    store_rows,
 )
 from ring_attn.partial import Partial
 
@@ -116,29 +117,27 @@ def forward_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < num_q
     block_stop = tl.minimum(block * BLOCK_M + BLOCK_M, num_q)
-    q_rows = load_rows(row_pointers(q, batch, head, rows, WIDTH), live, DIM, WIDTH)
+    k_at, v_at = at_head(k, batch, kv_head), at_head(v, batch, kv_head)
+    q_rows = load_rows(at_head(q, batch, head), rows, live, DIM, WIDTH)
+    total = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
     if CARRIED:
-        m_row = tl.load(number_pointers(m, batch, head, rows), mask=live, other=float("-inf"))
-        lse_row = tl.load(number_pointers(lse, batch, head, rows), mask=live, other=float("-inf"))
+        m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
+        lse_row = load_numbers(at_head(lse, batch, head), rows, live, float("-inf"))
         # A row without keys has m = lse = -inf, and its sum is 0.
         l_row = tl.where(lse_row == float("-inf"), 0.0, tl.exp2((lse_row - m_row) * LOG2E))
         m2 = m_row * LOG2E
-        total = load_rows(row_pointers(acc, batch, head, rows, V_WIDTH), live, V_DIM, V_WIDTH)
     else:
         m2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_row = tl.zeros((BLOCK_M,), tl.float32)
-        total = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
+    m2_carried = m2
 
-    for at in range(first, last, 8):
-        low, high, start, stop, clear_start, clear_stop = entry_span(table + at, rows, block * BLOCK_M, block_stop)
-        columns = start + tl.arange(0, BLOCK_N)
-        k_pointers = row_pointers(k, batch, kv_head, columns, WIDTH)
-        v_pointers = row_pointers(v, batch, kv_head, columns, V_WIDTH)
+    for entry in range(first, last, 8):
+        low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, rows, block * BLOCK_M, block_stop)
         for j in tl.range(start, stop, BLOCK_N):
             columns = j + tl.arange(0, BLOCK_N)
             # Rows past the entry are not read: they may hold anything, and 0 * NaN is no 0.
             met = columns < stop
-            s = tl.dot(q_rows, tl.trans(load_rows(k_pointers, met, DIM, WIDTH)), input_precision="ieee")
+            s = tl.dot(q_rows, tl.trans(load_rows(k_at, columns, met, DIM, WIDTH)), input_precision="ieee")
             if (j < clear_start) | (j + BLOCK_N > clear_stop):
                 s = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] <= high[:, None]), s, float("-inf"))
             m2_next = tl.maximum(m2, tl.max(s, 1) * scale_log2)
@@ -146,19 +145,18 @@ def forward_kernel(
             p = tl.exp2(s * scale_log2 - base[:, None])
             rescale = tl.exp2(m2 - base)
             l_row = l_row * rescale + tl.sum(p, 1)
-            v_rows = load_rows(v_pointers, met, V_DIM, V_WIDTH)
+            v_rows = load_rows(v_at, columns, met, V_DIM, V_WIDTH)
             total = tl.dot(p.to(v_rows.dtype), v_rows, total * rescale[:, None], input_precision="ieee")
             m2 = m2_next
-            k_pointers += tl.full((), BLOCK_N, tl.int64) * k.s
-            v_pointers += tl.full((), BLOCK_N, tl.int64) * v.s
 
+    if CARRIED:
+        # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
+        factor = tl.exp2(m2_carried - tl.where(m2 == float("-inf"), 0.0, m2))
+        total += load_rows(at_head(acc, batch, head), rows, live, V_DIM, V_WIDTH) * factor[:, None]
     divisor = tl.where(l_row == 0.0, 1.0, l_row)
-    tl.store(number_pointers(lse, batch, head, rows), (m2 + tl.log2(divisor)) * LN2, mask=live)
+    store_numbers(at_head(lse, batch, head), (m2 + tl.log2(divisor)) * LN2, rows, live)
     if LAST:
-        value = total / divisor[:, None]
-        tl.store(
-            row_pointers(out, batch, head, rows, V_WIDTH), value.to(out.ptr.dtype.element_ty), mask=row_mask(live, V_DIM, V_WIDTH)
-        )
+        store_rows(at_head(out, batch, head), total / divisor[:, None], rows, live, V_DIM, V_WIDTH)
     else:
-        tl.store(number_pointers(m, batch, head, rows), m2 * LN2, mask=live)
-        tl.store(row_pointers(acc, batch, head, rows, V_WIDTH), total, mask=row_mask(live, V_DIM, V_WIDTH))
+        store_numbers(at_head(m, batch, head), m2 * LN2, rows, live)
+        store_rows(at_head(acc, batch, head), total, rows, live, V_DIM, V_WIDTH)

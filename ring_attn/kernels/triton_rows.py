@@ -1,6 +1,6 @@
 """What the Triton kernels share: tensors as pointers with strides, rows of them, and which walked rows an own row meets.
 
-All offsets that reach a pointer are 64-bit. Head dims are padded to a power of two; the padding is loaded as 0 and never stored.
+All offsets that reach a pointer are 64-bit. Head dims are padded to a power of two; padding is loaded as 0 and never stored.
 """
 
 from __future__ import annotations
@@ -49,39 +49,47 @@ class Call:
 
 
 @triton.jit
-def row_pointers(x, batch, head, rows, WIDTH: tl.constexpr):
-    """Pointers [rows, WIDTH] to the rows of one batch row and head."""
-    base = x.ptr + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h
-    return base + rows.to(tl.int64)[:, None] * x.s + tl.arange(0, WIDTH)[None, :]
+def at_head(x, batch, head):
+    """The tensor of one batch row and head, as (pointer, stride over rows)."""
+    return x.ptr + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h, x.s
 
 
 @triton.jit
-def number_pointers(x, batch, head, rows):
-    """Pointers [rows] to the numbers of one batch row and head."""
-    return x.ptr + batch.to(tl.int64) * x.b + head.to(tl.int64) * x.h + rows.to(tl.int64) * x.s
+def row_pointers(at, rows, WIDTH: tl.constexpr):
+    """Pointers [rows, WIDTH] to rows of one batch row and head."""
+    return at[0] + rows.to(tl.int64)[:, None] * at[1] + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
 def row_mask(live, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Which of [rows, WIDTH] exist: the live rows, without the padding of the head dim."""
-    if DIM == WIDTH:
-        return live[:, None]
-    else:
-        return live[:, None] & (tl.arange(0, WIDTH) < DIM)[None, :]
+    mask = live[:, None]
+    if DIM != WIDTH:
+        mask = mask & (tl.arange(0, WIDTH) < DIM)[None, :]
+    return mask
 
 
 @triton.jit
-def load_rows(pointers, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows, WIDTH], 0 where not live and in the padding."""
-    return tl.load(pointers, mask=row_mask(live, DIM, WIDTH), other=0.0)
+def load_rows(at, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """[rows, WIDTH] of one batch row and head, 0 where not live and in the padding."""
+    return tl.load(row_pointers(at, rows, WIDTH), mask=row_mask(live, DIM, WIDTH), other=0.0)
 
 
 @triton.jit
-def add_rows(x, value, batch, head, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Adds value [rows, WIDTH] to the live rows. Only this program touches them, so the sum has one order."""
-    pointers = row_pointers(x, batch, head, rows, WIDTH)
-    mask = row_mask(live, DIM, WIDTH)
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + value, mask=mask)
+def store_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes value [rows, WIDTH] to the live rows, in their dtype."""
+    tl.store(row_pointers(at, rows, WIDTH), value.to(at[0].dtype.element_ty), mask=row_mask(live, DIM, WIDTH))
+
+
+@triton.jit
+def load_numbers(at, rows, live, other: tl.constexpr):
+    """[rows], `other` where not live."""
+    return tl.load(at[0] + rows.to(tl.int64) * at[1], mask=live, other=other)
+
+
+@triton.jit
+def store_numbers(at, value, rows, live):
+    tl.store(at[0] + rows.to(tl.int64) * at[1], value, mask=live)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +32,13 @@ from tests.support import (
 )
 
 pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1")
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU or TRITON_INTERPRET=1"),
+    # The interpreter's own: sizes as arrays of one element, and -inf - -inf in a branch of a `where` that is not taken.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value:RuntimeWarning"),
+]
 
 # Small blocks, and none alike, so that short sequences meet many of them.
 SMALL = TritonKernel(Configs(Config(16, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)))
@@ -75,23 +81,23 @@ def test_carried_over_three_visits(kind):
     check(split_tiles(band_tiles(kind, 37, 44), 3), *random_qkv(2, 37, 44, 2, 1, 16, seed=2))
 
 
-@pytest.mark.parametrize("h, g", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("h", "g"), [(4, 4), (4, 2), (6, 1)])
 def test_grouped_heads(h, g):
     check(cut(band_tiles("causal", 40, 40), 10), *random_qkv(1, 40, 40, h, g, 16, seed=3))
 
 
-@pytest.mark.parametrize("d, dv", [(80, 24), (1, 3), (17, 130), (64, 16), (200, 256)])
+@pytest.mark.parametrize(("d", "dv"), [(80, 24), (1, 3), (17, 130), (64, 16), (200, 256)])
 def test_head_dims(d, dv):
     check([band_tiles("window", 21, 35)], *random_qkv(1, 21, 35, 2, 1, d, dv, seed=4), scale=d**-0.5)
 
 
-@pytest.mark.parametrize("num_q, num_kv", [(1, 70), (70, 3), (130, 200)])
+@pytest.mark.parametrize(("num_q", "num_kv"), [(1, 70), (70, 3), (130, 200)])
 @pytest.mark.parametrize("kind", ["full", "window"])
 def test_odd_lengths_with_the_blocks_of_the_table(kind, num_q, num_kv):
     check([band_tiles(kind, num_q, num_kv)], *random_qkv(1, num_q, num_kv, 2, 1, 40, seed=5), kernel=TABLE)
 
 
-@pytest.mark.parametrize("num_q, num_kv", [(16, 32), (17, 33), (48, 64), (15, 31)])
+@pytest.mark.parametrize(("num_q", "num_kv"), [(16, 32), (17, 33), (48, 64), (15, 31)])
 def test_around_block_sizes(num_q, num_kv):
     for kind in ("full", "far window"):
         check([band_tiles(kind, num_q, num_kv)], *random_qkv(1, num_q, num_kv, 1, 1, 16, seed=6))
@@ -118,14 +124,17 @@ def test_strided_results():
     expected = truth(q.cpu(), k.cpu(), v.cpu(), dout.cpu(), visits, scale=0.2)
     assert rel_error(wide[:, 9:46].cpu(), expected["out"]) < FLOAT32_LIMIT
     assert rel_error(whole.rows(rows).lse.cpu(), expected["lse"]) < FLOAT32_LIMIT
-    assert (wide[:, :9] == 7).all() and (wide[:, 46:] == 7).all() and (whole.lse[..., :9] == -torch.inf).all()
+    assert (wide[:, :9] == 7).all()
+    assert (wide[:, 46:] == 7).all()
+    assert (whole.lse[..., :9] == -torch.inf).all()
     grads = [torch.ones(2, x.shape[1] + 10, *x.shape[2:], device=DEVICE) for x in (q, k, v)]
     up = Upstream(dout, wide[:, 9:46], whole.rows(rows).lse)
     for tile_list in visits:
         SMALL.backward(up, q, k, v, tile_list, scale=0.2, into=Grads(*(x[:, 4:-6] for x in grads)))
     for name, got in zip(("dq", "dk", "dv"), grads, strict=True):
         assert rel_error(got[:, 4:-6].cpu() - 1, expected[name]) < FLOAT32_LIMIT, name
-        assert (got[:, :4] == 1).all() and (got[:, -6:] == 1).all(), name
+        assert (got[:, :4] == 1).all(), name
+        assert (got[:, -6:] == 1).all(), name
 
 
 @pytest.mark.parametrize("visits", [1, 2])
@@ -138,12 +147,15 @@ def test_gradient_of_lse(visits):
 def test_rows_in_no_tile():
     """A tile over the middle of a few blocks: the other rows have output 0, lse -inf and no gradient."""
     middle = Tile(range(5, 29), range(7, 40), Band(None, 20), ((), ()))
-    q, k, v, dout = random_qkv(2, 37, 44, 2, 1, 16, seed=11)
+    q, k, v, dout = random_qkv(2, 37, 44, 2, 2, 16, seed=11)
     for visits in ([(middle,)], [(middle,), ()], [(), (middle,)], [(replace(middle, batch=1),)]):
         check(visits, q, k, v, dout)
     got = run_kernel(SMALL, *(x.to(DEVICE) for x in (q, k, v, dout)), [(middle,)], scale=0.2)
-    assert (got["out"][:, :5] == 0).all() and (got["out"][:, 29:] == 0).all()
-    assert (got["lse"][..., :5] == -torch.inf).all() and (got["dq"][:, 29:] == 0).all() and (got["dk"][:, 40:] == 0).all()
+    assert (got["out"][:, :5] == 0).all()
+    assert (got["out"][:, 29:] == 0).all()
+    assert (got["lse"][..., :5] == -torch.inf).all()
+    assert (got["dq"][:, 29:] == 0).all()
+    assert (got["dk"][:, 40:] == 0).all()
 
 
 @pytest.mark.parametrize("visits", [[()], [(), ()]])
@@ -184,7 +196,8 @@ def test_16_bit_errs_as_little_as_plain_torch(mask, dtype):
     visits = cut(tiles((range(n),), [(range(n),)], mask), 37)
     seen, scale = allowed(mask, n, 1), 0.125
     expected = truth(*inputs, visits, scale=scale)
-    got = run_kernel(SMALL, *(x.to(DEVICE) for x in inputs), visits, scale=scale)
+    medium = TritonKernel(Configs(Config(64, 32, 4, 1), Config(32, 64, 4, 1), Config(64, 32, 4, 1)))
+    got = run_kernel(medium, *(x.to(DEVICE) for x in inputs), visits, scale=scale)
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs[:3])
     out, _ = dense(q, k, v, seen, scale)
     plain = dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, (q, k, v), inputs[3])), strict=True))
@@ -194,8 +207,8 @@ def test_16_bit_errs_as_little_as_plain_torch(mask, dtype):
 
 
 def test_results_are_bitwise_repeatable():
-    inputs = [x.to(DEVICE) for x in random_qkv(2, 37, 44, 4, 2, 16, seed=15)]
-    first, second = (run_kernel(SMALL, *inputs, [band_tiles("many", 37, 44)], scale=0.2) for _ in range(2))
+    inputs = [x.to(DEVICE) for x in random_qkv(1, 37, 44, 2, 1, 16, seed=15)]
+    first, second = (run_kernel(SMALL, *inputs, [band_tiles("causal", 37, 44)], scale=0.2) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -204,7 +217,9 @@ def test_16_bit_output_of_a_single_visit_is_its_partial():
     q, k, v, _ = (x.to(DEVICE) for x in random_qkv(1, 20, 20, 2, 2, 16, dtype=torch.float16))
     out = torch.empty_like(q)
     partial = SMALL.forward(q, k, v, band_tiles("full", 20, 20), scale=0.2, out=out)
-    assert partial.acc is out and partial.m is partial.lse and partial.lse.dtype == torch.float32
+    assert partial.acc is out
+    assert partial.m is partial.lse
+    assert partial.lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", BAND_KINDS)
@@ -246,7 +261,8 @@ def test_tables_are_made_once_for_a_tuple_of_tiles():
     assert query_table(tile_list, q, 16) is not query_table(tile_list, q, 32)
     assert query_table(tile_list, q, 16) is not kv_table(tile_list, q, 16)
     # A list may change between visits, so it is never recognised.
-    assert query_table([], q, 16).busy == 0 and query_table(list(tile_list), q, 16).busy == 3
+    assert query_table([], q, 16).busy == 0
+    assert query_table(list(tile_list), q, 16).busy == 3
 
 
 def problem(**changed):
@@ -255,7 +271,7 @@ def problem(**changed):
 
 
 @pytest.mark.parametrize(
-    "changed, reason",
+    ("changed", "reason"),
     [
         ({"dtype": torch.float64}, "float16, bfloat16 and float32, not torch.float64"),
         ({"score": object()}, "score modifiers"),
@@ -287,7 +303,9 @@ def test_imports_and_refuses_without_triton():
         "from ring_attn.kernels import Problem, get_kernel\n"
         "print(get_kernel('triton').supports(Problem('forward', 'cuda', torch.float16, 1, 1, 64, 64)))"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     assert run.stdout.strip() == "triton is not installed"
 
 

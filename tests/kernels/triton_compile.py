@@ -1,7 +1,8 @@
 """Compiles the launches of the Triton kernel for a CUDA architecture without a GPU, and prints what each one takes as JSON.
 
-Run in a process without TRITON_INTERPRET: `python -m tests.kernels.triton_compile bfloat16:128:large ...`, each argument a dtype, a
-head dim and a device size. The launches come from the same functions as the real ones, through Triton's own specialisation.
+Run in a process without TRITON_INTERPRET: `python -m tests.kernels.triton_compile bfloat16:128:large ...`, each argument a
+dtype, a head dim and a device size, and after a further colon, if wanted, one launch: `forward last`, `dkdv` or another name in
+`calls`. The launches come from the same functions as the real ones, through Triton's own specialisation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -83,16 +84,20 @@ def forward_calls(q, k, partial, plan, config) -> Iterator[tuple[str, Call]]:
 
     table = query_table(plan, q, config.forward.own)
     for name, carried, out in (("first", None, None), ("only", None, q), ("middle", partial, None), ("last", partial, q)):
-        yield f"forward {name}", forward_call(q, k, k, table, config.forward, scale=0.1, carried=carried, target=partial, out=out)
+        yield (
+            f"forward {name}",
+            forward_call(q, k, k, table, config.forward, scale=0.1, carried=carried, target=partial, out=out),
+        )
 
 
 def main(requests: list[str]) -> None:
     for request in requests:
-        name, head_dim, size = request.split(":")
+        name, head_dim, size, *wanted = request.split(":")
         dtype = getattr(torch, name)
         for launch, call in calls(dtype, int(head_dim), configs(dtype, int(head_dim), int(head_dim), size)):
-            taken = resources(call, CAPABILITY[size])
-            print(json.dumps({"request": request, "launch": launch} | taken.__dict__), flush=True)
+            if not wanted or launch in wanted:
+                taken = {"request": f"{name}:{head_dim}:{size}:{launch}"} | asdict(resources(call, CAPABILITY[size]))
+                print(json.dumps(taken), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Every launch configuration compiles for its architecture, fits its shared memory and keeps to its spills. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+SHARED = {"large": 227 * 1024, "small": 99 * 1024}
+# "last" reads the carried accumulator as well as normalising: no other forward takes more.
+LAUNCHES = ("forward last", "dkdv", "dq")
+KINDS = ("bfloat16", "large"), ("bfloat16", "small"), ("float32", "small")
+REQUESTS = [f"{dtype}:{d}:{size}:{launch}" for (dtype, size), d, launch in product(KINDS, (64, 128, 256), LAUNCHES)]
+
+# Bytes. The 16-bit ones lie before and after the inner loop, where they cost next to nothing; the last one is known to be slow.
+SPILLS = {
+    "bfloat16:128:large:dkdv": 400,
+    "bfloat16:256:large:dkdv": 400,
+    "bfloat16:256:large:forward last": 1200,
+    "float32:256:small:dq": 700,
+}
+SPILLS_OTHERWISE = 64
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict]:
+    """What each request takes; two processes share the work, without the interpreter that the other tests turn on."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.triton_compile"]
+    runs = [
+        subprocess.Popen(
+            [*command, *part], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for part in (REQUESTS[::2], REQUESTS[1::2])
+    ]
+    lines = []
+    for run in runs:
+        output, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+        lines += output.splitlines()
+    return {taken["request"]: taken for taken in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_fits(compiled, request_name):
+    taken = compiled[request_name]
+    size = request_name.split(":")[2]
+    assert taken["shared"] <= SHARED[size], taken
+    assert taken["spills"] <= SPILLS.get(request_name, SPILLS_OTHERWISE), taken
+    assert not taken["serialized"], taken
