@@ -1,12 +1,12 @@
 """Exact attention over a sharded sequence: the one file where geometry, kernels and wires meet.
 
 Note [final lse]: with the final out and lse of a row, the gradient of a part of its keys needs nothing from the other parts:
-p = exp(s - lse), ds = p * (dp - delta), delta = rowsum(dout * out) - dlse. So backward visits add up in any order, and a single-
-device flash backward serves a ring (Liu et al., arXiv 2310.01889; Dao et al., arXiv 2205.14135).
+p = exp(s - lse), ds = p * (dp - delta), delta = rowsum(dout * out) - dlse. So backward visits add up in any order, and a
+single- device flash backward serves a ring (Liu et al., arXiv 2310.01889; Dao et al., arXiv 2205.14135).
 
-Note [call]: forward and backward are one custom op each, which `torch.compile` and activation checkpointing see as one node. Ops
-take tensors and strings, so what else a call needs is a `Call`, handed over by name. An eager graph keeps its calls alive; a
-compiled one holds only the name, so calls named while compiling are kept for good.
+Note [call]: forward and backward are one custom op each, which `torch.compile` and activation checkpointing see as one node.
+Ops take tensors and strings, so what else a call needs is a `Call`, handed over by name. An eager graph keeps its calls alive;
+a compiled one holds only the name, so calls named while compiling are kept for good.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention output [b, s, h, dv] of this process's query rows over the keys of all ranks, in q's dtype.
 
-    q [b, s, h, d], k [b, s, g, d], v [b, s, g, dv]: the rows this process hosts, sharded as `ring.shard` does; h a multiple of g,
-    and query head i reads KV head i // (h // g). `mask` holds in global positions. `softmax_scale` defaults to d ** -0.5. With
-    `return_lse`, also lse [b, h, s] (natural log; fp32, float64 for float64 inputs), differentiable. A row that sees no key has
-    output 0, lse -inf and zero gradients. Every process of the ring must make the same calls in the same order. Under torch.compile,
-    make masks outside the compiled function.
+    q [b, s, h, d], k [b, s, g, d], v [b, s, g, dv]: the rows this process hosts, sharded as `ring.shard` does; h a multiple of
+    g, and query head i reads KV head i // (h // g). `mask` holds in global positions. `softmax_scale` defaults to d ** -0.5.
+    With `return_lse`, also lse [b, h, s] (natural log; fp32, float64 for float64 inputs), differentiable. A row that sees no
+    key has output 0, lse -inf and zero gradients. Every process of the ring must make the same calls in the same order. Under
+    torch.compile, make masks outside the compiled function.
 
-    Raises ValueError for shapes, dtypes, devices or masks that do not fit, KernelUnavailable (a ValueError) where a kernel asked
-    for by name cannot do it, RuntimeError where a transfer failed.
+    Raises ValueError for shapes, dtypes, devices or masks that do not fit, KernelUnavailable (a ValueError) where a kernel
+    asked for by name cannot do it, RuntimeError where a transfer failed.
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
@@ -249,7 +249,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
             f"shard all three with the same ring"
         )
     if k.shape[3] != d or v.shape[2] != g:
-        raise ValueError(f"k must share q's head_dim and v must share k's heads, got k {tuple(k.shape)}, q head_dim {d}, v {tuple(v.shape)}")
+        raise ValueError(
+            f"k must share q's head_dim and v must share k's heads, got k {tuple(k.shape)}, q head_dim {d}, v {tuple(v.shape)}"
+        )
     if min(b, s, h, g, d, v.shape[3]) < 1:
         raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if h % g:

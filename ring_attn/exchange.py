@@ -1,8 +1,8 @@
 """In which order a rank meets each KV shard, and how dK and dV get home.
 
-An exchange answers three questions: whom each rank `meets` at each step (pure integers, so every rank knows every other's plan),
-how KV travels on a `tour` over the steps that are needed, and how gradients go `homeward` to the rank that owns the keys.
-Attention knows none of this; it walks the visits.
+An exchange answers three questions: whom each rank `meets` at each step (pure integers, so every rank knows every other's
+plan), how KV travels on a `tour` over the steps that are needed, and how gradients go `homeward` to the rank that owns the
+keys. Attention knows none of this; it walks the visits.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _ends_from_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _ends_from_cu_seqlens(cu_seqlens: tuple[int, ...]) -> tuple[int, ...]:
-    rising = all(a <= b for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    rising = all(a <= b for a, b in pairwise(cu_seqlens))
     if not cu_seqlens or cu_seqlens[0] != 0 or not rising:
         raise ValueError(f"cu_seqlens must start at 0 and never fall, got {list(cu_seqlens)}")
     return cu_seqlens[1:]

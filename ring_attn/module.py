@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from ring_attn.attention import ring_attention
 from ring_attn.mask import Causal, Mask
 from ring_attn.ring import Ring
+from ring_attn.typed import typed
 
 
 class RingSelfAttention(nn.Module):
     """Grouped-head self-attention with rotary embeddings by global position, for LLM blocks.
 
-    `ring=None` attends over the local sequence alone, as on one device. Weights are those of four linear layers (q_proj, k_proj,
-    v_proj, o_proj) and load the same with or without a ring. `head_dim` defaults to dim // num_heads, `num_kv_heads` to
+    `ring=None` attends over the local sequence alone, as on one device. Weights are those of four linear layers (q_proj,
+    k_proj, v_proj, o_proj) and load the same with or without a ring. `head_dim` defaults to dim // num_heads, `num_kv_heads` to
     num_heads. `rope_theta=None` leaves rotary out.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -49,7 +51,9 @@ class RingSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
         """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` holds in global positions."""
-        q, k, v = (rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.rope_theta is not None:
             seq_len = x.shape[1] // len(self.ring.hosted) * self.ring.size
             cos, sin = rotary_angles(self.ring.positions(seq_len, x.device), self.head_dim, self.rope_theta)
@@ -59,7 +63,7 @@ class RingSelfAttention(nn.Module):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin [s, head_dim / 2] in float64 of rotary position embeddings (Su et al., arXiv 2104.09864) for int positions [s]."""
+    """cos and sin [s, head_dim / 2], float64, of rotary embeddings (Su et al., arXiv 2104.09864) for int positions [s]."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
     angles = positions.to(torch.float64).unsqueeze(-1) * theta**-exponent
     return angles.cos(), angles.sin()

@@ -2,8 +2,8 @@
 
 Note [partial]: for the keys met so far with scores s_j, `m` is any baseline, `acc = sum_j exp(s_j - m) v_j` and
 `lse = log sum_j exp(s_j)`, so `out = acc * exp(m - lse)`. A kernel that returns a normalised output is the case m = lse.
-Merging is associative and commutative up to rounding; the identity is acc = 0, m = lse = -inf. The mathematics is online softmax
-(Milakov and Gimelshein, arXiv 1805.02867) as flash attention uses it (Dao et al., arXiv 2205.14135).
+Merging is associative and commutative up to rounding; the identity is acc = 0, m = lse = -inf. The mathematics is online
+softmax (Milakov and Gimelshein, arXiv 1805.02867) as flash attention uses it (Dao et al., arXiv 2205.14135).
 """
 
 from __future__ import annotations

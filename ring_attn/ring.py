@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import zlib
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from ring_attn import sharding
 from ring_attn.comm.local import LocalTransport
+from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, split_group
 from ring_attn.comm.transport import Transport
 from ring_attn.exchange import EXCHANGES, Exchange
 from ring_attn.kernels import KERNEL_NAMES
 from ring_attn.layout import LAYOUTS, Layout
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+from ring_attn.typed import typed
 
 logger = logging.getLogger("ring_attn")
 
@@ -36,6 +35,7 @@ class Ring:
         self._agreed: dict[tuple, None] = {}
 
     @classmethod
+    @typed
     def simulated(
         cls, ring_size: int, layout: str = "zigzag", *, exchange: str = "auto", kernel: str = "auto", hostile: bool = False
     ) -> Ring:
@@ -46,9 +46,10 @@ class Ring:
         return cls(LocalTransport(ring_size, hostile=hostile), layout=layout, exchange=exchange, kernel=kernel)
 
     @classmethod
+    @typed
     def from_group(
         cls,
-        group: dist.ProcessGroup | None = None,
+        group: ProcessGroup | None = None,
         layout: str = "zigzag",
         *,
         exchange: str = "auto",
@@ -56,23 +57,25 @@ class Ring:
         ring_size: int | None = None,
         ranks_per_process: int = 1,
     ) -> Ring:
-        """A ring over a torch.distributed group (None: the default group), one rank a process unless `ranks_per_process` says more.
+        """A ring over a torch.distributed group (None: the default group), one rank a process unless `ranks_per_process` says
+        more.
 
-        `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group must
-        then call this. Raises ValueError where the ring is larger than the group or does not divide it.
+        `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group
+        must then call this. Raises ValueError where the ring is larger than the group or does not divide it.
         """
-        from ring_attn.comm.process_group import ProcessGroupTransport, split_group
-
         if ring_size is not None:
             group = split_group(group, ring_size, ranks_per_process)
         transport = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
         return cls(transport, layout=layout, exchange=exchange, kernel=kernel)
 
     @classmethod
+    @typed
     def from_mesh(cls, mesh: DeviceMesh, layout: str = "zigzag", *, exchange: str = "auto", kernel: str = "auto") -> Ring:
         """A ring over a one-axis DeviceMesh, such as `mesh["cp"]`. A two-axis (ulysses, ring) mesh is not implemented yet."""
         if mesh.ndim != 1:
-            raise NotImplementedError(f"a mesh of {mesh.ndim} axes needs Ulysses beside the ring, which is not there yet; pass mesh['cp']")
+            raise NotImplementedError(
+                f"a mesh of {mesh.ndim} axes needs Ulysses beside the ring, which is not there yet; pass mesh['cp']"
+            )
         return cls.from_group(mesh.get_group(), layout, exchange=exchange, kernel=kernel)
 
     @property
@@ -98,21 +101,24 @@ class Ring:
         """The layout of a sequence. Raises ValueError where it does not divide."""
         return self.layout_class(seq_len, self.size)
 
+    @typed
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The rows of a whole `x` along `dim` that this process hosts. Differentiable; every process gets the whole gradient."""
+        """Rows of a whole `x` along `dim` that this process hosts. Differentiable: every process gets all of the gradient."""
         return sharding.shard(x, self.layout(x.shape[dim]), self.transport, dim)
 
+    @typed
     def unshard(self, x: Tensor, dim: int = 1, *, grad: str = "replicated") -> Tensor:
         """The whole tensor, in global order and on every process, from hosted rows: the inverse of `shard`. Differentiable.
 
-        grad="replicated": every process computes the same from the result, so this process's rows of its gradient are the answer;
-        "partial": each goes on differently and losses add up, so gradients are summed over the processes.
+        grad="replicated": every process computes the same from the result, so this process's rows of its gradient are the
+        answer; "partial": each goes on differently and losses add up, so gradients are summed over the processes.
         """
         if x.shape[dim] % len(self.hosted):
             raise ValueError(f"{x.shape[dim]} rows cannot be the equal shards of {len(self.hosted)} hosted ranks")
         seq_len = x.shape[dim] // len(self.hosted) * self.size
         return sharding.unshard(x, self.layout(seq_len), self.transport, dim, grad)
 
+    @typed
     def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
         """Global positions of the hosted rows, int64 [rows]: for rotary embeddings and the like."""
         return sharding.positions(self.layout(seq_len), self.hosted, device)
@@ -124,8 +130,8 @@ class Ring:
     def agree(self, signature: tuple, device: torch.device) -> None:
         """Raises ValueError on every rank where ranks differ in what they are about to do.
 
-        `signature`: three shapes, then anything with a telling repr. One small all-gather, the first time a signature is seen; a
-        ring in one process has nobody to ask. Every rank forgets the oldest signatures at the same point.
+        `signature`: three shapes, then anything with a telling repr. One small all-gather, the first time a signature is seen;
+        a ring in one process has nobody to ask. Every rank forgets the oldest signatures at the same point.
         """
         if len(self.hosted) < self.size:
             shapes, rest = signature[:3], signature[3:]
@@ -135,18 +141,17 @@ class Ring:
             rows = [row.tolist() for row in everyone]
             if any(row != rows[0] for row in rows):
                 raise ValueError(
-                    "every rank must call with the same shapes, dtype, mask and scale, but q, k, v shapes (then checksums of dtype "
-                    f"and device, mask, score, scale) are, by rank: {_table(rows)}; shard with ring.shard, pad with ring_attn.pad_to"
+                    "every rank must call with the same shapes, dtype, mask and scale, but q, k, v shapes (then checksums of "
+                    f"dtype and device, mask, score, scale) are, by rank: {_table(rows)}; "
+                    "shard with ring.shard, pad with ring_attn.pad_to"
                 )
         self._agreed[signature] = None
         if len(self._agreed) > 4096:
             del self._agreed[next(iter(self._agreed))]
 
-    def sum_over_processes(self, x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    def sum_over_processes(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """`x` summed over the processes of the ring, or of `group`, without gradient."""
         if group is not None:
-            from ring_attn.comm.process_group import all_reduce_sum
-
             return all_reduce_sum(x, group)
         if len(self.hosted) == self.size:
             return x
@@ -154,7 +159,8 @@ class Ring:
         return torch.stack(self.transport.all_gather(shards, what="sum over processes").wait()).sum(0)
 
     def __repr__(self) -> str:
-        return f"Ring(size={self.size}, hosted={self.hosted}, layout={self.layout_name}, exchange={self.exchange.name}, kernel={self.kernel})"
+        choices = f"layout={self.layout_name}, exchange={self.exchange.name}, kernel={self.kernel}"
+        return f"Ring(size={self.size}, hosted={self.hosted}, {choices})"
 
 
 def _text(part: object) -> bytes:

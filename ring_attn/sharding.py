@@ -1,8 +1,8 @@
 """A sequence cut into shards and put together again, labels shifted before the cut, padding, and the loss over all ranks.
 
-Note [one program]: `shard` and `unshard` follow the view that all processes of a ring run one program on one global tensor. So the
-gradient of `shard` is the whole gradient on every process, and the gradient of `unshard` is this process's rows of a gradient
-that every process computes alike. Where each process goes on differently with the whole tensor, say grad="partial".
+Note [one program]: `shard` and `unshard` follow the view that all processes of a ring run one program on one global tensor. So
+the gradient of `shard` is the whole gradient on every process, and the gradient of `unshard` is this process's rows of a
+gradient that every process computes alike. Where each process goes on differently with the whole tensor, say grad="partial".
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ring_attn.comm.transport import Transport
 from ring_attn.layout import Layout
+from ring_attn.typed import typed
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
@@ -82,6 +83,7 @@ def _scatter_sum(x: Tensor, layout: Layout, transport: Transport, dim: int) -> T
     return torch.cat(transport.reduce_scatter(parts, what="unshard backward").wait(), dim)
 
 
+@typed
 def shift_labels(tokens: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Next-token labels of whole sequences tokens [..., t]: labels[i] = tokens[i + 1], the last one `ignore_index`.
 
@@ -91,6 +93,7 @@ def shift_labels(tokens: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     return torch.cat([tokens[..., 1:], last], -1)
 
 
+@typed
 def pad_to(x: Tensor, multiple: int, *, dim: int = 1, value: float = 0) -> Tensor:
     """`x` with `value` appended along `dim` up to the next multiple of `multiple`; `ring.shard_multiple` is the one to use.
 
@@ -110,12 +113,14 @@ def global_token_loss(
     """Mean cross-entropy over the valid tokens of all ranks, the same scalar on every rank, in nats.
 
     logits [..., vocabulary] and labels [...] (int64, already shifted) are the rows this process hosts; labels equal to
-    `ignore_index` do not count. `group`: the process group to sum over where data-parallel ranks stand beside the ring (None: the
-    ring alone). Each process's gradient is its own share: parameter gradients *summed* over all processes are those of the
+    `ignore_index` do not count. `group`: the process group to sum over where data-parallel ranks stand beside the ring (None:
+    the ring alone). Each process's gradient is its own share: parameter gradients *summed* over all processes are those of the
     unsharded run, so scale the loss by the number of processes under DDP, which averages. 0 where no token is valid anywhere.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"labels {tuple(labels.shape)} must have the shape of logits without the vocabulary, {tuple(logits.shape)}")
+        raise ValueError(
+            f"labels {tuple(labels.shape)} must have the shape of logits without the vocabulary, {tuple(logits.shape)}"
+        )
     flat = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     local = F.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
     valid = (labels != ignore_index).sum()

@@ -213,8 +213,7 @@ def _coalesce(found: list[Tile], queries: list[_Piece], keys: list[_Piece]) -> l
                 tile, at = union, len(merged) - 1
         merged.append(tile)
     return [
-        Tile(t.q_rows, t.kv_rows, t.band, (_positions(queries, t.q_rows), _positions(keys, t.kv_rows)), t.batch)
-        for t in merged
+        Tile(t.q_rows, t.kv_rows, t.band, (_positions(queries, t.q_rows), _positions(keys, t.kv_rows)), t.batch) for t in merged
     ]
 
 

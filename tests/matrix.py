@@ -57,7 +57,7 @@ def cases(**fixed) -> list[Case]:
 
 
 def errors(case: Case, ring: ra.Ring, device="cpu") -> dict[str, float]:
-    """Relative errors of out, lse, dq, dk, dv on the rows this process hosts, each rank's rows on their own; the worst rank's."""
+    """Relative errors of out, lse, dq, dk, dv: the worst of the ranks this process hosts, each on its own rows."""
     t = case.seq_len(ring.size)
     (h, g), (d, dv) = case.heads, case.head_dims
     q, k, v, dout = random_qkv(2, t, t, h, g, d, dv, dtype=torch.float64, seed=case.seed)
@@ -74,7 +74,10 @@ def errors(case: Case, ring: ra.Ring, device="cpu") -> dict[str, float]:
     got_grads = torch.autograd.grad(got, local, up)
     want = [ring.shard(out), ring.shard(lse, 2), *(ring.shard(x) for x in grads)]
     names = ("out", "lse", "dq", "dk", "dv")
-    return {name: _worst(x.cpu(), ref, ring, dim) for name, x, ref, dim in zip(names, (*got, *got_grads), want, (1, 2, 1, 1, 1), strict=True)}
+    return {
+        name: _worst(x.cpu(), ref, ring, dim)
+        for name, x, ref, dim in zip(names, (*got, *got_grads), want, (1, 2, 1, 1, 1), strict=True)
+    }
 
 
 def check(case: Case, ring: ra.Ring, device="cpu") -> None:

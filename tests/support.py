@@ -141,7 +141,16 @@ def poison_memory(device: str = "cpu") -> None:
 
 
 def run_kernel(
-    kernel: Kernel, q, k, v, dout, tile_lists: Sequence[tuple[Tile, ...]], *, scale: float, dlse=None, backward: Kernel | None = None
+    kernel: Kernel,
+    q,
+    k,
+    v,
+    dout,
+    tile_lists: Sequence[tuple[Tile, ...]],
+    *,
+    scale: float,
+    dlse=None,
+    backward: Kernel | None = None,
 ) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv of a kernel that makes one visit per tile list, carrying on from visit to visit."""
     poison_memory(q.device.type)

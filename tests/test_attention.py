@@ -43,7 +43,9 @@ def test_lower_dtypes_stay_as_close_as_plain_pytorch(dtype):
     truth = gradients(lambda *x: dense(*x, seen, 0.25)[0], [x.double() for x in (q, k, v)], dout.double())
     plain = gradients(lambda *x: dense(*x, seen, 0.25)[0], (q, k, v), dout)
     ring = ra.Ring.simulated(3, "zigzag", hostile=True)
-    got = gradients(lambda *x: ring.unshard(ra.ring_attention(*(ring.shard(y) for y in x), ring=ring, softmax_scale=0.25)), (q, k, v), dout)
+    got = gradients(
+        lambda *x: ring.unshard(ra.ring_attention(*(ring.shard(y) for y in x), ring=ring, softmax_scale=0.25)), (q, k, v), dout
+    )
     for n, (x, ref, other) in enumerate(zip(got, truth, plain, strict=True)):
         assert x.dtype == dtype
         factor = 2 if n == 0 else 3
@@ -113,19 +115,37 @@ def broken(**change):
     ("change", "message"),
     [
         ({"q": lambda q: q[0]}, r"q must be \[batch, rows, heads, head_dim\], got shape \(8, 4, 4\)"),
-        ({"q": lambda q: q.float()}, r"q, k and v must share one dtype, got torch.float32, torch.float64, torch.float64; cast them"),
+        (
+            {"q": lambda q: q.float()},
+            r"q, k and v must share one dtype, got torch.float32, torch.float64, torch.float64; cast them",
+        ),
         ({"v": lambda v: v.to("meta")}, r"must be on one device, got cpu, cpu, meta"),
         ({"q": lambda q: q[:, :, :3]}, r"num_heads 3 must be a multiple of num_kv_heads 2"),
-        ({"k": lambda k: k[:, :6], "v": lambda v: v[:, :6]}, r"must have the same batch and rows.*shard all three with the same ring"),
+        (
+            {"k": lambda k: k[:, :6], "v": lambda v: v[:, :6]},
+            r"must have the same batch and rows.*shard all three with the same ring",
+        ),
         ({"k": lambda k: k[..., :3]}, r"k must share q's head_dim"),
         ({"v": lambda v: v[:, :, :1]}, r"v must share k's heads"),
-        ({"q": lambda q: q.long(), "k": lambda k: k.long(), "v": lambda v: v.long()}, r"q must have a floating dtype, got torch.int64"),
+        (
+            {"q": lambda q: q.long(), "k": lambda k: k.long(), "v": lambda v: v.long()},
+            r"q must have a floating dtype, got torch.int64",
+        ),
         ({"q": lambda x: x[:, :0], "k": lambda x: x[:, :0], "v": lambda x: x[:, :0]}, r"every dimension must be at least 1"),
-        ({"q": lambda x: x[:, :6], "k": lambda x: x[:, :6], "v": lambda x: x[:, :6]}, r"seq_len 6 must be a multiple of 2 \* ring_size = 4"),
-        ({"q": lambda x: x[:, :7], "k": lambda x: x[:, :7], "v": lambda x: x[:, :7]}, r"7 rows cannot be the equal shards of 2 hosted ranks"),
+        (
+            {"q": lambda x: x[:, :6], "k": lambda x: x[:, :6], "v": lambda x: x[:, :6]},
+            r"seq_len 6 must be a multiple of 2 \* ring_size = 4",
+        ),
+        (
+            {"q": lambda x: x[:, :7], "k": lambda x: x[:, :7], "v": lambda x: x[:, :7]},
+            r"7 rows cannot be the equal shards of 2 hosted ranks",
+        ),
         ({"mask": ra.Documents(lengths=[3, 4])}, r"the documents add up to 7 positions, but seq_len is 8"),
         ({"mask": ra.KeyPadding([1, 2, 3])}, r"given for 3 batch rows, but the batch is 1"),
-        ({"ring": ra.Ring.simulated(2, kernel="flash2")}, r"kernel 'flash2' cannot do this forward: .*kernel='auto' picks one that can"),
+        (
+            {"ring": ra.Ring.simulated(2, kernel="flash2")},
+            r"kernel 'flash2' cannot do this forward: .*kernel='auto' picks one that can",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -157,5 +177,21 @@ def test_a_ring_of_what_there_is(options, message):
 
 
 def test_a_ring_of_processes_wants_a_process_group():
-    with pytest.raises(RuntimeError, match="call torch.distributed.init_process_group first"):
+    with pytest.raises(RuntimeError, match=r"call torch.distributed.init_process_group first"):
         ra.Ring.from_group(None)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ra.Ring.simulated("4"),
+        lambda: ra.Ring.simulated(4, layout=7),
+        lambda: ra.Ring.from_group("default"),
+        lambda: ra.Ring.simulated(4).shard([1, 2, 3, 4]),
+        lambda: ra.pad_to(torch.zeros(1, 3), "4"),
+        lambda: ra.RingSelfAttention(8, 2, ring="ring"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(call):
+    with pytest.raises(TypeError, match=r"parameter \w+="):
+        call()

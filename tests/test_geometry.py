@@ -91,7 +91,7 @@ def test_shards_partition_the_sequence(layout_class):
 
 
 def test_known_zigzag_schedule():
-    """Own step: plain causal. From an earlier rank: all queries x its front half. From a later one: back half x all its keys."""
+    """Own step: plain causal. From an earlier rank: all queries x its front half. From a later one: back half x all keys."""
     layout, half = Zigzag(64, 4), 8
     for rank in range(4):
         for source in range(4):
@@ -154,7 +154,10 @@ def test_many_documents_stay_linear():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Zigzag(20, 4), r"seq_len 20 must be a multiple of 2 \* ring_size = 8 for the zigzag layout; pad with ring_attn.pad_to"),
+        (
+            lambda: Zigzag(20, 4),
+            r"seq_len 20 must be a multiple of 2 \* ring_size = 8 for the zigzag layout; pad with ring_attn.pad_to",
+        ),
         (lambda: Striped(10, 4), r"seq_len 10 must be a multiple of ring_size = 4 for the striped layout"),
         (lambda: Contiguous(10, 0), r"ring_size must be at least 1, got 0"),
         (lambda: Contiguous(8, 4).shard(4), r"rank 4 is not in a ring of 4"),

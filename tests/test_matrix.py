@@ -11,6 +11,10 @@ def test_simulated(case: Case, ring_size: int):
     check(case, simulated(case, ring_size))
 
 
-@pytest.mark.parametrize("case", cases(kernel="auto", head_dims=(6, 6), heads=(4, 2)), ids=lambda c: f"{c.layout}-{c.exchange}-{c.mask}".replace(" ", "_"))
+@pytest.mark.parametrize(
+    "case",
+    cases(kernel="auto", head_dims=(6, 6), heads=(4, 2)),
+    ids=lambda c: f"{c.layout}-{c.exchange}-{c.mask}".replace(" ", "_"),
+)
 def test_the_kernel_auto_picks(case: Case):
     check(case, simulated(case, 4))

@@ -64,7 +64,12 @@ def test_merge_in_place_writes_only_the_rows_it_is_given():
 
 @pytest.mark.parametrize(
     ("dtype", "accumulator"),
-    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
 )
 def test_dtypes(dtype, accumulator):
     assert accumulator_dtype(dtype) == accumulator

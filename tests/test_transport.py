@@ -30,7 +30,11 @@ def conform(transport, device="cpu"):
         assert all(torch.equal(x, payload(r, dtype=dtype)) for r, x in enumerate(got)) and len(got) == size
         parts = [[payload(r, salt=to, dtype=dtype) for to in range(size)] for r in hosted]
         got = transport.all_to_all(parts).wait()
-        assert all(torch.equal(x, payload(src, salt=r, dtype=dtype)) for r, row in zip(hosted, got, strict=True) for src, x in enumerate(row))
+        assert all(
+            torch.equal(x, payload(src, salt=r, dtype=dtype))
+            for r, row in zip(hosted, got, strict=True)
+            for src, x in enumerate(row)
+        )
         if dtype in (torch.float64, torch.float32):
             parts = [[payload(r, salt=to, dtype=dtype) for to in range(size)] for r in hosted]
             got = transport.reduce_scatter(parts).wait()
@@ -53,7 +57,7 @@ def misuse(transport, payload):
     pending.wait()
     with pytest.raises(RuntimeError, match="waited for exactly once"):
         pending.wait()
-    with pytest.raises(ValueError, match="payloads for .* hosted ranks; give one a hosted rank"):
+    with pytest.raises(ValueError, match=r"payloads for .* hosted ranks; give one a hosted rank"):
         transport.shift([payload(0)] * (len(transport.hosted) + 1))
     with pytest.raises(ValueError, match="payloads must be contiguous"):
         transport.all_gather([payload(r).t() for r in transport.hosted])

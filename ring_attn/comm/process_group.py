@@ -47,7 +47,9 @@ class ProcessGroupTransport:
                 received.append(shards[source - self.hosted[0]])
             else:
                 received.append(torch.empty_like(shards[i]))
-                ops.append((source, dist.P2POp(dist.irecv, received[i], self._global(source), self.group, self._tag_of(source))))
+                ops.append(
+                    (source, dist.P2POp(dist.irecv, received[i], self._global(source), self.group, self._tag_of(source)))
+                )
                 peers["from"].append(source)
             if target not in self.hosted:
                 ops.append((rank, dist.P2POp(dist.isend, shards[i], self._global(target), self.group, self._tag_of(rank))))

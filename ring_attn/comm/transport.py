@@ -5,7 +5,8 @@ loops above are the same for both. A payload is one contiguous tensor a hosted r
 
 Contract. Every process calls the same operations in the same order with the same offsets. What is sent belongs to the transport
 from the call until `wait()` has returned, and its content is undefined afterwards (it may serve as the next receive buffer).
-What is received may be read only after `wait()`. No operation synchronises the host with a device or holds all ranks at a barrier.
+What is received may be read only after `wait()`. No operation synchronises the host with a device or holds all ranks at a
+barrier.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Upstream:
-    """What a backward gets: `dout`, final `out` [b, s, h, dv], final `lse` [b, h, s] and the gradient `dlse` of lse, or None."""
+    """What a backward gets: `dout`, final `out` [b, s, h, dv], final `lse` [b, h, s], and the gradient `dlse` of it or None."""
 
     dout: Tensor
     out: Tensor
@@ -71,7 +71,8 @@ class Kernel(Protocol):
     """The local attention of one visit.
 
     q [b, s, h, d], k [b, skv, g, d], v [b, skv, g, dv] share dtype and device, have unit stride in the last dimension and any
-    other strides; h is a multiple of g, and query head i reads KV head i // (h // g). `tiles` are disjoint, so a cell counts once.
+    other strides; h is a multiple of g, and query head i reads KV head i // (h // g). `tiles` are disjoint, so a cell counts
+    once.
     """
 
     name: str
@@ -153,7 +154,9 @@ def resolve(name: str, problem: Problem) -> Kernel:
         kernel = get_kernel(name)
         reason = kernel.supports(problem)
         if reason is not None:
-            raise KernelUnavailable(f"kernel {name!r} cannot do this {problem.direction}: {reason}; kernel='auto' picks one that can")
+            raise KernelUnavailable(
+                f"kernel {name!r} cannot do this {problem.direction}: {reason}; kernel='auto' picks one that can"
+            )
         return kernel
     refused = []
     for candidate in _AUTO.get((problem.device, problem.direction), ("reference",)):

@@ -51,9 +51,7 @@ def refusal(
     if problem.score is not None:
         return f"it has no score modifiers, such as {problem.score}"
     if problem.direction == "backward" and problem.lse_grad:
-        return (
-            "its backward recomputes delta from out and dout: no gradient through lse enters; triton and reference take one"
-        )
+        return "its backward recomputes delta from out and dout: no gradient through lse enters; triton and reference take one"
     return None
 
 

@@ -22,7 +22,9 @@ def run_processes(body: Callable, num_processes: int, *args, timeout_s: float = 
     """
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "pytest", "ring_attn", "tests.matrix"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_main, (body, num_processes, folder, timeout_s, args), nprocs=num_processes, start_method="forkserver")
+        mp.start_processes(
+            _main, (body, num_processes, folder, timeout_s, args), nprocs=num_processes, start_method="forkserver"
+        )
 
 
 def _main(rank: int, body: Callable, num_processes: int, folder: str, timeout_s: float, args: tuple) -> None:

@@ -18,7 +18,9 @@ def _call(ring, rows=8, mask=None, seed=0):
 
 
 def _unequal_lengths(rank):
-    with pytest.raises(ValueError, match=r"every rank must call with the same shapes.*by rank.*\(1, 8, 2, 4\).*\(1, 12, 2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"every rank must call with the same shapes.*by rank.*\(1, 8, 2, 4\).*\(1, 12, 2, 4\)"
+    ):
         _call(ra.Ring.from_group(None, "contiguous"), rows=8 + 4 * (rank == 1))
 
 
@@ -62,7 +64,9 @@ def _a_rank_stalls(rank):
         time.sleep(8)
         os._exit(0)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"rank \[0\] of 2: ring forward, KV for step 1, from rank \[1\] to rank \[1\] failed"):
+    with pytest.raises(
+        RuntimeError, match=r"rank \[0\] of 2: ring forward, KV for step 1, from rank \[1\] to rank \[1\] failed"
+    ):
         _call(ring)
     assert time.monotonic() - start < 7
     os._exit(0)

@@ -10,7 +10,9 @@ from tests.matrix import cases, check
 
 def _matrix(rank: int, ranks_per_process: int) -> None:
     for case in cases():
-        ring = ra.Ring.from_group(None, case.layout, exchange=case.exchange, kernel=case.kernel, ranks_per_process=ranks_per_process)
+        ring = ra.Ring.from_group(
+            None, case.layout, exchange=case.exchange, kernel=case.kernel, ranks_per_process=ranks_per_process
+        )
         check(case, ring)
 
 

@@ -32,7 +32,9 @@ def gradients(function, inputs, up):
     return [out.detach(), *torch.autograd.grad(out, leaves, up)]
 
 
-def ratios_in_16_bits(layout: str, exchange: str, mask_name: str, kernel: str, dtype: torch.dtype, head_dim: int = 128) -> list[float]:
+def ratios_in_16_bits(
+    layout: str, exchange: str, mask_name: str, kernel: str, dtype: torch.dtype, head_dim: int = 128
+) -> list[float]:
     """Errors of out, dq, dk, dv on this rank's rows, as multiples of plain single-device PyTorch's own in that dtype."""
     ring = ra.Ring.from_group(None, layout, exchange=exchange, kernel=kernel)
     t = ring.size * 2 * 149
@@ -45,13 +47,18 @@ def ratios_in_16_bits(layout: str, exchange: str, mask_name: str, kernel: str, d
     got = gradients(
         lambda *x: ra.ring_attention(*x, ring=ring, mask=mask), [ring.shard(x) for x in (q, k, v)], ring.shard(dout)
     )
-    return [rel_error(x, ring.shard(a)) / max(rel_error(ring.shard(b), ring.shard(a)), 1e-30) for x, a, b in zip(got, truth, plain, strict=True)]
+    return [
+        rel_error(x, ring.shard(a)) / max(rel_error(ring.shard(b), ring.shard(a)), 1e-30)
+        for x, a, b in zip(got, truth, plain, strict=True)
+    ]
 
 
 def check_16_bits(layout: str, exchange: str, mask_name: str, kernel: str, dtype: torch.dtype) -> str:
     ratios = ratios_in_16_bits(layout, exchange, mask_name, kernel, dtype)
     limits = [OUT_FACTOR, *[GRAD_FACTOR] * 3]
-    assert all(r <= limit for r, limit in zip(ratios, limits, strict=True)), f"{layout} {exchange} {mask_name} {kernel}: {ratios}"
+    assert all(r <= limit for r, limit in zip(ratios, limits, strict=True)), (
+        f"{layout} {exchange} {mask_name} {kernel}: {ratios}"
+    )
     return " ".join(f"{r:.2f}" for r in ratios)
 
 
@@ -77,12 +84,14 @@ def timing(exchange: str, kernel: str, seq_len: int, h: int = 32, g: int = 8, d:
     """ms and TFLOP/s a GPU, forward and forward + backward, causal, zigzag, bf16."""
     ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, kernel=kernel)
     rows = seq_len // ring.size
-    q, k, v, dout = (x.requires_grad_() for x in random_qkv(1, rows, rows, h, g, d, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0]))
+    q, k, v, dout = (
+        x.requires_grad_() for x in random_qkv(1, rows, rows, h, g, d, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0])
+    )
     with torch.no_grad():
         forward = median_ms(lambda: ra.ring_attention(q, k, v, ring=ring))
     both = median_ms(lambda: torch.autograd.grad(ra.ring_attention(q, k, v, ring=ring), (q, k, v), dout))
     flops = 2 * h * seq_len**2 * d / ring.size / 1e9
-    return f"{exchange:7s} {kernel:7s} t={seq_len:7d}  forward {forward:8.2f} ms {flops / forward:5.0f} TF   both {both:8.2f} ms {3.5 * flops / both:5.0f} TF"
+    return f"forward {forward:8.2f} ms {flops / forward:5.0f} TF   both {both:8.2f} ms {3.5 * flops / both:5.0f} TF"
 
 
 def main() -> None:
@@ -96,7 +105,7 @@ def main() -> None:
     def attempt(name: str, function, *args) -> None:
         try:
             rows.append(f"{name:52s} {function(*args) or 'ok'}")
-        except Exception as error:  # noqa: BLE001 (a report: one failure must not hide the others)
+        except Exception as error:  # a report: one failure must not hide the others
             traceback.print_exc()
             failures.append(f"rank {dist.get_rank()}: {name}: {type(error).__name__}: {error}")
 
@@ -109,7 +118,15 @@ def main() -> None:
                 attempt(f"bf16 auto {layout} {exchange} {mask}", check_16_bits, layout, exchange, mask, "auto", torch.bfloat16)
     for kernel in ("triton", "flash2", "cudnn", "aten"):
         for dtype in (torch.bfloat16, torch.float16):
-            attempt(f"{dtype} {kernel} zigzag ring causal".removeprefix("torch."), check_16_bits, "zigzag", "ring", "causal", kernel, dtype)
+            attempt(
+                f"{dtype} {kernel} zigzag ring causal".removeprefix("torch."),
+                check_16_bits,
+                "zigzag",
+                "ring",
+                "causal",
+                kernel,
+                dtype,
+            )
     if not options.quick:
         for seq_len in (8192, 32768, 131072):
             for exchange in EXCHANGES:
@@ -119,7 +136,8 @@ def main() -> None:
     dist.all_gather_object(everyone, failures)
     wrong = [failure for rank in everyone for failure in rank]
     if dist.get_rank() == 0:
-        print(f"\n{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}; 16-bit columns: out dq dk dv as multiples of plain PyTorch's error")
+        print(f"\n{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+        print("16-bit columns: out dq dk dv as multiples of plain PyTorch's error")
         print("\n".join(rows))
         print("\n".join(wrong) if wrong else "all ranks agree: nothing wrong")
     dist.destroy_process_group()
