@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, check_parts, check_payloads
+from ring_attn.comm.watch import watch
 
 # torch 2.13 renamed these two and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,6 +36,7 @@ class ProcessGroupTransport:
         first = self.process * ranks_per_process
         self.hosted = tuple(range(first, first + ranks_per_process))
         self._tag = 0
+        self._watch = watch(_timeout_s(self.group) / 2) if dist.get_backend(self.group) == dist.Backend.NCCL else None
 
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
@@ -116,9 +118,15 @@ class ProcessGroupTransport:
         try:
             return post()
         except RuntimeError as error:
-            raise RuntimeError(f"rank {list(self.hosted)} of {self.ring_size}: {what} failed: {error}") from error
+            raise RuntimeError(f"{self._who(what)} failed: {error}") from error
+
+    def _who(self, what: str) -> str:
+        return f"rank {list(self.hosted)} of {self.ring_size}: {what}"
 
     def _pending(self, received, works, what: str, *, keep, after: Callable[[], None] | None = None) -> Pending:
+        if self._watch is not None:
+            self._watch.add(works, self._who(what))
+
         def finish() -> None:
             for work in works:
                 self._guarded(work.wait, what)
@@ -133,6 +141,11 @@ class ProcessGroupTransport:
 def _bytes(x: Tensor) -> Tensor:
     """The same memory as flat bytes: backends then move any dtype."""
     return x.reshape(-1).view(torch.uint8)
+
+
+def _timeout_s(group: dist.ProcessGroup) -> float:
+    """The timeout of an NCCL group in seconds."""
+    return group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
 
 
 def split_group(group: dist.ProcessGroup | None, ring_size: int, ranks_per_process: int) -> dist.ProcessGroup:
