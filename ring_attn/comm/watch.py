@@ -1,7 +1,7 @@
 """Names a transfer that does not finish, on backends whose `wait()` does not block the host.
 
-NCCL waits on the device: a peer that died is noticed by the group's watchdog, which ends the process at the group's timeout without
-knowing what the transfer was for. A thread that only looks at transfers overdue by half that timeout says it before.
+NCCL waits on the device: a peer that died is noticed by the group's watchdog, which ends the process at the group's timeout
+without knowing what the transfer was for. A thread that only looks at transfers overdue by half that timeout says it before.
 """
 
 from __future__ import annotations
