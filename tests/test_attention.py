@@ -167,7 +167,7 @@ def test_types_and_unbuilt_combinations_are_refused():
     [
         ({"layout": "spiral"}, r"layout 'spiral' is not one of contiguous, striped, zigzag"),
         ({"exchange": "pull"}, r"exchange 'pull' is not one of auto, ring, gather"),
-        ({"kernel": "flash4"}, r"kernel 'flash4' is not one of auto, reference, triton, flash2"),
+        ({"kernel": "flash3"}, r"kernel 'flash3' is not one of auto, reference, triton, flash2"),
         ({"ring_size": 0}, r"ring_size must be at least 1, got 0"),
     ],
 )

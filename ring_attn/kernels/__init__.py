@@ -121,6 +121,7 @@ _MODULES = {
     "reference": "reference",
     "triton": "triton_kernel",
     "flash2": "flash",
+    "flash4": "flash",
     "cudnn": "aten",
     "aten": "aten",
 }

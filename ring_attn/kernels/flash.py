@@ -1,4 +1,6 @@
-"""Adapter to flash-attn 2 (`flash_attn.flash_attn_interface`), versions 2.5 to 2.8; the only file that knows its versions.
+"""Adapters to flash-attn 2 (`flash_attn.flash_attn_interface`), versions 2.5 to 2.8, and to flash-attn 4 (`flash_attn.cute`).
+
+The only file that knows their versions.
 
 Note [versions]: the four private functions, as released:
 
@@ -118,6 +120,70 @@ def load() -> _Library | str:
     return _Library(flash_attn_interface, (2, int(parts[1])))
 
 
+@dataclass(frozen=True)
+class Flash4Kernel(Packing):
+    """flash-attn 4, written in CuTe for compute capability 9.0 and 10.0; allowed here only what a test has shown right.
+
+    On 9.0 version 4.0.0b36 returned wrong gradients, without a word, at head dims 40, 48, 72 and 80; 112 did not compile.
+    """
+
+    name: str = "flash4"
+
+    def supports(self, problem: Problem) -> str | None:
+        library = load4()
+        if isinstance(library, str):
+            return library
+        if problem.device != "cuda":
+            return f"flash-attn runs on CUDA, not on {problem.device!r}"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+            return "it was shown right on compute capability 9.0 only"
+        if problem.head_dim not in _FLASH4_HEAD_DIMS:
+            return f"it was shown right at head dims {', '.join(map(str, _FLASH4_HEAD_DIMS))} only, not at {problem.head_dim}"
+        return refusal(problem, (torch.float16, torch.bfloat16), takes_lse_grad=True)
+
+    def pieces(self, tile: Tile) -> Iterable[Tile]:
+        return windows(tile)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+        return self._forward(q, k, v, tile.window, scale)
+
+    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Gradients:
+        return self._backward(up, q, k, v, tile.window, scale)
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+        return self._forward(q, k, v, pack.window, scale, **_lengths(pack))
+
+    def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> Gradients:
+        return self._backward(up, q, k, v, pack.window, scale, **_lengths(pack))
+
+    def _forward(self, q, k, v, window: tuple, scale: float, **lengths) -> tuple[Tensor, Tensor]:
+        left, right = window
+        options = {"softmax_scale": scale, "window_size_left": left, "window_size_right": right, "return_lse": True}
+        out, lse, *_ = load4()._flash_attn_fwd(q, k, v, **options, **lengths)
+        return out, lse
+
+    def _backward(self, up: Upstream, q, k, v, window: tuple, scale: float, **lengths) -> Gradients:
+        left, right = window
+        options = {"softmax_scale": scale, "window_size_left": left, "window_size_right": right, "dlse": up.dlse}
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        backward = load4()._flash_attn_bwd
+        return backward(q, k, v, up.out, up.dout, up.lse, **options, **lengths, deterministic=deterministic)[:3]
+
+
+_FLASH4_HEAD_DIMS = (32, 64, 96, 128)
+
+
+@cache
+def load4() -> ModuleType | str:
+    """flash-attn 4's interface, or the reason why it cannot be used."""
+    try:
+        from flash_attn.cute import interface
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name in ("flash_attn", "flash_attn.cute")
+        return "flash-attn 4 (flash_attn.cute) is not installed" if missing else f"flash-attn 4 does not import here: {error}"
+    return interface
+
+
 def _lengths(pack: Pack) -> dict:
     return {
         "cu_seqlens_q": pack.cu_q,
@@ -148,4 +214,4 @@ def _members(pack: Pack, num_rows: int) -> tuple[Tensor, Tensor]:
     return member, torch.arange(num_rows, device=starts.device) - starts[member]
 
 
-KERNELS = {"flash2": Flash2Kernel()}
+KERNELS = {"flash2": Flash2Kernel(), "flash4": Flash4Kernel()}

@@ -15,7 +15,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from itertools import accumulate, pairwise
 
 import torch
@@ -37,6 +38,7 @@ def refusal(
     head_dim_step: int = 1,
     head_dim_max: int | None = None,
     any_v_head_dim: bool = False,
+    takes_lse_grad: bool = False,
 ) -> str | None:
     """None, or why a library with these limits cannot do the problem."""
     if problem.dtype not in dtypes:
@@ -50,7 +52,7 @@ def refusal(
             return f"it takes a head_dim up to {head_dim_max}, not {dim}"
     if problem.score is not None:
         return f"it has no score modifiers, such as {problem.score}"
-    if problem.direction == "backward" and problem.lse_grad:
+    if problem.direction == "backward" and problem.lse_grad and not takes_lse_grad:
         return "its backward recomputes delta from out and dout: no gradient through lse enters; triton and reference take one"
     return None
 
@@ -100,9 +102,9 @@ class Tilewise(ABC):
         if into is None and len(calls) == 1 and calls[0].covers(q):
             return _alone(*calls[0].attend(self, q, k, v, scale), out)
         into = empty(q, v.shape[-1]) if into is None else into
-        for call in calls:
-            call.merge(into, *call.attend(self, q, k, v, scale))
-        if out is not None:
+        for n, call in enumerate(calls, 1):
+            call.merge(into, *call.attend(self, q, k, v, scale), out if n == len(calls) else None)
+        if out is not None and not calls:
             out.copy_(normalize(into, out.dtype))
         return into
 
@@ -151,12 +153,21 @@ class Dense:
     def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return kernel.attend(q[self._q], k[self._kv], v[self._kv], self.tile, scale)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor) -> None:
+    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> None:
+        """Merges a result into its rows; with `target`, the normalised output of all rows goes there."""
+        if self.tile.batch is None and _can_fuse(out):
+            from ring_attn.kernels.triton_merge import merge_call
+
+            merge_call(into, self.tile.q_rows, out, lse, target)()
+            return
         merge_(into.rows(self.tile.q_rows, self.tile.batch), Partial(out, lse, lse))
+        if target is not None:
+            target.copy_(normalize(into, target.dtype))
 
     def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
         batch, rows = self._q
-        up = Upstream(up.dout[batch, rows], up.out[batch, rows], up.lse[batch, :, rows].contiguous())
+        dlse = None if up.dlse is None else up.dlse[batch, :, rows].contiguous()
+        up = Upstream(up.dout[batch, rows], up.out[batch, rows], up.lse[batch, :, rows].contiguous(), dlse)
         return kernel.differentiate(up, q[self._q], k[self._kv], v[self._kv], self.tile, scale)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -205,16 +216,19 @@ class Packed:
         out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scale)
         return out.unsqueeze(0), lse.unsqueeze(0)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor) -> None:
+    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> None:
         rows = self.pack.q_rows
         m_rows, lse_rows = into.m.transpose(1, 2), into.lse.transpose(1, 2)
         before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, lse_rows[rows].T)))
         acc, m, lse = (x.squeeze(0) for x in merge(before, Partial(out, lse, lse)))
         into.acc[rows], m_rows[rows], lse_rows[rows] = acc, m.T, lse.T
+        if target is not None:
+            target.copy_(normalize(into, target.dtype))
 
     def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
-        up = Upstream(up.dout[rows], up.out[rows], up.lse.transpose(1, 2)[rows].T.contiguous())
+        lse, dlse = (None if x is None else x.transpose(1, 2)[rows].T.contiguous() for x in (up.lse, up.dlse))
+        up = Upstream(up.dout[rows], up.out[rows], lse, dlse)
         return kernel.differentiate_packed(up, q[rows], k[kv], v[kv], self.pack, scale)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -271,7 +285,18 @@ def _follows(before: Tile, tile: Tile) -> bool:
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
     """A library's result as the partial of a whole visit, without a merge."""
+    lse = lse.contiguous()
     if target is not None:
         target.copy_(out)
-    lse = lse.contiguous()
+        return Partial(target, lse, lse)
     return Partial(out.to(accumulator_dtype(out.dtype)), lse, lse.clone())
+
+
+def _can_fuse(out: Tensor) -> bool:
+    """Whether the Triton merge runs here: one pass over memory, where plain PyTorch takes about ten."""
+    return out.is_cuda and out.dtype != torch.float64 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,104 @@
+"""One pass over memory to merge a library's normalised output into a partial, and to normalise where it is the last."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ring_attn.kernels.triton_blocks import padded
+from ring_attn.kernels.triton_rows import (
+    LN2,
+    LOG2E,
+    Call,
+    at_head,
+    load_numbers,
+    load_rows,
+    numbers_of,
+    rows_of,
+    store_numbers,
+    store_rows,
+)
+from ring_attn.partial import Partial
+
+BLOCK = 32
+
+
+def merge_call(into: Partial, rows: range, out: Tensor, lse: Tensor, target: Tensor | None) -> Call:
+    """The launch that merges out [b, i, h, dv] and lse [b, h, i] into those `rows` of `into` [b, s, h, dv], in place.
+
+    With `target` [b, s, h, dv] it is the last merge: the normalised output of every row goes there, `into.lse` is final, and
+    acc and m are left as they were.
+    """
+    walked = rows if target is None else range(into.acc.shape[1])
+    blocks = -(-len(walked) // BLOCK)
+    b, _, h, dim = into.acc.shape
+    arguments = {
+        "acc": rows_of(into.acc),
+        "m": numbers_of(into.m),
+        "lse": numbers_of(into.lse),
+        "part": rows_of(out),
+        "part_lse": numbers_of(lse),
+        "target": None if target is None else rows_of(target),
+        "start": walked.start,
+        "stop": walked.stop,
+        "part_start": rows.start,
+        "part_stop": rows.stop,
+        "blocks": blocks,
+        "heads": h,
+        "LAST": target is not None,
+        "DIM": dim,
+        "WIDTH": padded(dim),
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+    }
+    return Call(merge_kernel, blocks * b * h, arguments)
+
+
+@triton.jit(do_not_specialize=["start", "stop", "part_start", "part_stop", "blocks"])
+def merge_kernel(
+    acc,
+    m,
+    lse,
+    part,
+    part_lse,
+    target,
+    start,
+    stop,
+    part_start,
+    part_stop,
+    blocks,
+    heads,
+    LAST: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # The heads of one block of rows are neighbours in memory.
+    head = tl.program_id(0) % heads
+    block = tl.program_id(0) // heads % blocks
+    batch = tl.program_id(0) // heads // blocks
+    rows = start + block * BLOCK + tl.arange(0, BLOCK)
+    live = rows < stop
+    met = live & (rows >= part_start) & (rows < part_stop)
+
+    m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
+    lse_row = load_numbers(at_head(lse, batch, head), rows, live, float("-inf"))
+    part_lse_row = load_numbers(at_head(part_lse, batch, head), rows - part_start, met, float("-inf"))
+    m_new = tl.maximum(m_row, part_lse_row)
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH) * tl.exp2((m_row - base) * LOG2E)[:, None]
+    weight = tl.exp2((part_lse_row - base) * LOG2E)
+    total += load_rows(at_head(part, batch, head), rows - part_start, met, DIM, WIDTH).to(tl.float32) * weight[:, None]
+
+    larger = tl.maximum(lse_row, part_lse_row)
+    shift = tl.where(larger == float("-inf"), 0.0, larger)
+    sum_exp = tl.exp2((lse_row - shift) * LOG2E) + tl.exp2((part_lse_row - shift) * LOG2E)
+    lse_new = tl.where(larger == float("-inf"), larger, shift + tl.log2(tl.where(sum_exp == 0.0, 1.0, sum_exp)) * LN2)
+    store_numbers(at_head(lse, batch, head), lse_new, rows, live)
+    if LAST:
+        final = tl.where(lse_new == float("-inf"), 0.0, tl.exp2((base - lse_new) * LOG2E))
+        store_rows(at_head(target, batch, head), total * final[:, None], rows, live, DIM, WIDTH)
+    else:
+        store_numbers(at_head(m, batch, head), m_new, rows, live)
+        store_rows(at_head(acc, batch, head), total, rows, live, DIM, WIDTH)

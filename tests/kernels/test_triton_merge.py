@@ -1,0 +1,49 @@
+"""The fused merge against the merge of two partials, in the interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from ring_attn.partial import Partial, empty, merge_, normalize
+from tests.support import FLOAT32_LIMIT, rel_error
+
+pytest.importorskip("triton")
+from ring_attn.kernels.triton_kernel import interpreted
+from ring_attn.kernels.triton_merge import merge_call
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs CUDA, or TRITON_INTERPRET=1")
+
+
+def random_partial(b, s, h, d, blind=()):
+    partial = empty(torch.empty(b, s, h, d), d)
+    for target in partial:
+        target.copy_(torch.randn(target.shape))
+    partial.lse.abs_().add_(partial.m)
+    for row in blind:
+        partial.acc[:, row], partial.m[:, :, row], partial.lse[:, :, row] = 0, -torch.inf, -torch.inf
+    return Partial(*(x.to(DEVICE) for x in partial))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("d", [8, 33])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("rows", [range(70), range(5, 41), range(64, 70)])
+def test_merge(rows, last, d, dtype):
+    torch.manual_seed(d)
+    b, s, h = 2, 70, 3
+    into = random_partial(b, s, h, d, blind=(0, 20, 66))
+    out = torch.randn(b, len(rows), h, d, device=DEVICE).to(dtype)
+    lse = torch.randn(b, h, len(rows), device=DEVICE)
+    lse[:, :, 2:4] = -torch.inf
+    out[:, 2:4] = 0
+    want = Partial(*(x.double() for x in into))
+    merge_(want.rows(rows), Partial(out.double(), lse.double(), lse.double()))
+    target = torch.full((b, s, h, d), torch.nan, device=DEVICE, dtype=dtype) if last else None
+    merge_call(into, rows, out, lse, target)()
+    assert rel_error(into.lse, want.lse) < FLOAT32_LIMIT
+    if last:
+        limit = FLOAT32_LIMIT if dtype == torch.float32 else 1e-3
+        assert rel_error(target, normalize(want, torch.float64)) < limit
+    else:
+        assert rel_error(into.acc, want.acc) < FLOAT32_LIMIT
+        assert rel_error(into.m, want.m) < FLOAT32_LIMIT
