@@ -28,7 +28,8 @@ class RunFolder:
 def claim(config: TrainConfig) -> RunFolder:
     """The run's folder, made and with its configuration in it. For the leader.
 
-    A new run never writes into another's folder: it takes the first of DIR, DIR-2, DIR-3, ... that holds no configuration.
+    With run.resume = "new" a run never writes into another's folder: it takes the first of DIR, DIR-2, DIR-3, ... that holds
+    no configuration. With "auto" the folder is this run's, and a run that stopped before its first checkpoint starts again.
     Raises ValueError where there is nothing to resume, or the checkpoint is of another model.
     """
     path = Path(config.run.dir)
@@ -37,7 +38,7 @@ def claim(config: TrainConfig) -> RunFolder:
         _check_same_model(path / CONFIG, config)
     elif config.run.resume == "must":
         raise ValueError(f"run.resume = 'must', but {path / CHECKPOINTS} holds no complete checkpoint; name another run.dir")
-    else:
+    elif config.run.resume == "new":
         path = _unused(path)
     (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     checkpoint.remove_unfinished(path / CHECKPOINTS)

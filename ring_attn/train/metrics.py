@@ -48,7 +48,7 @@ class Recorder:
         from tqdm import tqdm
 
         self.path, self.device = folder.path, device
-        before = [line for line in read(folder.path) if line["step"] <= folder.start]
+        before = [line for line in read(folder.path) if line["step"] <= folder.start] if folder.start else []
         self.stream = (folder.path / METRICS).open("w")
         for line in before:
             self._write(line)

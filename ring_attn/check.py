@@ -1,0 +1,219 @@
+"""`ring-attn check`: which devices, kernels and exchanges work on this machine, how exactly, and why others do not.
+
+A simulated ring is held against one dense softmax in float64, forward and backward, over every layout and several masks. Limits
+are relative errors of whole tensors: 1e-12 in float64, 1e-5 in float32, and in 16 bits twice (out) and three times (gradients)
+the error that the plain softmax makes in that dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ring_attn.attention import ring_attention
+from ring_attn.exchange import EXCHANGES
+from ring_attn.kernels import KERNEL_NAMES, KernelUnavailable
+from ring_attn.layout import LAYOUTS
+from ring_attn.mask import Causal, Documents, Full, KeyPadding, Mask, Window
+from ring_attn.ring import Ring
+
+NAMES = ("out", "dq", "dk", "dv")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_EXACT_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+_FACTORS = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """Checks kernels, exchanges and devices on this machine; the exit status is 1 where one that claims to work is wrong.
+
+    Attributes:
+        ring_size: Ranks of the simulated ring.
+        seq_len: Positions of the whole sequence.
+        num_heads: Query heads; there are half as many KV heads.
+        head_dim: Size of a head.
+        seed: Of the random inputs.
+    """
+
+    ring_size: int = 4
+    seq_len: int = 256
+    num_heads: int = 4
+    head_dim: int = 64
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """What is known of one combination: the worst error a tensor, cases that ran, why others did not, and what was wrong."""
+
+    device: str
+    dtype: torch.dtype
+    kernel: str
+    exchange: str
+    cases: int = 0
+    errors: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NAMES, 0.0))
+    refusals: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def verdict(self) -> str:
+        """The last column of the table."""
+        if self.wrong:
+            more = f"; and {len(self.wrong) - 2} more" if len(self.wrong) > 2 else ""
+            return f"WRONG: {'; '.join(self.wrong[:2])}{more}"
+        reasons = "; ".join(dict.fromkeys(self.refusals))
+        if not self.cases:
+            return f"not here: {reasons}"
+        return f"ok, {self.cases} cases" + (f"; not {len(self.refusals)} others: {reasons}" if self.refusals else "")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table, row by row; 1 where something that claims to work is wrong, 2 where an option breaks a rule."""
+    import tyro
+
+    options = tyro.cli(CheckOptions, args=list(argv), prog="ring-attn check")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    print(f"simulated ring of {options.ring_size}, {options.seq_len} positions, against one dense softmax in float64")
+    if "cuda" not in devices:
+        print("device cuda: not here, PyTorch sees no CUDA device")
+    print(f"{'device':7}{'dtype':9}{'kernel':11}{'exchange':10}" + "".join(f"{name:>9}" for name in NAMES) + "  verdict")
+    wrong = 0
+    try:
+        for row in rows(options, devices):
+            numbers = "".join(f"{row.errors[name]:9.1e}" if row.cases else f"{'-':>9}" for name in NAMES)
+            dtype = str(row.dtype).removeprefix("torch.")
+            print(f"{row.device:7}{dtype:9}{row.kernel:11}{row.exchange:10}{numbers}  {row.verdict()}", flush=True)
+            wrong += bool(row.wrong)
+    except ValueError as error:
+        print(f"ring-attn check: {error}", file=sys.stderr)
+        return 2
+    print("everything that claims to work is right" if not wrong else f"{wrong} rows are WRONG")
+    return 1 if wrong else 0
+
+
+def rows(options: CheckOptions, devices: Sequence[str]) -> Iterator[Row]:
+    """One row a device, dtype, kernel and exchange; where a kernel does nothing there, one row for all exchanges."""
+    for device, dtype in product(devices, DTYPES):
+        problems = [make_problem(mask, options, device, dtype) for mask in masks(options.seq_len)]
+        for kernel in KERNEL_NAMES:
+            found = [check_one(kernel, exchange, problems, options) for exchange in EXCHANGES]
+            if any(row.cases or row.wrong for row in found):
+                yield from found
+            else:
+                found[0].exchange = "any"
+                yield found[0]
+
+
+def masks(seq_len: int) -> list[Mask]:
+    """The masks of the matrix, made to fit a length."""
+    cut = seq_len // 3
+    return [
+        Full(),
+        Causal(),
+        Causal() & Window(seq_len // 5),
+        Causal() & Documents(lengths=[cut, 1, seq_len - cut - 1]),
+        KeyPadding(seq_len - cut),
+    ]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs q, k, v, dout, the mask, what attention gives in float64, and the error allowed for each tensor."""
+
+    inputs: tuple[Tensor, ...]
+    mask: Mask
+    truth: dict[str, Tensor]
+    limits: dict[str, float]
+
+
+def make_problem(mask: Mask, options: CheckOptions, device: str, dtype: torch.dtype) -> Problem:
+    """A random problem; the truth is that of the inputs as rounded to `dtype`."""
+    gen = torch.Generator().manual_seed(options.seed)
+    heads = (options.num_heads, max(1, options.num_heads // 2), max(1, options.num_heads // 2), options.num_heads)
+    shapes = [(1, options.seq_len, h, options.head_dim) for h in heads]
+    inputs = tuple(torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype).to(device) for shape in shapes)
+    seen = allowed(mask, options.seq_len, device)
+    truth = differentiated(lambda q, k, v: dense(q, k, v, seen), *(x.double() for x in inputs))
+    if dtype in _EXACT_LIMITS:
+        return Problem(inputs, mask, truth, dict.fromkeys(NAMES, _EXACT_LIMITS[dtype]))
+    plain = differentiated(lambda q, k, v: dense(q, k, v, seen), *inputs)
+    return Problem(inputs, mask, truth, {name: _FACTORS[name] * rel_error(plain[name], truth[name]) for name in NAMES})
+
+
+def check_one(kernel: str, exchange: str, problems: Sequence[Problem], options: CheckOptions) -> Row:
+    """Every layout and problem for one kernel and exchange."""
+    first = problems[0].inputs[0]
+    row = Row(first.device.type, first.dtype, kernel, exchange)
+    for layout, problem in product(LAYOUTS, problems):
+        ring = Ring.simulated(options.ring_size, layout, exchange=exchange, kernel=kernel)
+        try:
+            got = on_ring(problem, ring)
+        except KernelUnavailable as refusal:
+            row.refusals.append(_reason(refusal))
+            continue
+        except RuntimeError as error:
+            row.wrong.append(f"it fails for {layout}, {problem.mask}: {error}")
+            continue
+        row.cases += 1
+        for name in NAMES:
+            error = rel_error(got[name], problem.truth[name])
+            row.errors[name] = max(row.errors[name], error)
+            if not error <= problem.limits[name]:
+                row.wrong.append(f"{name} off by {error:.1e} > {problem.limits[name]:.1e} for {layout}, {problem.mask}")
+    return row
+
+
+def on_ring(problem: Problem, ring: Ring) -> dict[str, Tensor]:
+    """out, dq, dk, dv of ring attention, in global order."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shards = (ring.shard(x) for x in (q, k, v))
+        return ring.unshard(ring_attention(*shards, ring=ring, mask=problem.mask))
+
+    return differentiated(attention, *problem.inputs)
+
+
+def differentiated(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> dict[str, Tensor]:
+    """out, dq, dk and dv of `attention(q, k, v)` under the upstream gradient dout."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves)
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """One plain softmax over all keys, in the inputs' dtype; every row must see a key."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def allowed(mask: Mask, seq_len: int, device: str) -> Tensor:
+    """[t, t] bool from the mask's one rule, cell by cell, without layouts and tiles."""
+    (rule,) = mask.rules()
+    q, k = torch.arange(seq_len, device=device).unsqueeze(1), torch.arange(seq_len, device=device)
+    seen = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device)
+    if rule.left is not None:
+        seen &= k >= q - rule.left
+    if rule.right is not None:
+        seen &= k <= q + rule.right
+    if rule.num_keys is not None:
+        seen &= k < rule.num_keys
+    if rule.document_ends is not None:
+        document = torch.bucketize(k, torch.tensor(rule.document_ends, device=device), right=True)
+        seen &= document.unsqueeze(1) == document
+    return seen
+
+
+def rel_error(x: Tensor, truth: Tensor) -> float:
+    """‖x - truth‖ / ‖truth‖ in float64; NaN where x holds one."""
+    return ((x.double() - truth).norm() / truth.norm()).item()
+
+
+def _reason(refusal: KernelUnavailable) -> str:
+    """The kernel's own words out of a refusal."""
+    return str(refusal).split(": ", 1)[-1].split("; kernel=")[0]
