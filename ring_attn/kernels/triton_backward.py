@@ -58,7 +58,7 @@ def _shared(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config:
         "lse": numbers_of(up.lse),
         "delta": numbers_of(up.delta),
         "table": table.ints,
-        "scale": scale,
+        "scale": float(scale),
         "scale_log2": scale * math.log2(math.e),
         "programs": table.busy,
         "group": q.shape[2] // k.shape[2],

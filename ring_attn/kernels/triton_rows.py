@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,7 +46,9 @@ class Call:
 
     def __call__(self) -> None:
         if self.grid:
-            self.kernel[(self.grid,)](**self.arguments)
+            # Triton launches on the current device, which need not be the tensors'.
+            with torch.cuda.device_of(self.arguments["lse"].ptr):
+                self.kernel[(self.grid,)](**self.arguments)
 
 
 @triton.jit

@@ -103,6 +103,15 @@ def test_around_block_sizes(num_q, num_kv):
         check([band_tiles(kind, num_q, num_kv)], *random_qkv(1, num_q, num_kv, 1, 1, 16, seed=6))
 
 
+@pytest.mark.parametrize(
+    "band", [Band(None, hi) for hi in (14, 15, 29, 30, 31, 32)] + [Band(lo, None) for lo in (16, 17, 18, 19)], ids=str
+)
+def test_bands_that_end_near_a_block(band):
+    """What needs no mask and what does meet within a row of where a block starts or stops."""
+    num_kv = 64 if band.hi is None else 20 + band.hi
+    check([(Tile(range(20), range(num_kv), band, ((), ())),)], *random_qkv(1, 20, num_kv, 1, 1, 16, seed=16))
+
+
 def test_strided_inputs():
     """Slices of a longer sequence, heads before rows, and a dout without unit stride."""
     q, k, v, dout = random_qkv(2, 60, 90, 4, 2, 20, 12, seed=7)
@@ -110,6 +119,16 @@ def test_strided_inputs():
     k, v = k[:, 40:84, :, ::1], v.transpose(0, 1).contiguous().transpose(0, 1)[:, 40:84]
     dout = dout[:, 3:40].transpose(2, 3).contiguous().transpose(2, 3)
     check(cut(band_tiles("causal", 37, 44), 20), q, k, v, dout)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="allocates 9 GB")
+def test_rows_more_than_2_to_the_31_elements_apart():
+    q, k, v, dout = (x.to(DEVICE) for x in random_qkv(1, 20, 33, 2, 1, 16, dtype=torch.float16, seed=18))
+    spread = torch.empty(2, 33, 1 << 26, dtype=torch.float16, device=DEVICE)[:, :, None, :16]
+    spread[0], spread[1] = k[0], v[0]
+    near = run_kernel(SMALL, q, k, v, dout, [band_tiles("full", 20, 33)], scale=0.2)
+    far = run_kernel(SMALL, q, spread[:1], spread[1:], dout, [band_tiles("full", 20, 33)], scale=0.2)
+    assert all(torch.equal(near[name], far[name]) for name in near)
 
 
 def test_strided_results():
@@ -142,6 +161,21 @@ def test_gradient_of_lse(visits):
     q, k, v, dout = random_qkv(1, 37, 44, 2, 1, 16, seed=9)
     dlse = torch.randn(1, 2, 37, generator=torch.Generator().manual_seed(10))
     check(cut(band_tiles("causal", 37, 44), 21)[:visits], q, k, v, dout, dlse=dlse)
+
+
+def test_a_row_whose_lse_is_minus_infinity_has_no_gradient():
+    q, k, v, dout = random_qkv(1, 37, 44, 2, 1, 16, seed=17)
+    tile_list, reference = band_tiles("full", 37, 44), get_kernel("reference")
+    partial = reference.forward(q, k, v, tile_list, scale=0.2, out=torch.empty_like(q))
+    partial.lse[..., 3] = partial.lse[..., 20:] = -torch.inf
+    up = Upstream(dout, dout, partial.lse)
+    got, expected = (Grads(*(torch.zeros_like(x, device=device) for x in (q, k, v))) for device in (DEVICE, "cpu"))
+    reference.backward(up, q, k, v, tile_list, scale=0.2, into=expected)
+    up = Upstream(*(x.to(DEVICE) for x in (dout, dout, partial.lse)))
+    SMALL.backward(up, *(x.to(DEVICE) for x in (q, k, v)), tile_list, scale=0.2, into=got)
+    for name in ("dq", "dk", "dv"):
+        assert rel_error(getattr(got, name).cpu(), getattr(expected, name)) < FLOAT32_LIMIT, name
+    assert (got.dq[:, 20:] == 0).all()
 
 
 def test_rows_in_no_tile():
