@@ -27,7 +27,8 @@ LEVELS = [
     {"models", "integrations"},
     {"train"},
     {"plan_plot", "check"},
-    {"plan_report"},
+    {"plan_report", "bench_kernels"},
+    {"bench"},
     {"cli"},
     {"__init__", "__main__"},
 ]

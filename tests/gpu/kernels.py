@@ -47,6 +47,7 @@ PAIRS = (
     ("triton", "triton"),
     ("triton", "flash2"),
     ("flash2", "flash2"),
+    ("flash4", "flash4"),
     ("aten", "aten"),
     ("cudnn", "cudnn"),
     ("cudnn", "flash2"),

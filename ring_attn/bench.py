@@ -1,0 +1,17 @@
+"""`ring-attn bench`: which benchmark, then its own options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+BENCHMARKS = {"kernels": "ring_attn.bench_kernels"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status of the benchmark that argv[0] names."""
+    if not argv or argv[0] not in BENCHMARKS:
+        print(f"usage: ring-attn bench {{{','.join(BENCHMARKS)}}} [options]", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    return import_module(BENCHMARKS[argv[0]]).main(argv[1:])

@@ -1,0 +1,295 @@
+"""`ring-attn bench kernels`: every kernel on this GPU, forward and backward: right first, then how fast.
+
+A kernel is timed at a mask only after its result at a small length has passed the 16-bit limits: at most 2x (out) and 3x
+(gradients) the error of plain PyTorch in that dtype. Floating-point operations count the allowed cells alone: 4 * d a cell and
+head forward, 10 * d backward.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel
+from ring_attn.mask import Causal, Documents, Full, Mask, Window
+from ring_attn.partial import accumulator_dtype
+from ring_attn.tiles import Tile, tiles
+
+GATE_ROWS = 1283
+OUT_LIMIT, GRAD_LIMIT = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class KernelBenchOptions:
+    """Times the kernels of one rank's visit and appends a row a measurement to a results file.
+
+    Attributes:
+        kernels: Kernel names with commas between them; "all" for every one.
+        masks: Of causal, full, window (1,024 keys) and documents (packed, log-normal lengths).
+        lengths: Sequence lengths.
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: Head dimension of q, k and v.
+        dtype: Of the inputs.
+        repeats: Timed runs, of which the median counts.
+        results: A JSONL file that rows are appended to; empty for none.
+        plot: A PNG file to draw TFLOP/s over length to; empty for none.
+    """
+
+    kernels: str = "all"
+    masks: tuple[str, ...] = ("causal", "full", "window", "documents")
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
+    heads: int = 16
+    kv_heads: int = 16
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    repeats: int = 7
+    results: str = ""
+    plot: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, or the reason why there is none."""
+
+    kernel: str
+    direction: str
+    mask: str
+    length: int
+    ms: float | None = None
+    tflops: float | None = None
+    extra_gib: float | None = None
+    why_not: str | None = None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a table and returns 0, or 1 where a kernel that claims a problem got it wrong."""
+    import tyro
+
+    options = tyro.cli(KernelBenchOptions, args=list(argv), prog="ring-attn bench kernels")
+    if not torch.cuda.is_available():
+        print("ring-attn bench kernels times GPU kernels, and torch sees no GPU here; ring-attn check needs none")
+        return 2
+    rows = [row for mask in options.masks for name in _names(options) for row in bench(get_kernel(name), mask, options)]
+    print(table(rows, options))
+    if options.results:
+        _append(rows, options)
+    if options.plot:
+        _draw(rows, options)
+    return int(any(row.why_not and row.why_not.startswith("wrong") for row in rows))
+
+
+def bench(kernel: Kernel, mask_name: str, options: KernelBenchOptions) -> list[Row]:
+    """The measurements of one kernel under one mask, at every length and in both directions."""
+    rows = []
+    for direction in ("forward", "backward"):
+        reason = kernel.supports(problem_of(mask_name, options, direction)) or gate(kernel, mask_name, options, direction)
+        for length in options.lengths:
+            row = Row(kernel.name, direction, mask_name, length, why_not=reason)
+            rows.append(row if reason else measure(kernel, mask_name, length, direction, options))
+    return rows
+
+
+def problem_of(mask_name: str, options: KernelBenchOptions, direction: str) -> Problem:
+    dims = options.heads, options.kv_heads, options.head_dim, options.head_dim
+    return Problem(direction, "cuda", getattr(torch, options.dtype), *dims, left_bounded=mask_name == "window")
+
+
+def mask_of(name: str, length: int) -> Mask:
+    """The mask of that name at that length."""
+    match name:
+        case "full":
+            return Full()
+        case "causal":
+            return Causal()
+        case "window":
+            return Causal() & Window(1024)
+        case "documents":
+            return Causal() & Documents(lengths=document_lengths(length))
+    raise ValueError(f"mask {name!r} is not one of causal, full, window, documents")
+
+
+def document_lengths(length: int) -> list[int]:
+    """Lengths that add up to `length`, log-normal about 2,048 and at most a quarter of it."""
+    generator, lengths = random.Random(0), []
+    while (left := length - sum(lengths)) > 0:
+        lengths.append(max(1, min(left, length // 4, int(generator.lognormvariate(7.6, 1.0)))))
+    return lengths
+
+
+def gate(kernel: Kernel, mask_name: str, options: KernelBenchOptions, direction: str) -> str | None:
+    """None where the kernel's result at a small length is within the limits, else what is wrong."""
+    visit = Visit.random(mask_name, GATE_ROWS, options)
+    exact = visit.dense(torch.float64)
+    plain = visit.dense(visit.q.dtype)
+    found = visit.run(kernel) if direction == "backward" else [visit.forward(kernel)]
+    limits = (OUT_LIMIT, GRAD_LIMIT, GRAD_LIMIT, GRAD_LIMIT)
+    for name, x, ref, other, limit in zip(("out", "dq", "dk", "dv"), found, exact, plain, limits, strict=False):
+        ratio = _error(x, ref) / _error(other, ref)
+        if not ratio <= limit:
+            return f"wrong: {name} has {ratio:.3g} times the error of plain PyTorch, the limit is {limit:g}"
+    return None
+
+
+def _error(x: Tensor, ref: Tensor) -> float:
+    return ((x.double() - ref).norm() / ref.norm()).item()
+
+
+@dataclass
+class Visit:
+    """One rank's visit of its own shard."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    tiles: tuple[Tile, ...]
+    scale: float
+
+    @classmethod
+    def random(cls, mask_name: str, length: int, options: KernelBenchOptions) -> Visit:
+        heads = options.heads, options.kv_heads, options.kv_heads, options.heads
+        generator = torch.Generator("cuda").manual_seed(0)
+        make = {"generator": generator, "device": "cuda", "dtype": getattr(torch, options.dtype)}
+        tensors = [torch.randn(1, length, h, options.head_dim, **make) for h in heads]
+        found = tiles((range(length),), [(range(length),)], mask_of(mask_name, length))
+        return cls(*tensors, found, options.head_dim**-0.5)
+
+    @property
+    def cells(self) -> int:
+        return sum(tile.cells for tile in self.tiles)
+
+    def forward(self, kernel: Kernel, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(self.dout) if out is None else out
+        self.lse = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, out=out).lse
+        return out
+
+    def grads(self) -> Grads:
+        dtype = accumulator_dtype(self.q.dtype)
+        return Grads(*(torch.zeros_like(x, dtype=dtype) for x in (self.q, self.k, self.v)))
+
+    def run(self, kernel: Kernel) -> list[Tensor]:
+        """out, dq, dk, dv."""
+        out, into = self.forward(kernel), self.grads()
+        up = Upstream(self.dout, out, self.lse)
+        kernel.backward(up, self.q, self.k, self.v, self.tiles, scale=self.scale, into=into)
+        return [out, into.dq, into.dk, into.dv]
+
+    def dense(self, dtype: torch.dtype) -> list[Tensor]:
+        """out, dq, dk, dv by one plain softmax in `dtype`, with autograd."""
+        q, k, v = leaves = [x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
+        group = q.shape[2] // k.shape[2]
+        scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(group, 2)) * self.scale
+        p = scores.masked_fill(~self._seen(), -torch.inf).softmax(-1)
+        out = torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(group, 2))
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.dout.to(dtype))]
+
+    def _seen(self) -> Tensor:
+        seen = torch.zeros(self.q.shape[1], self.k.shape[1], dtype=torch.bool, device="cuda")
+        for tile in self.tiles:
+            i, j = (torch.arange(len(rows), device="cuda") for rows in (tile.q_rows, tile.kv_rows))
+            offset = j - i.unsqueeze(1)
+            lo = -len(i) if tile.band.lo is None else tile.band.lo
+            hi = len(j) if tile.band.hi is None else tile.band.hi
+            rows, columns = (slice(r.start, r.stop) for r in (tile.q_rows, tile.kv_rows))
+            seen[rows, columns] |= (offset >= lo) & (offset <= hi)
+        return seen
+
+
+def measure(kernel: Kernel, mask_name: str, length: int, direction: str, options: KernelBenchOptions) -> Row:
+    """One measurement: the median of CUDA-event times, and the memory taken beside the inputs and results."""
+    visit = Visit.random(mask_name, length, options)
+    out = torch.empty_like(visit.dout)
+    visit.forward(kernel, out)
+    per_cell = 4 if direction == "forward" else 10
+    if direction == "forward":
+        run = lambda: visit.forward(kernel, out)  # noqa: E731
+    else:
+        up, into = Upstream(visit.dout, out, visit.lse), visit.grads()
+        tensors = visit.q, visit.k, visit.v, visit.tiles
+        run = lambda: kernel.backward(up, *tensors, scale=visit.scale, into=into)  # noqa: E731
+    ms, extra = median_ms(run, options.repeats)
+    flops = per_cell * options.head_dim * options.heads * visit.cells
+    return Row(kernel.name, direction, mask_name, length, ms, flops / ms / 1e9, extra / 2**30)
+
+
+def median_ms(run: Callable[[], object], repeats: int) -> tuple[float, int]:
+    """(median milliseconds, peak bytes beyond what was allocated) of `run`, after two runs to warm up."""
+    for _ in range(2):
+        run()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times), torch.cuda.max_memory_allocated() - before
+
+
+def table(rows: list[Row], options: KernelBenchOptions) -> str:
+    """TFLOP/s by kernel and length, with the percentage of the fastest; then why kernels are missing."""
+    lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, "
+             f"{options.heads} query and {options.kv_heads} KV heads: TFLOP/s (percentage of the fastest)"]  # fmt: skip
+    for mask in options.masks:
+        for direction in ("forward", "backward"):
+            mine = [row for row in rows if (row.mask, row.direction) == (mask, direction)]
+            best = {n: max((row.tflops or 0 for row in mine if row.length == n), default=0) for n in options.lengths}
+            lines += ["", f"{mask + ' ' + direction:20s}" + "".join(f"{n:>13,}" for n in options.lengths)]
+            for kernel in dict.fromkeys(row.kernel for row in mine):
+                cells = [row for row in mine if row.kernel == kernel]
+                lines.append(f"  {kernel:18s}" + "".join(_cell(row, best[row.length]) for row in cells))
+    reasons = sorted({f"{r.kernel} {r.mask} {r.direction}: {r.why_not}" for r in rows if r.why_not})
+    return "\n".join([*lines, "", *reasons])
+
+
+def _cell(row: Row, best: float) -> str:
+    return f"{'-':>13s}" if row.tflops is None else f"{row.tflops:7.0f} ({100 * row.tflops / best:3.0f})"
+
+
+def _names(options: KernelBenchOptions) -> list[str]:
+    if options.kernels == "all":
+        return [name for name in KERNEL_NAMES if name not in ("auto", "reference")]
+    return options.kernels.split(",")
+
+
+def _append(rows: list[Row], options: KernelBenchOptions) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit or "unknown"}
+    shape = {k: getattr(options, k) for k in ("heads", "kv_heads", "head_dim", "dtype")}
+    when = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
+    with Path(options.results).open("a") as file:
+        file.writelines(json.dumps(when | machine | shape | asdict(row)) + "\n" for row in rows)
+
+
+def _draw(rows: list[Row], options: KernelBenchOptions) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(options.masks), 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(options.masks), sharex=True, squeeze=False)
+    for column, mask in enumerate(options.masks):
+        for line, direction in zip(axes[:, column], ("forward", "backward"), strict=True):
+            for kernel in dict.fromkeys(row.kernel for row in rows if row.tflops):
+                points = [
+                    (r.length, r.tflops)
+                    for r in rows
+                    if (r.kernel, r.mask, r.direction) == (kernel, mask, direction) and r.tflops
+                ]
+                line.plot(*zip(*points, strict=True), marker="o", label=kernel) if points else None
+            line.set(title=f"{mask}, {direction}", xscale="log", ylim=(0, None), ylabel="TFLOP/s", xlabel="length")
+            line.legend()
+    figure.savefig(options.plot, dpi=120)
