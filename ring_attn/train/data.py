@@ -94,8 +94,8 @@ def find_files(path: str) -> list[tuple[str, Path]]:
         root = Path(path)
         found = [file for file in root.rglob("*") if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     else:
-        root = Path()
-        found = [Path(name) for name in glob.glob(path, recursive=True)]
+        found = [Path(name).absolute() for name in glob.glob(path, recursive=True)]
+        root = Path(os.path.commonpath(found)) if found else Path()
     files = [file for file in found if file.is_file()]
     texts = [(str(file.relative_to(root)), file) for file in files if _is_text(file)]
     if not texts:

@@ -61,13 +61,14 @@ class Job:
 
 @contextmanager
 def join(config: TrainConfig) -> Iterator[Job]:
-    """The job this process belongs to: torchrun's where it was started by it, else this one process.
+    """The job this process belongs to: that of the default process group, else torchrun's, else this one process.
 
-    The process group is made here and destroyed on the way out. Raises ValueError where the number of processes, the ring size
-    and the batch do not fit together.
+    A process group made here is destroyed on the way out. Raises ValueError where the number of processes, the ring size and
+    the batch do not fit together.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    distributed = "WORLD_SIZE" in os.environ
+    joined = dist.is_initialized()
+    distributed = joined or "WORLD_SIZE" in os.environ
+    num_processes = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     ring_size = check_sizes(config, num_processes, distributed)
     device = _device(config.run.device)
     ring = config.ring
@@ -75,11 +76,14 @@ def join(config: TrainConfig) -> Iterator[Job]:
     if not distributed:
         yield Job(device, _fitting(Ring.simulated(ring_size, **choice), config))
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    if not joined:
+        on_cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
         yield _distributed_job(config, device, ring_size, choice)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def _distributed_job(config: TrainConfig, device: torch.device, ring_size: int, choice: dict) -> Job:
