@@ -81,9 +81,25 @@ class Call:
         return make_plan(layout, self.mask, self.ring.exchange.meets(self.ring.size))
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor, direction: str, lse_grad: bool = False) -> Problem:
-        left_bounded = any(rule.left is not None for rule in self.mask.rules())
-        dims = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-        return Problem(direction, q.device.type, q.dtype, *dims, left_bounded, lse_grad, self.score)
+        rules = self.mask.rules()
+        left_bounded = any(rule.left is not None for rule in rules)
+        documents = any(rule.document_ends is not None for rule in rules)
+        full = all(rule.right is None for rule in rules)
+        return Problem(
+            direction,
+            q.device.type,
+            q.dtype,
+            num_heads=q.shape[2],
+            num_kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            v_head_dim=v.shape[3],
+            left_bounded=left_bounded,
+            lse_grad=lse_grad,
+            score=self.score,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            kind="documents" if documents else "window" if left_bounded else "full" if full else "causal",
+            rows=1 << (q.shape[1] // len(self.ring.hosted)).bit_length() - 1,
+        )
 
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
         """What must be alike on every rank: the three shapes, then everything else."""

@@ -7,18 +7,15 @@ head forward, 10 * d backward.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ring_attn.bench_results import Row, append, draw, table, write_order
 from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.partial import accumulator_dtype
@@ -43,6 +40,7 @@ class KernelBenchOptions:
         repeats: Timed runs, of which the median counts.
         results: A JSONL file that rows are appended to; empty for none.
         plot: A PNG file to draw TFLOP/s over length to; empty for none.
+        table: Write the order that kernel="auto" goes by for these masks, this head dim and this GPU.
     """
 
     kernels: str = "all"
@@ -55,20 +53,7 @@ class KernelBenchOptions:
     repeats: int = 7
     results: str = ""
     plot: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement, or the reason why there is none."""
-
-    kernel: str
-    direction: str
-    mask: str
-    length: int
-    ms: float | None = None
-    tflops: float | None = None
-    extra_gib: float | None = None
-    why_not: str | None = None
+    table: bool = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,9 +67,11 @@ def main(argv: Sequence[str]) -> int:
     rows = [row for mask in options.masks for name in _names(options) for row in bench(get_kernel(name), mask, options)]
     print(table(rows, options))
     if options.results:
-        _append(rows, options)
+        append(rows, options)
     if options.plot:
-        _draw(rows, options)
+        draw(rows, options)
+    if options.table:
+        write_order(rows, options)
     return int(any(row.why_not and row.why_not.startswith("wrong") for row in rows))
 
 
@@ -239,57 +226,7 @@ def median_ms(run: Callable[[], object], repeats: int) -> tuple[float, int]:
     return statistics.median(times), torch.cuda.max_memory_allocated() - before
 
 
-def table(rows: list[Row], options: KernelBenchOptions) -> str:
-    """TFLOP/s by kernel and length, with the percentage of the fastest; then why kernels are missing."""
-    lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, "
-             f"{options.heads} query and {options.kv_heads} KV heads: TFLOP/s (percentage of the fastest)"]  # fmt: skip
-    for mask in options.masks:
-        for direction in ("forward", "backward"):
-            mine = [row for row in rows if (row.mask, row.direction) == (mask, direction)]
-            best = {n: max((row.tflops or 0 for row in mine if row.length == n), default=0) for n in options.lengths}
-            lines += ["", f"{mask + ' ' + direction:20s}" + "".join(f"{n:>13,}" for n in options.lengths)]
-            for kernel in dict.fromkeys(row.kernel for row in mine):
-                cells = [row for row in mine if row.kernel == kernel]
-                lines.append(f"  {kernel:18s}" + "".join(_cell(row, best[row.length]) for row in cells))
-    reasons = sorted({f"{r.kernel} {r.mask} {r.direction}: {r.why_not}" for r in rows if r.why_not})
-    return "\n".join([*lines, "", *reasons])
-
-
-def _cell(row: Row, best: float) -> str:
-    return f"{'-':>13s}" if row.tflops is None else f"{row.tflops:7.0f} ({100 * row.tflops / best:3.0f})"
-
-
 def _names(options: KernelBenchOptions) -> list[str]:
     if options.kernels == "all":
         return [name for name in KERNEL_NAMES if name not in ("auto", "reference")]
     return options.kernels.split(",")
-
-
-def _append(rows: list[Row], options: KernelBenchOptions) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit or "unknown"}
-    shape = {k: getattr(options, k) for k in ("heads", "kv_heads", "head_dim", "dtype")}
-    when = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
-    with Path(options.results).open("a") as file:
-        file.writelines(json.dumps(when | machine | shape | asdict(row)) + "\n" for row in rows)
-
-
-def _draw(rows: list[Row], options: KernelBenchOptions) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(options.masks), 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(options.masks), sharex=True, squeeze=False)
-    for column, mask in enumerate(options.masks):
-        for line, direction in zip(axes[:, column], ("forward", "backward"), strict=True):
-            for kernel in dict.fromkeys(row.kernel for row in rows if row.tflops):
-                points = [
-                    (r.length, r.tflops)
-                    for r in rows
-                    if (r.kernel, r.mask, r.direction) == (kernel, mask, direction) and r.tflops
-                ]
-                line.plot(*zip(*points, strict=True), marker="o", label=kernel) if points else None
-            line.set(title=f"{mask}, {direction}", xscale="log", ylim=(0, None), ylabel="TFLOP/s", xlabel="length")
-            line.legend()
-    figure.savefig(options.plot, dpi=120)

@@ -15,7 +15,7 @@ from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, split_group
 from ring_attn.comm.transport import Transport
 from ring_attn.exchange import EXCHANGES, Exchange
-from ring_attn.kernels import KERNEL_NAMES
+from ring_attn.kernels import check_kernel_name
 from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.typed import typed
 
@@ -26,8 +26,7 @@ class Ring:
     """A ring of ranks and how it works: which layout, exchange and kernel. Make one with simulated, from_group or from_mesh."""
 
     def __init__(self, transport: Transport, *, layout: str = "zigzag", exchange: str = "auto", kernel: str = "auto") -> None:
-        if kernel not in KERNEL_NAMES:
-            raise ValueError(f"kernel {kernel!r} is not one of {', '.join(KERNEL_NAMES)}")
+        check_kernel_name(kernel)
         self.transport = transport
         self.layout_class = _choose("layout", layout, LAYOUTS)
         self.exchange: Exchange = _choose("exchange", _auto_exchange() if exchange == "auto" else exchange, EXCHANGES, "auto")

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ring_attn.kernels.order import order_for
 from ring_attn.partial import Partial
 from ring_attn.tiles import Tile
 
@@ -27,7 +28,8 @@ class Problem:
     """What a kernel must be able to do, as far as it decides which kernel can. Hashable, and alike on every rank.
 
     `left_bounded`: some tile's band has a lower bound, as under a sliding window. `lse_grad`: the backward gets a gradient
-    through lse, so delta is not rowsum(dout * out) alone.
+    through lse, so delta is not rowsum(dout * out) alone. `deterministic`: two runs must give the same bits. `kind` ("full",
+    "causal", "window" or "documents") and `rows` (a rank's queries, as a power of two) decide which is fastest.
     """
 
     direction: str  # "forward" or "backward"
@@ -40,6 +42,9 @@ class Problem:
     left_bounded: bool = False
     lse_grad: bool = False
     score: object = None
+    deterministic: bool = False
+    kind: str = "causal"
+    rows: int = 8192
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,12 @@ _MODULES = {
 }
 KERNEL_NAMES = ("auto", *_MODULES)
 
-# Note [auto order]: the fastest first, as far as measured. The Triton forward hands over its unnormalised accumulator, so it
-# carries on between visits where the others round to 16 bits and merge; flash-attn's backward needs only the final lse.
-_AUTO = {
-    ("cuda", "forward"): ("triton", "cudnn", "aten", "reference"),
-    ("cuda", "backward"): ("flash2", "aten", "cudnn", "triton", "reference"),
-    ("cpu", "forward"): ("aten", "reference"),
-    ("cpu", "backward"): ("aten", "reference"),
-}
+
+def check_kernel_name(name: str) -> None:
+    """Raises ValueError unless `name` is a kernel, "auto", or a pair FORWARD+BACKWARD of kernels."""
+    for part in name.split("+", 1) if "+" in name else [name]:
+        if part not in (_MODULES if "+" in name else KERNEL_NAMES):
+            raise ValueError(f"kernel {part!r} is not one of {', '.join(KERNEL_NAMES)}, nor a pair such as triton+flash2")
 
 
 def get_kernel(name: str) -> Kernel:
@@ -146,11 +149,15 @@ def get_kernel(name: str) -> Kernel:
 
 @lru_cache(maxsize=1024)
 def resolve(name: str, problem: Problem) -> Kernel:
-    """The kernel for a problem: the one named, or under "auto" the first of the device's order that supports it.
+    """The kernel for a problem: the one named, or under "auto" the fastest that supports it, by `order_for`.
+
+    `name` may be a pair such as triton+flash2: the first for the forward, the second for the backward.
 
     Raises KernelUnavailable (a ValueError) with the reason where a named kernel cannot do it. What "auto" chose, and why not
     the ones before it, is logged once for a problem.
     """
+    if "+" in name:
+        name = name.split("+", 1)[problem.direction == "backward"]
     if name != "auto":
         kernel = get_kernel(name)
         reason = kernel.supports(problem)
@@ -160,7 +167,7 @@ def resolve(name: str, problem: Problem) -> Kernel:
             )
         return kernel
     refused = []
-    for candidate in _AUTO.get((problem.device, problem.direction), ("reference",)):
+    for candidate in order_for(problem.device, problem.direction, problem.kind, problem.head_dim, problem.rows):
         kernel = get_kernel(candidate)
         reason = kernel.supports(problem)
         if reason is None:

@@ -143,6 +143,8 @@ class CudnnKernel(Tilewise):
     def supports(self, problem: Problem) -> str | None:
         if problem.device != "cuda":
             return f"cuDNN attention runs on CUDA, not on {problem.device!r}"
+        if problem.deterministic and problem.direction == "backward":
+            return "cuDNN's backward is not deterministic; triton's is"
         if problem.left_bounded:
             return "cuDNN attention has no lower bound on the band, as sliding windows need; triton, flash2 and aten have"
         if not torch.backends.cudnn.is_available():

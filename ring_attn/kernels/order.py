@@ -1,0 +1,47 @@
+"""In which order `kernel="auto"` tries kernels: by speed measured on a GPU of this kind, elsewhere in a fixed order.
+
+`measured.json` is written by `ring-attn bench kernels --table`: for a compute capability, direction, mask kind, head dim and
+length the kernels, fastest first. A problem goes by the nearest length and head dim; what was not measured comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+
+MEASURED = Path(__file__).with_name("measured.json")
+
+_FIXED = {
+    "cuda": ("flash4", "cudnn", "triton", "flash2", "aten", "reference"),
+    "cpu": ("aten", "reference"),
+}
+
+
+def order_for(device: str, direction: str, kind: str, head_dim: int, rows: int) -> tuple[str, ...]:
+    """Kernel names, the first to try in front. `kind`: "full", "causal", "window" or "documents"; `rows`: a rank's queries."""
+    fixed = _FIXED.get(device, ("reference",))
+    capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
+    entries = [e for e in _entries(capability) if (e["direction"], e["mask"]) == (direction, kind)]
+    if not entries:
+        return fixed
+    nearest = min(entries, key=lambda e: (_apart(e["head_dim"], head_dim), _apart(e["length"], rows)))
+    found = dict.fromkeys([*nearest["order"], *fixed])
+    if kind == "documents" and "cudnn" in found:
+        # It builds a graph a shape, and documents bring new shapes every step: milliseconds that the table does not show.
+        found = {name: None for name in found if name != "cudnn"} | {"cudnn": None}
+    return tuple(found)
+
+
+def _apart(a: int, b: int) -> float:
+    return abs(math.log2(a / b))
+
+
+@cache
+def _entries(capability: tuple[int, int] | None) -> list[dict]:
+    if capability is None:
+        return []
+    return json.loads(MEASURED.read_text()).get(".".join(map(str, capability)), [])
