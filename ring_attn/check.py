@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from ring_attn.mask import Causal, Documents, Full, KeyPadding, Mask, Window
 from ring_attn.ring import Ring
 
 NAMES = ("out", "dq", "dk", "dv")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _EXACT_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
 _FACTORS = {"out": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}
 
@@ -38,6 +38,8 @@ class CheckOptions:
         num_heads: Query heads; there are half as many KV heads.
         head_dim: Size of a head.
         seed: Of the random inputs.
+        kernels: Which kernels to check.
+        dtypes: Which dtypes to check.
     """
 
     ring_size: int = 4
@@ -45,6 +47,8 @@ class CheckOptions:
     num_heads: int = 4
     head_dim: int = 64
     seed: int = 0
+    kernels: tuple[str, ...] = KERNEL_NAMES
+    dtypes: tuple[Literal["float64", "float32", "bfloat16", "float16"], ...] = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -97,9 +101,9 @@ def main(argv: Sequence[str]) -> int:
 
 def rows(options: CheckOptions, devices: Sequence[str]) -> Iterator[Row]:
     """One row a device, dtype, kernel and exchange; where a kernel does nothing there, one row for all exchanges."""
-    for device, dtype in product(devices, DTYPES):
+    for device, dtype in product(devices, (getattr(torch, name) for name in options.dtypes)):
         problems = [make_problem(mask, options, device, dtype) for mask in masks(options.seq_len)]
-        for kernel in KERNEL_NAMES:
+        for kernel in options.kernels:
             found = [check_one(kernel, exchange, problems, options) for exchange in EXCHANGES]
             if any(row.cases or row.wrong for row in found):
                 yield from found

@@ -22,11 +22,15 @@ from ring_attn.train.parallel import accumulating, autocast, build_model, for_ba
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a step works on. `model` is on the job's device, wrapped for the job's processes."""
+    """What a step works on. `model` is on the job's device, wrapped for the job's processes.
+
+    `held_out`: this data rank's whole sequences for evaluation, int64 [n, seq_len].
+    """
 
     config: TrainConfig
     job: Job
     corpus: Corpus
+    held_out: Tensor
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
@@ -34,8 +38,9 @@ class Trainer:
     def build(cls, config: TrainConfig, job: Job) -> Trainer:
         """A trainer before its first step."""
         corpus = open_corpus(config.data)
+        held_out = corpus.evaluation(config.run.eval_sequences, job.data_rank, job.data_size)
         model = build_model(config, job)
-        return cls(config, job, corpus, model, make_optimizer(model, config.optim))
+        return cls(config, job, corpus, held_out, model, make_optimizer(model, config.optim))
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,9 @@ def loss_of(trainer: Trainer, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(trainer: Trainer) -> float:
     """The held-out loss in nats per byte, the same on every process."""
-    job, run = trainer.job, trainer.config.run
     trainer.model.eval()
-    tokens = trainer.corpus.evaluation(run.eval_sequences, job.data_rank, job.data_size)
-    parts = tokens.split(trainer.config.data.micro_batch_size or len(tokens))
-    return sum(loss_of(trainer, part).item() * len(part) for part in parts) / len(tokens)
+    parts = trainer.held_out.split(trainer.config.data.micro_batch_size or len(trainer.held_out))
+    return sum(loss_of(trainer, part).item() * len(part) for part in parts) / len(trainer.held_out)
 
 
 def _numbers(trainer: Trainer, step: int, loss: Tensor, grad_norm: Tensor) -> dict[str, float]:

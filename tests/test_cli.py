@@ -1,0 +1,194 @@
+"""The commands: what plan prints and draws is the plan, check finds a kernel that is wrong, train runs under torchrun."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from ring_attn import cli
+from ring_attn.exchange import EXCHANGES
+from ring_attn.kernels import get_kernel
+from ring_attn.layout import LAYOUTS
+from ring_attn.mask import Causal, Documents, Window
+from ring_attn.plan_plot import paint
+from ring_attn.plan_report import balance_of
+from ring_attn.tiles import make_plan
+from ring_attn.train.metrics import read
+from tests.train.runs import write_text
+
+CELLS = re.compile(r"rank (\d+) meets ([\d, ]+): +([\d,]+) cells in (\d+) tiles?")
+
+
+def visits(text: str) -> list[tuple]:
+    """(rank, sources, cells, tiles) of every visit that a report prints, in order."""
+    found = CELLS.findall(text)
+    return [(int(r), tuple(map(int, s.split(", "))), int(c.replace(",", "")), int(n)) for r, s, c, n in found]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_plan_prints_every_visit_and_all_cells(capsys, layout, exchange):
+    args = ["--layout", layout, "--exchange", exchange, "--ring-size", "4", "--seq-len", "64", "--mask", "causal"]
+    assert cli.main(["plan", *args]) == 0
+    found = visits(capsys.readouterr().out)
+    assert sum(cells for _, _, cells, _ in found) == 64 * 65 // 2
+    met = sorted((rank, source) for rank, sources, _, _ in found for source in sources)
+    assert met == [(rank, source) for rank in range(4) for source in range(4)]
+
+
+def test_plan_counts_windows_and_documents(capsys):
+    assert cli.main(["plan", "--ring-size", "2", "--seq-len", "32", "--window", "3", "--documents", "10,0,22"]) == 0
+    found = visits(capsys.readouterr().out)
+    assert sum(cells for _, _, cells, _ in found) == sum(min(i, 3) + 1 for n in (10, 22) for i in range(n))
+    assert (
+        cli.main(["plan", "--mask", "full", "--ring-size", "1", "--layout", "contiguous", "--seq-len", "9", "--window", "1"])
+        == 0
+    )
+    assert [cells for _, _, cells, _ in visits(capsys.readouterr().out)] == [9 + 2 * 8]
+
+
+def test_plan_names_steps_that_nobody_needs_and_the_kinds_of_tiles(capsys):
+    args = ["--layout", "contiguous", "--ring-size", "4", "--seq-len", "64", "--window", "8"]
+    assert cli.main(["plan", *args]) == 0
+    text = capsys.readouterr().out
+    assert "steps 2, 3 hold no allowed cell" in text
+    assert re.search(r"band +rows 0\.\.15 x 0\.\.15: 108 cells, window \(8, 0\)", text)
+    assert re.search(r"anticausal rows 0\.\.7 x 8\.\.15: 36 cells, window \(0, open\)", text)
+
+
+def test_plan_shows_the_balance_of_the_layouts(capsys):
+    def efficiency(layout):
+        plan = make_plan(LAYOUTS[layout](4096, 8), Causal(), EXCHANGES["ring"].meets(8))
+        return balance_of(plan).efficiency
+
+    assert efficiency("zigzag") > 0.99
+    assert efficiency("striped") > 0.99
+    assert efficiency("contiguous") == pytest.approx((7 * 8 / 2 + 8 / 2) / (8 * 7.5), rel=1e-2)
+    assert cli.main(["plan", "--layout", "contiguous", "--ring-size", "8", "--seq-len", "4096"]) == 0
+    text = capsys.readouterr().out
+    assert f"efficiency {efficiency('contiguous'):.1%}" in text
+    assert re.search(r"rank 7: +\d[\d,]+ cells, 1\.8\d\d of the mean", text)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--seq-len", "63"], "seq_len 63 must be a multiple of 2 * ring_size = 8 for the zigzag layout"),
+        (["--documents", "1,x"], "--documents takes whole numbers"),
+        (["--seq-len", "64", "--documents", "1,2"], "the documents add up to 3 positions, but seq_len is 64"),
+        (["--exchange", "post"], "exchange 'post' is not one of ring, gather"),
+        (["--window", "-1"], "Window left must be at least 0"),
+    ],
+)
+def test_plan_refuses_in_words(capsys, args, message):
+    assert cli.main(["plan", *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_picture_of_a_plan_is_its_mask(tmp_path):
+    mask = Causal() & Window(9) & Documents(lengths=[20, 12])
+    for layout in LAYOUTS.values():
+        for exchange in EXCHANGES.values():
+            plan = make_plan(layout(32, 4), mask, exchange.meets(4))
+            by_step, by_rank = paint(plan)
+            owner = {p: rank for rank in range(4) for r in plan.layout.shard(rank) for p in r}
+            for q, k in np.ndindex(32, 32):
+                seen = k <= q <= k + 9 and (q < 20) == (k < 20)
+                assert by_rank[q, k] == (owner[q] if seen else -1)
+                assert by_step[q, k] == -1 or owner[k] in plan.meets[by_step[q, k]][owner[q]]
+    rows = paint(make_plan(LAYOUTS["striped"](4096, 4), Causal(), EXCHANGES["ring"].meets(4)), samples=64)[1]
+    assert set(rows[:, 0]) == {0, 1, 2, 3}, "a sampled picture shows every rank"
+
+
+def test_plan_draws(capsys, tmp_path):
+    path = tmp_path / "plan.png"
+    assert cli.main(["plan", "--seq-len", "1024", "--plot", str(path)]) == 0
+    assert f"drawn to {path}" in capsys.readouterr().out
+    picture = matplotlib.image.imread(path)
+    assert min(picture.shape[:2]) > 300
+    assert picture.std() > 0.1
+
+
+CHECK = ["--seq-len=32", "--ring-size=2", "--num-heads=2", "--head-dim=16", "--kernels", "reference", "cudnn", "aten"]
+
+
+def test_check_prints_errors_and_reasons(capsys):
+    assert cli.main(["check", *CHECK]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("cpu    float64  reference  ring"))
+    assert row.endswith("ok, 15 cases")
+    assert all(0 < float(error) < 1e-12 for error in row.split()[4:8])
+    assert any("cudnn" in line and "not here: cuDNN attention runs on CUDA" in line for line in lines)
+    assert lines[-1] == "everything that claims to work is right"
+
+
+def test_check_finds_a_kernel_that_is_wrong(capsys, monkeypatch):
+    backward = type(get_kernel("reference")).backward
+
+    def doubled(self, up, q, k, v, tiles, *, scale, score=None, into):
+        backward(self, up, q, k, v, tiles, scale=scale, score=score, into=into)
+        into.dv.mul_(1 + 1e-9)
+
+    monkeypatch.setattr(type(get_kernel("reference")), "backward", doubled)
+    assert cli.main(["check", *CHECK]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG: dv off by" in line]
+    assert wrong
+    assert all(line.split()[1:3] == ["float64", "reference"] for line in wrong)
+
+
+def test_the_command_line_helps_and_refuses(capsys):
+    assert cli.main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in cli.COMMANDS)
+    assert cli.main([]) == 2
+    assert cli.main(["trian"]) == 2
+    assert "'trian' is not one of the commands plan, train, " in capsys.readouterr().err
+    assert cli.main(["train", "nowhere.toml"]) == 2
+    assert "no configuration file nowhere.toml" in capsys.readouterr().err
+
+
+def test_naming_no_command_imports_no_optional_package():
+    code = "import sys, ring_attn.cli; print({'tyro', 'matplotlib', 'triton'} & set(sys.modules))"
+    assert python("-c", code).stdout.strip() == "set()"
+
+
+CONFIG = """
+[model]
+dim = 16
+num_layers = 1
+num_heads = 2
+[data]
+path = "{root}/text"
+cache = "{root}/cache"
+seq_len = 64
+batch_size = 2
+[optim]
+steps = 3
+[run]
+dir = "{root}/run"
+device = "cpu"
+eval_sequences = 2
+"""
+
+
+def test_train_runs_under_torchrun(tmp_path):
+    write_text(tmp_path / "text")
+    (tmp_path / "c.toml").write_text(CONFIG.format(root=tmp_path))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = python(*torchrun, "-m", "ring_attn", "train", str(tmp_path / "c.toml"), "--optim.steps", "4")
+    assert re.search(r"^step 4: held-out loss \d\.\d+ nats per byte; see ", done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.count("held-out loss") == 1, "only the leader reports"
+    assert [line["step"] for line in read(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+    assert "steps = 4" in (tmp_path / "run" / "config.toml").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004" / ".metadata").is_file()
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+
+
+def python(*args: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return done
