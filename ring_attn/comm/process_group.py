@@ -36,7 +36,7 @@ class ProcessGroupTransport:
         first = self.process * ranks_per_process
         self.hosted = tuple(range(first, first + ranks_per_process))
         self._tag = 0
-        self._watch = watch(_timeout_s(self.group) / 2) if dist.get_backend(self.group) == dist.Backend.NCCL else None
+        self._watch = watch(_timeout_s(self.group)) if dist.get_backend(self.group) == dist.Backend.NCCL else None
 
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)

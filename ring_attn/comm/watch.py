@@ -1,16 +1,18 @@
-"""Names a transfer that does not finish, on backends whose `wait()` does not block the host.
+"""Names a transfer that does not finish and ends the process, on backends whose `wait()` does not block the host.
 
-NCCL waits on the device: a peer that died is noticed by the group's watchdog, which ends the process at the group's timeout
-without knowing what the transfer was for. A thread that only looks at transfers overdue by half that timeout says it before.
+NCCL waits on the device, so the host learns of a dead peer from nobody but the group's watchdog. That knows no step and no
+exchange, and when the timeout has passed it writes a report for a minute or more before it ends the process. This thread looks
+only at transfers that are overdue: it names one at half of the group's timeout, and ends the process at the whole.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,10 +28,13 @@ class _Posted(NamedTuple):
 
 
 class Watch:
-    """Logs an error naming the oldest transfer that is still not done after `patience_s` seconds, once a transfer."""
+    """Logs an error naming the oldest transfer that is not done after half of `timeout_s`, and calls `end` at the whole.
 
-    def __init__(self, patience_s: float) -> None:
-        self.patience_s = patience_s
+    `end` must not return to the work that waits: what it waits for never comes.
+    """
+
+    def __init__(self, timeout_s: float, end: Callable[[], None] = os.abort) -> None:
+        self.timeout_s, self._end = timeout_s, end
         self._posted: deque[_Posted] = deque()
         self._named: object = None
         threading.Thread(target=self._look, name="ring_attn watch", daemon=True).start()
@@ -45,18 +50,24 @@ class Watch:
 
     def _look(self) -> None:
         while True:
-            time.sleep(self.patience_s / 10)
+            time.sleep(self.timeout_s / 20)
             oldest = next(iter(tuple(self._posted)), None)
-            if oldest is None or oldest is self._named or time.monotonic() - oldest.at < self.patience_s:
+            waited = 0.0 if oldest is None else time.monotonic() - oldest.at
+            if waited < self.timeout_s / 2:
                 continue
             if oldest.work.is_completed():
                 self._posted.remove(oldest)
                 continue
-            self._named = oldest
-            logger.error("%s is not done after %.0f s: a peer died, stalls or makes other calls", oldest.what, self.patience_s)
+            if oldest is not self._named:
+                self._named = oldest
+                logger.error("%s is not done after %.0f s: a peer died, stalls or makes other calls", oldest.what, waited)
+            if waited >= self.timeout_s:
+                logger.error("%s: the group's timeout of %.0f s has passed, ending this process", oldest.what, self.timeout_s)
+                self._end()
+                return
 
 
 @lru_cache
-def watch(patience_s: float) -> Watch:
-    """The one watch of this process for a patience."""
-    return Watch(patience_s)
+def watch(timeout_s: float) -> Watch:
+    """The one watch of this process for a timeout."""
+    return Watch(timeout_s)
