@@ -75,6 +75,7 @@ def job_steps(config: TrainConfig) -> list[dict]:
     """The same of the training loop, in this process's part of its job."""
     with join(config) as job:
         trainer = Trainer.build(config, job)
+        assert all(isinstance(p, DTensor) == (config.run.parallel == "fsdp") for p in trainer.model.parameters())
         return [_numbers(*train_step(trainer, step), trainer.model) for step in range(config.optim.steps)]
 
 
