@@ -1,0 +1,52 @@
+"""The README's examples run as they stand, and its tree names every module there is."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import ring_attn as ra
+from tests.dist.harness import run_processes
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_simulated_ring():
+    names: dict = {}
+    exec(examples()[0], names)
+    assert all(names[x].grad.isfinite().all() and names[x].grad.abs().sum() > 0 for x in "qkv")
+
+
+def _torchrun(rank: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9))
+    names = {"batch": torch.randint(0, 9, (1, 16)), "model": model}
+    exec(examples()[1].replace("dist.init_process_group() ", "pass"), names)
+    assert names["tokens"].shape == (1, 8) and names["positions"].tolist() == names["ring"].positions(16).tolist()
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_the_ring_of_processes():
+    run_processes(_torchrun, 2)
+
+
+def test_the_module():
+    names: dict = {"torch": torch}
+    exec(examples()[2], names)
+    ring = ra.Ring.simulated(2)
+    x = torch.randn(1, 16, 64)
+    block = names["Block"](64, ring)
+    assert block(x).shape == x.shape
+
+
+def test_the_tree_names_every_module():
+    tree = README[README.index("## The tree") : README.index("## What it does not do")]
+    for path in sorted((ROOT / "ring_attn").rglob("*.py")):
+        name = path.stem
+        shared = f"{name.split('_')[0]}_*.py" in tree and f"{name.split('_', 1)[-1]}" in tree
+        assert name == "__init__" or re.search(rf"\b{name}\b", tree) or shared, f"{path.name} is missing from the README's tree"
