@@ -1,0 +1,321 @@
+"""The Gluon forward for sm_90: the visit, table and partial of the Triton forward, scheduled by hand over groups of warps.
+
+Note [schedule]: a program owns a block of query rows of one head. A producer warp copies Q, and K and V block by block, into
+shared memory with TMA; two or three consumer warpgroups of 64 rows each attend. A consumer issues Q K' of block i and then P V
+of block i - 1, waits for the first only, and computes the softmax of block i while the tensor cores still work on the second
+(Shah et al., FlashAttention-3, arXiv 2407.08608). Buffers are handed over by mbarriers: `full` counts TMA's bytes, `empty` the
+consumers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ring_attn.kernels import triton_rows
+from ring_attn.kernels.gluon_attend import (
+    CONSUMER_ROWS,
+    TURN,
+    Shared,
+    Work,
+    attend_overlapped,
+    attend_plainly,
+    place_of,
+    span_of,
+    turn_arrive,
+    walk_of,
+)
+from ring_attn.kernels.triton_blocks import Table
+from ring_attn.kernels.triton_forward import _positive
+from ring_attn.kernels.triton_rows import LN2, LOG2E, Call, numbers_of, rows_of
+from ring_attn.partial import Partial
+
+at_head = gluon.jit(triton_rows.at_head.fn)
+program_work = gluon.jit(triton_rows.program_work.fn)
+
+
+@dataclass(frozen=True)
+class GluonConfig:
+    """One launch: `walk` KV rows are met at a time, in `buffers` buffers, by `consumers` warpgroups, see Note [schedule].
+
+    `ping_pong`: the consumers issue their products in turn, so that one computes its softmax during the other's. `overlap`:
+    products are in flight beside the softmax. `registers`: of each thread of a consumer and of the producer.
+    """
+
+    walk: int
+    buffers: int
+    consumers: int = 2
+    ping_pong: bool = False
+    overlap: bool = True
+    registers: tuple[int, int] = (240, 24)
+
+    @property
+    def own(self) -> int:
+        """The query rows of a program."""
+        return self.consumers * CONSUMER_ROWS.value
+
+
+# Keyed by head dim; tests/kernels/test_gluon_compile.py holds every line to its registers and shared memory.
+_TABLE = {64: GluonConfig(128, 3), 128: GluonConfig(128, 2)}
+
+
+def config_for(head_dim: int) -> GluonConfig:
+    """The launch configuration for a head dim of 64 or 128."""
+    return _TABLE[head_dim]
+
+
+def forward_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Table,
+    config: GluonConfig,
+    *,
+    scale: float,
+    carried: Partial | None,
+    target: Partial,
+    out: Tensor | None,
+) -> Call:
+    """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, which may be `target`.
+
+    With `out` it is the last visit: out [b, s, h, d] and target's lse are written, and target's acc and m are not.
+    """
+    q, scale = _positive(q, scale)
+    every_row_counts = carried is None or out is not None
+    programs = table.programs if every_row_counts else table.busy
+    heads, groups = q.shape[2], k.shape[2]
+    arguments = {
+        "q": described(q, CONSUMER_ROWS.value),
+        "k": described(k, config.walk),
+        "v": described(v, config.walk),
+        "acc": None if carried is None and out is not None else rows_of(target.acc),
+        "m": None if carried is None and out is not None else numbers_of(target.m),
+        "lse": numbers_of(target.lse),
+        "out": None if out is None else rows_of(out),
+        "table": table.ints,
+        "scale_log2": scale * math.log2(math.e),
+        "num_q": q.shape[1],
+        "programs": programs,
+        "group": heads // groups,
+        "CARRIED": carried is not None,
+        "LAST": out is not None,
+        "DIM": q.shape[3],
+        "CONFIG": config,
+        "num_warps": 4,
+    }
+    return Call(forward_kernel, programs * heads, arguments)
+
+
+def described(x: Tensor, rows: int) -> TensorDescriptor:
+    """The TMA descriptor of blocks of `rows` rows of one batch row and head of x [b, s, h, d].
+
+    Rows past the last are read as 0. TMA wants addresses and strides in multiples of 16 bytes: x is copied where they are not.
+    """
+    if x.numel() == 0:
+        # Nothing reads it, but a descriptor has no empty dimension.
+        x = x.new_zeros([max(1, size) for size in x.shape])
+    strides = _strides(x)
+    if x.data_ptr() % 16 or any(stride % 8 or not stride for stride in strides):
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides = _strides(x)
+    (b, s, h, d), (over_b, over_s, over_h) = x.shape, strides
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, [b, h, s, d], [over_b, over_h, over_s, 1], [1, 1, rows, d], layout)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Those of the first three dimensions; of a dimension of size 1, which nothing steps over, one that TMA takes."""
+    return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+
+@gluon.jit(do_not_specialize=["num_q", "programs"])
+def forward_kernel(
+    q,
+    k,
+    v,
+    acc,
+    m,
+    lse,
+    out,
+    table,
+    scale_log2,
+    num_q,
+    programs,
+    group,
+    CARRIED: gl.constexpr,
+    LAST: gl.constexpr,
+    DIM: gl.constexpr,
+    CONFIG: gl.constexpr,
+):
+    shared = Shared(
+        gl.allocate_shared_memory(q.dtype, [CONFIG.consumers, 1, 1, CONSUMER_ROWS, DIM], q.layout),
+        gl.allocate_shared_memory(q.dtype, [CONFIG.buffers, 1, 1, CONFIG.walk, DIM], k.layout),
+        gl.allocate_shared_memory(q.dtype, [CONFIG.buffers, 1, 1, CONFIG.walk, DIM], v.layout),
+        _barriers(CONFIG.consumers, 1),
+        _barriers(CONFIG.buffers, 1),
+        _barriers(CONFIG.buffers, 1),
+        _barriers(CONFIG.buffers, CONFIG.consumers),
+        _barriers(CONFIG.buffers, CONFIG.consumers),
+        _barriers(1, CONFIG.consumers),
+    )
+    fence_async_shared()
+
+    # The query heads of one KV head are neighbours, and KV heads come one after the other: KV stays in L2.
+    kv_head = gl.program_id(0) // (programs * group)
+    place = gl.program_id(0) % (programs * group)
+    block, batch, first, last = program_work(table, place // group)
+    block_start = block * CONFIG.own
+    block_stop = gl.minimum(block_start + CONFIG.own, num_q)
+    work = Work(table, batch, kv_head * group + place % group, kv_head, first, last, block_start, block_stop)
+    memory = (acc, m, lse, out)
+    if CONFIG.consumers == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (shared, work, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, work, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
+                (_produce, (q, k, v, shared, work, DIM, CONFIG)),
+            ],
+            [4, 1],
+            [CONFIG.registers[0], CONFIG.registers[1]],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (shared, work, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, work, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, work, memory, scale_log2, 2, CARRIED, LAST, DIM, CONFIG)),
+                (_produce, (q, k, v, shared, work, DIM, CONFIG)),
+            ],
+            [4, 4, 1],
+            [CONFIG.registers[0], CONFIG.registers[0], CONFIG.registers[1]],
+        )
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT mbarriers, each of which waits for ARRIVALS arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def _produce(q, k, v, shared, work, DIM: gl.constexpr, CONFIG: gl.constexpr):
+    """Copies the program's Q, and the K and V blocks of all its entries in the order in which they are consumed."""
+    CONSUMERS: gl.constexpr = CONFIG.consumers
+    for part in gl.static_range(CONSUMERS):
+        mbarrier.expect(shared.q_full.index(part), CONSUMER_ROWS * DIM * 2)
+        at = [work.batch, work.head, work.block_start + part * CONSUMER_ROWS, 0]
+        tma.async_copy_global_to_shared(q, at, shared.q_full.index(part), shared.q.index(part))
+    met = 0
+    for entry in range(work.first, work.last, 8):
+        span = span_of(work, entry, work.block_start)
+        walk = walk_of(span, CONFIG.walk)
+        for step in range(walk.count):
+            place, _ = place_of(step, span, walk, CONFIG.walk)
+            at = [work.batch, work.kv_head, place, 0]
+            slot, phase = met % CONFIG.buffers, (met // CONFIG.buffers) & 1
+            _copy(k, at, shared.k.index(slot), shared.k_full.index(slot), shared.k_empty.index(slot), phase, DIM, CONFIG)
+            _copy(v, at, shared.v.index(slot), shared.v_full.index(slot), shared.v_empty.index(slot), phase, DIM, CONFIG)
+            met += 1
+
+
+@gluon.jit
+def _copy(x, at, buffer, full, empty, phase, DIM: gl.constexpr, CONFIG: gl.constexpr):
+    # A fresh barrier counts as having completed the phase before its first.
+    mbarrier.wait(empty, phase ^ 1)
+    mbarrier.expect(full, CONFIG.walk * DIM * 2)
+    tma.async_copy_global_to_shared(x, at, full, buffer)
+
+
+@gluon.jit
+def _consume(
+    shared,
+    work,
+    memory,
+    scale_log2,
+    PART: gl.constexpr,
+    CARRIED: gl.constexpr,
+    LAST: gl.constexpr,
+    DIM: gl.constexpr,
+    CONFIG: gl.constexpr,
+):
+    """Attends for a consumer's part of the program's query rows, from the carried state to memory."""
+    acc, m, lse, out = memory
+    rows_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CONFIG.walk, 16]))
+    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    first_row = work.block_start + PART * CONSUMER_ROWS
+    rows = first_row + gl.arange(0, CONSUMER_ROWS, rows_layout)
+    live = rows < work.block_stop
+    if CARRIED:
+        m_row = _load_numbers(m, work, rows, live)
+        lse_row = _load_numbers(lse, work, rows, live)
+        # A row without keys has m = lse = -inf, and its sum is 0.
+        l_row = gl.where(lse_row == float("-inf"), 0.0, gl.exp2((lse_row - m_row) * LOG2E))
+        m2 = m_row * LOG2E
+    else:
+        m2 = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, rows_layout)
+        l_row = gl.full([CONSUMER_ROWS], 0.0, gl.float32, rows_layout)
+    m2_carried = m2
+    total = gl.full([CONSUMER_ROWS, DIM], 0.0, gl.float32, total_layout)
+
+    if CONFIG.ping_pong and (PART + 1) % CONFIG.consumers == 0:
+        turn_arrive(TURN)
+    mbarrier.wait(shared.q_full.index(PART), 0)
+    met, cleared = 0, 0
+    for entry in range(work.first, work.last, 8):
+        span = span_of(work, entry, rows)
+        if CONFIG.overlap:
+            m2, l_row, total, met, cleared = attend_overlapped(
+                m2, l_row, total, met, cleared, span, shared, scale_log2, PART, DIM, CONFIG
+            )
+        else:
+            m2, l_row, total, met, cleared = attend_plainly(
+                m2, l_row, total, met, cleared, span, shared, scale_log2, PART, DIM, CONFIG
+            )
+
+    across: gl.constexpr = gl.SliceLayout(1, total_layout)
+    rows_across = first_row + gl.arange(0, CONSUMER_ROWS, across)
+    if CARRIED:
+        # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
+        factor = gl.exp2(m2_carried - gl.where(m2 == float("-inf"), 0.0, m2))
+        at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
+        total += gl.load(at, mask=mask, other=0.0) * gl.convert_layout(factor, across)[:, None]
+    divisor = gl.where(l_row == 0.0, 1.0, l_row)
+    _store_numbers(lse, work, rows, live, (m2 + gl.log2(divisor)) * LN2)
+    if LAST:
+        at, mask = _row_pointers(out, work, rows_across, total_layout, DIM)
+        total = total / gl.convert_layout(divisor, across)[:, None]
+        gl.store(at, total.to(out.ptr.dtype.element_ty), mask=mask)
+    else:
+        _store_numbers(m, work, rows, live, m2 * LN2)
+        at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
+        gl.store(at, total, mask=mask)
+
+
+@gluon.jit
+def _row_pointers(x, work, rows, LAYOUT: gl.constexpr, DIM: gl.constexpr):
+    """(pointers [rows, DIM], which of them exist)."""
+    at = at_head(x, work.batch, work.head)
+    columns = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
+    return at[0] + rows.to(gl.int64)[:, None] * at[1] + columns[None, :], (rows < work.block_stop)[:, None]
+
+
+@gluon.jit
+def _load_numbers(x, work, rows, live):
+    at = at_head(x, work.batch, work.head)
+    return gl.load(at[0] + rows.to(gl.int64) * at[1], mask=live, other=float("-inf"))
+
+
+@gluon.jit
+def _store_numbers(x, work, rows, live, value):
+    at = at_head(x, work.batch, work.head)
+    gl.store(at[0] + rows.to(gl.int64) * at[1], value, mask=live)

@@ -1,0 +1,106 @@
+"""The Gluon kernel: a forward for Hopper, compute capability 9.0, that reaches for the speed of hand-written CUDA.
+
+It takes the Triton kernel's tables and partials, so visits may change between the two. Gluon is imported when a kernel first
+runs, so this module can be imported, and asked what it supports, without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.kernels.triton_blocks import query_table
+from ring_attn.kernels.triton_kernel import _target, interpreted
+from ring_attn.partial import Partial
+from ring_attn.tiles import Tile
+
+if TYPE_CHECKING:
+    from ring_attn.kernels.gluon_forward import GluonConfig
+
+HEAD_DIMS = (64, 128)
+# Gluon is experimental: what other versions make of these kernels is not known.
+VERSIONS = ("3.6", "3.7")
+_DTYPES = (torch.float16, torch.bfloat16)
+_BACKWARD = "it has no backward: name another kernel for that direction, or leave the choice to 'auto'"
+
+
+@dataclass(frozen=True)
+class GluonKernel:
+    """`config`: the launch configuration to use whatever the problem; None takes it from the table."""
+
+    config: GluonConfig | None = None
+    name: str = "gluon"
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.direction == "backward":
+            return _BACKWARD
+        if problem.dtype not in _DTYPES:
+            return f"it takes float16 and bfloat16, not {problem.dtype}"
+        if problem.score is not None:
+            return "score modifiers are not implemented"
+        dims = problem.head_dim, problem.v_head_dim
+        if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
+            return f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, alike for V, not {dims[0]} and {dims[1]}"
+        if problem.device != "cuda":
+            return f"it runs on CUDA devices, not on {problem.device}"
+        return _installation_refusal() or _device_refusal()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Partial | None = None,
+        out: Tensor | None = None,
+    ) -> Partial:
+        from ring_attn.kernels.gluon_forward import config_for, forward_call
+
+        config = self.config or config_for(q.shape[-1])
+        table = query_table(tiles, q, config.own)
+        target = _target(q, v, out) if into is None else into
+        forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
+        # A normalised output is the partial with m = lse.
+        return target if out is None else Partial(out, target.lse, target.lse)
+
+    def backward(
+        self,
+        up: Upstream,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        *,
+        scale: float,
+        score: object = None,
+        into: Grads,
+    ) -> None:
+        raise NotImplementedError(f"kernel 'gluon': {_BACKWARD}")
+
+
+def _installation_refusal() -> str | None:
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    if not installed.startswith(tuple(f"{known}." for known in VERSIONS)):
+        return f"it is written for Triton {' and '.join(VERSIONS)}, not {installed}"
+    return "Triton's interpreter does not run Gluon: unset TRITON_INTERPRET" if interpreted() else None
+
+
+def _device_refusal() -> str | None:
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) != (9, 0):
+        return f"it needs compute capability 9.0, this device has {'.'.join(map(str, capability))}"
+    return None
+
+
+KERNELS = {"gluon": GluonKernel()}

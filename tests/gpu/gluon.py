@@ -1,0 +1,279 @@
+"""The Gluon forward on a Hopper GPU, right and fast: `python -m tests.gpu.gluon [--only WORD]`.
+
+Every launch configuration below is held to the float64 truth and to the Triton kernel, each in a process of its own with a
+time limit, so a hang or a crash hides no other. Then those that ran are timed beside the Triton kernel and cuDNN, in rounds so
+that a clock that drifts meets them all. The tables come last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+
+import torch
+
+from ring_attn.kernels import get_kernel
+from ring_attn.kernels.gluon_forward import GluonConfig
+from ring_attn.kernels.gluon_kernel import KERNELS, GluonKernel
+from ring_attn.mask import Causal, Documents, Full
+from ring_attn.partial import normalize
+from ring_attn.tiles import tiles
+from tests.support import BAND_KINDS, band_tiles, cells_of, poison_memory, random_qkv, rel_error, split_tiles
+
+CONFIGS = {
+    "plain": GluonConfig(128, 2, overlap=False),
+    "128x2": GluonConfig(128, 2),
+    "128x2pp": GluonConfig(128, 2, ping_pong=True),
+    "128x3": GluonConfig(128, 3),
+    "128x3pp": GluonConfig(128, 3, ping_pong=True),
+    "64x4": GluonConfig(64, 4),
+    "64x4pp": GluonConfig(64, 4, ping_pong=True),
+    "64x3c3": GluonConfig(64, 3, consumers=3, registers=(160, 32)),
+    "64x3c3pp": GluonConfig(64, 3, consumers=3, ping_pong=True, registers=(160, 32)),
+}
+BY_DIM = {
+    64: ("plain", "128x2", "128x2pp", "128x3", "128x3pp", "64x4", "64x3c3", "64x3c3pp"),
+    128: ("plain", "128x2", "128x2pp", "64x4", "64x4pp", "64x3c3pp"),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = ((515, 643), (643, 260), (131, 70))
+HEADS = ((4, 4), (8, 2), (8, 1))
+LENGTHS = (2048, 4096, 8192, 16384, 32768)
+LSE_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    size: tuple[int, int]
+    heads: tuple[int, int]
+    visits: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.size[0]}x{self.size[1]} heads {self.heads[0]}/{self.heads[1]} visits {self.visits} {self.note}"
+        )
+
+
+def cases() -> Iterator[Case]:
+    """The easiest first, so that the first failure says most."""
+    yield Case("full", (128, 128), (1, 1), 1)
+    yield Case("full", (256, 512), (2, 2), 1)
+    heads, visits = cycle(HEADS), cycle((1, 2, 3))
+    for kind in BAND_KINDS:
+        for size in SIZES:
+            yield Case(kind, size, next(heads), next(visits))
+        next(visits)
+    yield Case("full", (1100, 2300), (2, 1), 1)
+    yield Case("window", (2300, 2300), (2, 1), 1)
+    yield Case("causal", (515, 515), (8, 2), 1, "outliers")
+    yield Case("causal", (515, 515), (8, 2), 2, "no out")
+    yield Case("causal", (515, 515), (8, 2), 1, "negative scale")
+    for visits_ in (1, 2):
+        yield Case("gaps", (1003, 1003), (8, 2), visits_, "NaN outside tiles")
+        yield Case("gaps", (1003, 1003), (4, 4), visits_, "NaN outside tiles")
+    for note in ("packed", "heads first", "misaligned"):
+        yield Case("causal", (515, 515), (4, 4), 1, note)
+    yield Case("nothing", (203, 203), (4, 2), 1)
+    yield Case("nothing", (203, 203), (4, 2), 2)
+
+
+def tiles_of(case: Case):
+    if case.kind == "nothing":
+        return ()
+    if case.kind == "gaps":
+        lengths = [5, 37, 64, 1, 100, 128, 130, 3, 200, 17, 60, 15, 16, 49, 90, 88]
+        mask = Causal() & Documents(lengths=lengths)
+        return tuple(tiles((range(case.size[0]),), [(range(case.size[1]),)], mask))[::2]
+    return band_tiles(case.kind, *case.size)
+
+
+def check(name: str, dim: int, dtype_name: str) -> list[str]:
+    """One line for every case that fails, then one with the worst errors."""
+    kernel, dtype = GluonKernel(CONFIGS[name]), DTYPES[dtype_name]
+    worst, lines, count = {"out": 0.0, "beside triton": 0.0, "lse": 0.0}, [], 0
+    for case in cases():
+        count += 1
+        # Whatever a kernel raises is a result here: it belongs in the table, beside the others.
+        try:
+            found = measure(case, kernel, dim, dtype)
+        except Exception as error:
+            lines.append(f"{case}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
+            if "CUDA" in str(error):
+                break
+            continue
+        worst = {key: max(worst[key], found[key] if found[key] == found[key] else float("inf")) for key in worst}
+        if not (found["out"] <= 1.2 and found["beside triton"] <= 1.5 and found["lse"] <= LSE_LIMIT):
+            lines.append(f"{case}: {found}")
+    summary = " ".join(f"{key} {value:.3g}" for key, value in worst.items())
+    verdict = f"{len(lines)} FAILED" if lines else "ok"
+    return [f"{name:10s} d{dim:<4d} {dtype_name} {count} cases: {summary}  {verdict}", *(f"    {line}" for line in lines[:6])]
+
+
+def measure(case: Case, kernel, dim: int, dtype: torch.dtype) -> dict:
+    """Error of out against the truth and distance from Triton's, both in Triton's own errors; relative error of lse.
+
+    And where the error is, if it is large: query rows by consumer, dims by half, how many NaN.
+    """
+    (num_q, num_kv), (h, g) = case.size, case.heads
+    q, k, v, _ = random_qkv(2, num_q, num_kv, h, g, dim, dtype=dtype, device="cuda", seed=1, outliers=case.note == "outliers")
+    tile_list = tiles_of(case)
+    scale = dim**-0.5 * (-1 if case.note == "negative scale" else 1)
+    visits = split_tiles(tile_list, case.visits)
+    exact_out, exact_lse = _run(get_kernel("reference"), *(x.double() for x in (q, k, v)), visits, scale, case.note)
+    if case.kind == "gaps":
+        seen = cells_of(tile_list, 2, num_q, num_kv, "cuda")
+        q = q.masked_fill(~seen.any(2)[:, :, None, None], torch.nan)
+        k, v = (x.masked_fill(~seen.any(1)[:, :, None, None], torch.nan) for x in (k, v))
+    q, k, v = _arranged(q, k, v, case.note)
+    base, _ = _run(get_kernel("triton"), q, k, v, visits, scale, case.note)
+    out, lse = _run(kernel, q, k, v, visits, scale, case.note)
+    torch.cuda.synchronize()
+    own = max(rel_error(base, exact_out), 1e-6)
+    found = {
+        "out": rel_error(out, exact_out) / own,
+        "beside triton": rel_error(out, base) / own,
+        "lse": rel_error(lse, exact_lse),
+    }
+    if not found["out"] <= 1.2:
+        off = (out.double() - exact_out).nan_to_num(1e3).abs()
+        found["nan"] = int(out.isnan().sum())
+        rows = torch.arange(num_q, device="cuda") // 64 % 2
+        found["rows"] = [round(off[:, rows == part].amax().item(), 4) if (rows == part).any() else None for part in (0, 1)]
+        found["dims"] = [round(off[..., part].amax().item(), 4) for part in (slice(0, dim // 2), slice(dim // 2, dim))]
+        found["batch, row, head, dim of the worst"] = [int(i) for i in torch.unravel_index(off.argmax(), off.shape)]
+    return found
+
+
+def _run(kernel, q, k, v, visits, scale: float, note: str):
+    """(out, lse); under "no out" no visit is the last one, and the partial is normalised here."""
+    poison_memory(q.device.type)
+    state = None
+    out = torch.full((*q.shape[:3], v.shape[-1]), torch.nan, dtype=q.dtype, device=q.device)
+    for i, visit in enumerate(visits):
+        last = i == len(visits) - 1 and note != "no out"
+        state = kernel.forward(q, k, v, visit, scale=scale, into=state, out=out if last else None)
+    return (normalize(state, q.dtype) if note == "no out" else out), state.lse
+
+
+def _arranged(q, k, v, note: str):
+    """The same values in another memory layout."""
+    if note == "packed":
+        return torch.stack((q, k, v), 2).unbind(2)
+    if note == "heads first":
+        return tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    if note == "misaligned":
+        return tuple(torch.cat((x, x), -1)[..., 4 : 4 + x.shape[-1]].copy_(x) for x in (q, k, v))
+    return q, k, v
+
+
+def timing(dim: int, names: list[str]) -> list[str]:
+    """Tables of TFLOP/s full/causal, bf16, 16 heads, medians of CUDA events: configurations, and lengths."""
+    kernels = {name: GluonKernel(CONFIGS[name]) for name in names}
+    kernels |= {"gluon": KERNELS["gluon"], "triton": get_kernel("triton"), "cudnn": get_kernel("cudnn")}
+    lines = [f"d{dim}: TFLOP/s full/causal, bf16, 16 heads; {torch.cuda.get_device_name()}, torch {torch.__version__}"]
+    for length, chosen in ((4096, kernels), (16384, kernels)):
+        lines.append(f"  {length} tokens: " + ", ".join(_speeds(dim, length, chosen)))
+    for length in LENGTHS:
+        lines.append(
+            f"  {length} tokens: " + ", ".join(_speeds(dim, length, {n: kernels[n] for n in ("gluon", "triton", "cudnn")}))
+        )
+    return lines
+
+
+def _speeds(dim: int, length: int, kernels: dict) -> list[str]:
+    q, k, v, _ = random_qkv(1, length, length, 16, 16, dim, dtype=torch.bfloat16, device="cuda")
+    out, speeds = torch.empty_like(q), {name: [] for name in kernels}
+    for mask in (Full(), Causal()):
+        plan = tuple(tiles((range(length),), [(range(length),)], mask))
+        flops = 4 * 16 * dim * sum(tile.cells for tile in plan)
+        visits = {name: partial(x.forward, q, k, v, plan, scale=dim**-0.5, out=out) for name, x in kernels.items()}
+        times = {name: [] for name in kernels}
+        for visit in visits.values():
+            for _ in range(3):
+                visit()
+        for _ in range(4):
+            for name, visit in visits.items():
+                times[name] += [_ms(visit) for _ in range(4)][1:]
+        for name in kernels:
+            speeds[name].append(flops / statistics.median(times[name]) / 1e9)
+    return [f"{name} {full:.0f}/{causal:.0f}" for name, (full, causal) in speeds.items()]
+
+
+def _ms(call) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def launch_us(dim: int = 128) -> str:
+    """Host time of one forward on a small problem, which the GPU does not fill."""
+    q, k, v, _ = random_qkv(1, 256, 256, 2, 2, dim, dtype=torch.bfloat16, device="cuda")
+    plan, out, found = tuple(tiles((range(256),), [(range(256),)], Full())), torch.empty_like(q), []
+    for name, kernel in (("gluon", KERNELS["gluon"]), ("triton", get_kernel("triton"))):
+        for repeats in (20, 300):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                kernel.forward(q, k, v, plan, scale=0.1, out=out)
+            each = (time.perf_counter() - start) / repeats * 1e6
+        found.append(f"{name} {each:.0f} us")
+    return "host time of a launch: " + ", ".join(found)
+
+
+def _in_process(arguments: list[str], limit: float) -> tuple[bool, list[str]]:
+    """(whether it ended by itself, the lines it printed)."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.gpu.gluon", *arguments], capture_output=True, text=True, timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, [f"{' '.join(arguments)}: HUNG, or slower than {limit:.0f} s"]
+    if done.returncode:
+        return False, [f"{' '.join(arguments)}: exit {done.returncode}: {' '.join(done.stderr.split())[-600:]}"]
+    return True, done.stdout.splitlines()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only configurations whose name contains this")
+    parser.add_argument("--check", help="NAME:DIM:DTYPE in this process")
+    parser.add_argument("--time", help="DIM:NAME,NAME,... in this process")
+    args = parser.parse_args()
+    if args.check:
+        name, dim, dtype = args.check.split(":")
+        print("\n".join(check(name, int(dim), dtype)))
+        return 0
+    if args.time:
+        dim, names = args.time.split(":")
+        print("\n".join([*timing(int(dim), names.split(",")), launch_us(int(dim))]))
+        return 0
+    requests = [(n, d, t) for d, names in BY_DIM.items() for n in names for t in DTYPES if args.only in n]
+    # In float16 nothing differs but the type of the products.
+    requests = [r for r in requests if r[2] == "bf16" or r[0] == "128x2"]
+    with ThreadPoolExecutor(16) as pool:
+        checked = list(pool.map(lambda r: _in_process(["--check", ":".join(map(str, r))], 130), requests))
+    failed = [lines for ended, lines in checked if not ended or "FAILED" in lines[0]]
+    timed = []
+    for dim in (128, 64):
+        names = [n for (n, d, t), (ended, _) in zip(requests, checked, strict=True) if d == dim and t == "bf16" and ended]
+        timed += _in_process(["--time", f"{dim}:{','.join(names)}"], 75)[1] if names else []
+    print("\n".join([line for _, lines in checked for line in lines] + timed))
+    print(f"{len(failed)} of {len(checked)} checks failed" if failed else "all checks ok")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
