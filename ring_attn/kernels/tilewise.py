@@ -209,7 +209,8 @@ class Packed:
 
     def covers(self, q: Tensor) -> bool:
         """Whether it holds every row of q, in order."""
-        return q.shape[0] == 1 and self.pack.q_rows == (0, slice(0, q.shape[1]))
+        rows = self.pack.q_rows[1]
+        return q.shape[0] == 1 and isinstance(rows, slice) and rows == slice(0, q.shape[1])
 
     def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
