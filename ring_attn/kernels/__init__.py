@@ -125,6 +125,7 @@ class KernelUnavailable(ValueError, NotImplementedError):
 _MODULES = {
     "reference": "reference",
     "triton": "triton_kernel",
+    "gluon": "gluon_kernel",
     "flash2": "flash",
     "flash4": "flash",
     "cudnn": "aten",

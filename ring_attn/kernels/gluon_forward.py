@@ -33,7 +33,7 @@ from ring_attn.kernels.gluon_attend import (
     walk_of,
 )
 from ring_attn.kernels.triton_blocks import Table
-from ring_attn.kernels.triton_forward import _positive
+from ring_attn.kernels.triton_forward import positive
 from ring_attn.kernels.triton_rows import LN2, LOG2E, Call, numbers_of, rows_of
 from ring_attn.partial import Partial
 
@@ -87,7 +87,7 @@ def forward_call(
 
     With `out` it is the last visit: out [b, s, h, d] and target's lse are written, and target's acc and m are not.
     """
-    q, scale = _positive(q, scale)
+    q, scale = positive(q, scale)
     every_row_counts = carried is None or out is not None
     programs = table.programs if every_row_counts else table.busy
     heads, groups = q.shape[2], k.shape[2]

@@ -1,7 +1,7 @@
 """The Gluon kernel: a forward for Hopper, compute capability 9.0, that reaches for the speed of hand-written CUDA.
 
-It takes the Triton kernel's tables and partials, so visits may change between the two. Gluon is imported when a kernel first
-runs, so this module can be imported, and asked what it supports, without it.
+It takes the Triton kernel's tables and partials, so visits may change between the two, and it is chosen only where the two have
+agreed on a small problem. Gluon is imported when a kernel first runs, so this module can be imported without it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.kernels import Grads, Problem, Upstream, get_kernel
 from ring_attn.kernels.triton_blocks import query_table
-from ring_attn.kernels.triton_kernel import _target, interpreted
+from ring_attn.kernels.triton_kernel import interpreted, unwritten
 from ring_attn.partial import Partial
 from ring_attn.tiles import Tile
 
@@ -49,7 +49,7 @@ class GluonKernel:
             return f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, alike for V, not {dims[0]} and {dims[1]}"
         if problem.device != "cuda":
             return f"it runs on CUDA devices, not on {problem.device}"
-        return _installation_refusal() or _device_refusal()
+        return _installation_refusal() or _device_refusal() or self._check_refusal(problem)
 
     def forward(
         self,
@@ -67,7 +67,7 @@ class GluonKernel:
 
         config = self.config or config_for(q.shape[-1])
         table = query_table(tiles, q, config.own)
-        target = _target(q, v, out) if into is None else into
+        target = unwritten(q, v, out) if into is None else into
         forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
         # A normalised output is the partial with m = lse.
         return target if out is None else Partial(out, target.lse, target.lse)
@@ -85,6 +85,15 @@ class GluonKernel:
         into: Grads,
     ) -> None:
         raise NotImplementedError(f"kernel 'gluon': {_BACKWARD}")
+
+    def _check_refusal(self, problem: Problem) -> str | None:
+        """None where this kernel has agreed with the Triton kernel on the current device, or where there is none to ask."""
+        if not torch.cuda.is_available():
+            return None
+        from ring_attn.kernels.gluon_check import check_refusal
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        return check_refusal(self, get_kernel("triton"), device, problem.dtype, problem.head_dim)
 
 
 def _installation_refusal() -> str | None:

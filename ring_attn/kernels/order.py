@@ -16,7 +16,7 @@ import torch
 MEASURED = Path(__file__).with_name("measured.json")
 
 _FIXED = {
-    "cuda": ("flash4", "cudnn", "triton", "flash2", "aten", "reference"),
+    "cuda": ("flash4", "cudnn", "gluon", "triton", "flash2", "aten", "reference"),
     "cpu": ("aten", "reference"),
 }
 

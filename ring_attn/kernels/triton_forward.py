@@ -47,7 +47,7 @@ def forward_call(
 
     With `out` it is the last visit: out [b, s, h, dv] and target's lse are written, and target's acc and m are not.
     """
-    q, scale = _positive(q, scale)
+    q, scale = positive(q, scale)
     every_row_counts = carried is None or out is not None
     programs = table.programs if every_row_counts else table.busy
     heads, groups = q.shape[2], k.shape[2]
@@ -78,7 +78,7 @@ def forward_call(
     return Call(forward_kernel, programs * heads, arguments)
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     """(q, scale) with the same scores and a positive scale."""
     if scale > 0:
         return q, scale

@@ -56,7 +56,7 @@ class TritonKernel:
 
         config = self._configs(q, v).forward
         table = query_table(tiles, q, config.own)
-        target = _target(q, v, out) if into is None else into
+        target = unwritten(q, v, out) if into is None else into
         forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
         # A normalised output is the partial with m = lse.
         return target if out is None else Partial(out, target.lse, target.lse)
@@ -101,7 +101,7 @@ def _device_refusal(problem: Problem) -> str | None:
     return None
 
 
-def _target(q: Tensor, v: Tensor, out: Tensor | None) -> Partial:
+def unwritten(q: Tensor, v: Tensor, out: Tensor | None) -> Partial:
     """An unwritten partial; where `out` is given only its lse has memory of its own."""
     b, s, h, _ = q.shape
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)

@@ -45,6 +45,7 @@ from tests.support import (
 
 PAIRS = (
     ("triton", "triton"),
+    ("gluon", "triton"),
     ("triton", "flash2"),
     ("flash2", "flash2"),
     ("flash4", "flash4"),

@@ -115,14 +115,14 @@ MEASURED = {
 @pytest.mark.parametrize(
     ("major_minor", "change", "expected"),
     [
-        ((8, 6), {}, ["triton", "flash2", "aten", "flash4", "cudnn", "reference"]),
+        ((8, 6), {}, ["triton", "flash2", "aten", "flash4", "cudnn", "gluon", "reference"]),
         ((8, 6), {"rows": 8191}, ["triton", "flash2"]),
         ((8, 6), {"rows": 8193}, ["flash2", "triton"]),
         ((8, 6), {"rows": 1 << 20}, ["flash2", "triton"]),
-        ((8, 6), {"head_dim": 48, "rows": 16384}, ["aten", "cudnn", "flash4", "triton"]),
-        ((8, 6), {"direction": "backward"}, ["cudnn", "aten", "flash4", "triton"]),
+        ((8, 6), {"head_dim": 48, "rows": 16384}, ["aten", "cudnn", "flash4", "gluon", "triton"]),
+        ((8, 6), {"direction": "backward"}, ["cudnn", "aten", "flash4", "gluon", "triton"]),
         ((8, 6), {"kind": "full"}, ["cudnn", "triton"]),
-        ((8, 6), {"kind": "documents"}, ["flash2", "flash4", "triton", "aten"]),  # cudnn builds a graph a shape
+        ((8, 6), {"kind": "documents"}, ["flash2", "flash4", "gluon", "triton", "aten"]),  # cudnn builds a graph a shape
         ((8, 6), {"kind": "window"}, FIXED["cuda"]),
         ((8, 9), {}, FIXED["cuda"]),
         (None, {}, FIXED["cuda"]),
