@@ -2,19 +2,28 @@
 
 from ring_attn.attention import ring_attention
 from ring_attn.kernels import KernelUnavailable
-from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
+from ring_attn.mask import Causal, Documents, Full, KeyPadding, MaskMod, Window
 from ring_attn.module import RingSelfAttention
 from ring_attn.ring import Ring
+from ring_attn.score import Alibi, Bias, CosineSim, Dropout, ScoreMod, Sinks, SoftCap
 from ring_attn.sharding import global_token_loss, pad_to, shift_labels
 
 __all__ = [
+    "Alibi",
+    "Bias",
     "Causal",
+    "CosineSim",
     "Documents",
+    "Dropout",
     "Full",
     "KernelUnavailable",
     "KeyPadding",
+    "MaskMod",
     "Ring",
     "RingSelfAttention",
+    "ScoreMod",
+    "Sinks",
+    "SoftCap",
     "Window",
     "global_token_loss",
     "pad_to",

@@ -2,12 +2,13 @@
 
 Every mask here reduces, for one batch row, to one `Rule`: a band on `q_pos - kv_pos`, the ends of packed documents, and a
 count of valid keys. The rules of two masks intersect into a rule, so kernels and loops never learn which masks were asked for.
-A key-padding or document mask may differ between batch rows; then there is one rule a row.
+A key-padding or document mask may differ between batch rows; then there is one rule a row. What is no band (`MaskMod`) stays a
+predicate beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -17,12 +18,14 @@ class Rule:
     """One batch row's mask: query i sees key j iff `i - left <= j <= i + right`, both lie in one document, and `j < num_keys`.
 
     `left`, `right`: None leaves that side open. `document_ends`: the cumulated ends, or None. `num_keys`: None means all.
+    `predicates`: functions (b, h, i, j) that must all hold as well.
     """
 
     left: int | None = None
     right: int | None = None
     document_ends: tuple[int, ...] | None = None
     num_keys: int | None = None
+    predicates: tuple[Callable, ...] = ()
 
     def __and__(self, other: Rule) -> Rule:
         ends = self.document_ends
@@ -33,6 +36,7 @@ class Rule:
             _smaller(self.right, other.right),
             ends,
             _smaller(self.num_keys, other.num_keys),
+            tuple(dict.fromkeys((*self.predicates, *other.predicates))),
         )
 
 
@@ -145,6 +149,22 @@ class KeyPadding(Mask):
         _check_rows("KeyPadding", len(self.lengths), batch)
         if max(self.lengths, default=0) > seq_len:
             raise ValueError(f"KeyPadding lengths {list(self.lengths)} must not exceed seq_len {seq_len}")
+
+
+@dataclass(frozen=True, repr=False)
+class MaskMod(Mask):
+    """Query i of batch row b and head h sees key j iff fn(b, h, i, j), in global positions, as torch's flex_attention takes it.
+
+    `fn` gets and returns integer and bool scalars (tensors under vmap). Two masks are the same only if their functions are.
+    """
+
+    fn: Callable
+
+    def __repr__(self) -> str:
+        return f"MaskMod({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
+
+    def rules(self) -> tuple[Rule, ...]:
+        return (Rule(predicates=(self.fn,)),)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,14 @@ def empty(q: Tensor, v_head_dim: int) -> Partial:
     return Partial(acc, m, m.clone())
 
 
+def only_sinks(q: Tensor, v_head_dim: int, sinks: Tensor) -> Partial:
+    """The partial of one key a head with score `sinks` [h] and v = 0, for queries q [b, s, h, d]."""
+    partial = empty(q, v_head_dim)
+    for x in (partial.m, partial.lse):
+        x.copy_(sinks[:, None])
+    return partial
+
+
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial of the union of two disjoint sets of keys; rows that met no key on either side stay the identity."""
     m = torch.maximum(a.m, b.m)

@@ -48,7 +48,7 @@ class Ring:
     @typed
     def from_group(
         cls,
-        group: ProcessGroup | None = None,
+        group: ProcessGroup | int | None = None,  # an int is what new_group gives to processes outside the group
         layout: str = "zigzag",
         *,
         exchange: str = "auto",

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -33,7 +33,8 @@ class Tile:
     """Query rows x KV rows of one visit, and the band of allowed cells.
 
     `q_rows`, `kv_rows`: rows of the rank's query shard and of the visit's KV. `positions`: the global positions of those rows,
-    (q, kv), each as ranges in row order. `batch`: the one batch row the tile holds for, None for every row.
+    (q, kv), each as ranges in row order. `batch`: the one batch row the tile holds for, None for every row. `predicates`:
+    functions (b, h, q_pos, kv_pos) that an allowed cell must satisfy beside the band; `cells` does not count them.
     """
 
     q_rows: range
@@ -41,6 +42,7 @@ class Tile:
     band: Band
     positions: tuple[Shard, Shard]
     batch: int | None = None
+    predicates: tuple[Callable, ...] = ()
 
     @property
     def window(self) -> tuple[int | None, int | None]:
@@ -68,7 +70,8 @@ def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile,
     for row in rows:
         rule = rules[row or 0]
         raw = (_tile(q, kv, rule, row) for q, kv in _pairs(queries, keys, rule))
-        found += _coalesce([tile for tile in raw if tile is not None], queries, keys)
+        merged = _coalesce([tile for tile in raw if tile is not None], queries, keys)
+        found += [replace(tile, predicates=rule.predicates) for tile in merged] if rule.predicates else merged
     return tuple(found)
 
 

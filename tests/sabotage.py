@@ -101,15 +101,15 @@ def lse_in_base_2() -> AbstractContextManager:
 
 
 def drop_a_column() -> AbstractContextManager:
-    scores = reference._Block._scores
+    masked = reference._Block._masked
 
-    def broken(self, scale):
-        found = scores(self, scale)
+    def broken(self, scores):
+        found = masked(self, scores)
         if found.shape[-1] > 1:
             found[..., -1] = -math.inf
         return found
 
-    return patch.object(reference._Block, "_scores", broken)
+    return patch.object(reference._Block, "_masked", broken)
 
 
 def normalise_with_a_local_lse() -> AbstractContextManager:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ring_attn.kernels.order import order_for
 from ring_attn.partial import Partial
+from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
 logger = logging.getLogger("ring_attn")
@@ -28,7 +29,8 @@ class Problem:
     """What a kernel must be able to do, as far as it decides which kernel can. Hashable, and alike on every rank.
 
     `left_bounded`: some tile's band has a lower bound, as under a sliding window. `lse_grad`: the backward gets a gradient
-    through lse, so delta is not rowsum(dout * out) alone. `deterministic`: two runs must give the same bits. `kind` ("full",
+    through lse, so delta is not rowsum(dout * out) alone. `score`: the kinds of score modifiers, None for none. `predicate`:
+    the mask is more than a band. `deterministic`: two runs must give the same bits. `kind` ("full",
     "causal", "window" or "documents") and `rows` (a rank's queries, as a power of two) decide which is fastest.
     """
 
@@ -41,7 +43,8 @@ class Problem:
     v_head_dim: int
     left_bounded: bool = False
     lse_grad: bool = False
-    score: object = None
+    score: tuple[str, ...] | None = None
+    predicate: bool = False
     deterministic: bool = False
     kind: str = "causal"
     rows: int = 8192
@@ -65,11 +68,15 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Grads:
-    """Where a backward adds: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse."""
+    """Where a backward adds: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse.
+
+    `score`: the same for the tensors of the score modifiers, in their order and shapes.
+    """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    score: tuple[Tensor, ...] = ()
 
 
 class Kernel(Protocol):
@@ -93,7 +100,7 @@ class Kernel(Protocol):
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
@@ -112,10 +119,18 @@ class Kernel(Protocol):
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Grads,
     ) -> None:
         """Adds this visit's gradients into `into`. Exact for a part of the keys because `up.lse` is the final one."""
+
+
+def modifier_refusal(problem: Problem, kinds: tuple[str, ...] = ()) -> str | None:
+    """None, or why a kernel that knows these kinds of score modifiers, and no predicates, cannot do the problem."""
+    unknown = [kind for kind in problem.score or () if kind not in kinds]
+    if unknown:
+        return f"it has no {', '.join(unknown)}"
+    return "it takes masks that are bands, not functions" if problem.predicate else None
 
 
 class KernelUnavailable(ValueError, NotImplementedError):

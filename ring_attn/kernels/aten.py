@@ -17,6 +17,7 @@ from ring_attn.kernels import Grads, Problem, Upstream
 from ring_attn.kernels.split import squares, strips, windows
 from ring_attn.kernels.tilewise import Gradients, Pack, Packing, Tilewise, refusal
 from ring_attn.partial import Partial
+from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
 
@@ -40,7 +41,7 @@ class AtenKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
@@ -55,7 +56,7 @@ class AtenKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Grads,
     ) -> None:
         _ADAPTERS[q.device.type].backward(up, q, k, v, tiles, scale=scale, score=score, into=into)

@@ -32,7 +32,7 @@ def order_for(device: str, direction: str, kind: str, head_dim: int, rows: int) 
     found = dict.fromkeys([*nearest["order"], *fixed])
     if kind == "documents" and "cudnn" in found:
         # It builds a graph a shape, and documents bring new shapes every step: milliseconds that the table does not show.
-        found = {name: None for name in found if name != "cudnn"} | {"cudnn": None}
+        found = [name for name in found if name not in ("cudnn", "reference")] + ["cudnn", "reference"]
     return tuple(found)
 
 

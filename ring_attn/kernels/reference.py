@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream
 from ring_attn.partial import Partial, accumulator_dtype, empty, merge_, normalize
+from ring_attn.score import Cells, Scores, over_cells
 from ring_attn.tiles import Tile
 
 
@@ -22,11 +24,7 @@ class ReferenceKernel:
     name: str = "reference"
 
     def supports(self, problem: Problem) -> str | None:
-        if not problem.dtype.is_floating_point:
-            return f"it takes floating dtypes, not {problem.dtype}"
-        if problem.score is not None:
-            return "score modifiers are not implemented"
-        return None
+        return None if problem.dtype.is_floating_point else f"it takes floating dtypes, not {problem.dtype}"
 
     def forward(
         self,
@@ -36,13 +34,14 @@ class ReferenceKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
         into = empty(q, v.shape[-1]) if into is None else into
-        for block in self._blocks(q, k, v, tiles):
-            merge_(into.rows(block.q_rows, block.batch), block.forward(scale))
+        for block in self._blocks(q, k, v, tiles, scale, score):
+            if block.has_cells:
+                merge_(into.rows(block.q_rows, block.tile.batch), block.forward())
         if out is not None:
             out.copy_(normalize(into, out.dtype))
         return into
@@ -56,80 +55,154 @@ class ReferenceKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Grads,
     ) -> None:
-        for block in self._blocks(q, k, v, tiles):
-            block.backward(up, scale, into)
+        for block in self._blocks(q, k, v, tiles, scale, score):
+            if block.has_cells:
+                block.backward(up, into)
 
-    def _blocks(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Iterator[_Block]:
-        """Every block of every tile that has an allowed cell."""
+    def _blocks(self, q, k, v, tiles: Sequence[Tile], scale: float, score: Scores | None) -> Iterator[_Block]:
+        """Every block of every tile that the band enters."""
         for tile in tiles:
             lo = -len(tile.q_rows) if tile.band.lo is None else tile.band.lo
             hi = len(tile.kv_rows) if tile.band.hi is None else tile.band.hi
             for i in range(0, len(tile.q_rows), self.q_block):
-                q_rows = tile.q_rows[i : i + self.q_block]
+                rows = range(i, min(i + self.q_block, len(tile.q_rows)))
                 for j in range(0, len(tile.kv_rows), self.kv_block):
-                    kv_rows = tile.kv_rows[j : j + self.kv_block]
-                    if lo <= j - i + len(kv_rows) - 1 and j - i - len(q_rows) + 1 <= hi:
-                        yield _Block(q, k, v, q_rows, kv_rows, lo - j + i, hi - j + i, tile.batch)
+                    columns = range(j, min(j + self.kv_block, len(tile.kv_rows)))
+                    if lo <= columns[-1] - i and j - rows[-1] <= hi:
+                        yield _Block(q, k, v, tile, rows, columns, lo, hi, scale, score)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A rectangle of scores; cell (i, j) is allowed iff `lo <= j - i <= hi`, counted from its corner."""
+    """The scores of some `rows` x `columns` of a tile, counted from its corner."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    q_rows: range
-    kv_rows: range
+    tile: Tile
+    rows: range
+    columns: range
     lo: int
     hi: int
-    batch: int | None
+    scale: float
+    score: Scores | None
 
-    def forward(self, scale: float) -> Partial:
-        scores = self._scores(scale)
+    def forward(self) -> Partial:
+        scores = self._masked(self._modified(self._raw()))
         m = scores.amax(-1)
         p = (scores - torch.where(m == -torch.inf, 0.0, m).unsqueeze(-1)).exp()
-        acc = torch.einsum("bgnij,bjgd->bignd", p, self._take(self.v, self.kv_rows))
         lse = p.sum(-1).log() + m
+        acc = torch.einsum("bgnij,bjgd->bignd", self._dropped(p), self._take(self.v, self.kv_rows))
         return Partial(acc.flatten(2, 3), m.flatten(1, 2), lse.flatten(1, 2))
 
-    def backward(self, up: Upstream, scale: float, into: Grads) -> None:
-        groups = self.k.shape[2]
-        rows, b = slice(self.q_rows.start, self.q_rows.stop), self._batch
-        lse, delta = (x[b, :, rows].unflatten(1, (groups, -1)).unsqueeze(-1) for x in (up.lse, up.delta))
-        p = (self._scores(scale) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
-        dout = self._grouped(up.dout)
-        ds = p * (torch.einsum("bignd,bjgd->bgnij", dout, self._take(self.v, self.kv_rows)) - delta) * scale
-        kv = slice(self.kv_rows.start, self.kv_rows.stop)
+    def backward(self, up: Upstream, into: Grads) -> None:
+        rows, kv, b = _slice(self.q_rows), _slice(self.kv_rows), self._batch
+        lse, delta = (x[b, :, rows].unflatten(1, (self._groups, -1)).unsqueeze(-1) for x in (up.lse, up.delta))
+        raw, dout = self._raw(), self._grouped(up.dout)
+        p = (self._masked(self._modified(raw)) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+        dp = self._dropped(torch.einsum("bignd,bjgd->bgnij", dout, self._take(self.v, self.kv_rows)))
+        ds = self._before_modifiers(raw, p * (dp - delta), into) * self.scale
         into.dq[b, rows] += torch.einsum("bgnij,bjgd->bignd", ds, self._take(self.k, self.kv_rows)).flatten(2, 3)
         into.dk[b, kv] += torch.einsum("bgnij,bignd->bjgd", ds, self._grouped(self.q))
-        into.dv[b, kv] += torch.einsum("bgnij,bignd->bjgd", p, dout)
+        into.dv[b, kv] += torch.einsum("bgnij,bignd->bjgd", self._dropped(p), dout)
+
+    @property
+    def q_rows(self) -> range:
+        return self.tile.q_rows[self.rows.start : self.rows.stop]
+
+    @property
+    def kv_rows(self) -> range:
+        return self.tile.kv_rows[self.columns.start : self.columns.stop]
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether a predicate leaves any cell of the block."""
+        return not self.tile.predicates or bool(self._allowed.any())
 
     @property
     def _batch(self) -> slice:
-        return slice(None) if self.batch is None else slice(self.batch, self.batch + 1)
+        return slice(None) if self.tile.batch is None else slice(self.tile.batch, self.tile.batch + 1)
+
+    @property
+    def _groups(self) -> int:
+        return self.k.shape[2]
 
     def _take(self, x: Tensor, rows: range) -> Tensor:
         return x[self._batch, rows.start : rows.stop].to(accumulator_dtype(x.dtype))
 
     def _grouped(self, x: Tensor) -> Tensor:
         """Query-side rows [b, i, h, d] as [b, i, g, n, d]: n query heads read one KV head."""
-        return self._take(x, self.q_rows).unflatten(2, (self.k.shape[2], -1))
+        return self._take(x, self.q_rows).unflatten(2, (self._groups, -1))
 
-    def _scores(self, scale: float) -> Tensor:
-        """[b, g, n, i, j], -inf where not allowed."""
-        q, k = self._grouped(self.q), self._take(self.k, self.kv_rows)
-        scores = torch.einsum("bignd,bjgd->bgnij", q, k) * scale
-        offset = _offsets(len(self.q_rows), len(self.kv_rows), scores.device)
-        return scores.masked_fill((offset < self.lo) | (offset > self.hi), -torch.inf)
+    def _raw(self) -> Tensor:
+        """Scaled products [b, g, n, i, j]."""
+        return torch.einsum("bignd,bjgd->bgnij", self._grouped(self.q), self._take(self.k, self.kv_rows)) * self.scale
+
+    def _modified(self, raw: Tensor) -> Tensor:
+        return self._apply(self.score, raw) if self.score and self.score.steps else raw
+
+    def _apply(self, score: Scores, raw: Tensor) -> Tensor:
+        return score.apply(raw.flatten(1, 2), self._cells).unflatten(1, raw.shape[1:3])
+
+    def _before_modifiers(self, raw: Tensor, ds: Tensor, into: Grads) -> Tensor:
+        """The gradient of the scaled products, given that of the modified scores; adds those of the modifiers' tensors."""
+        if not (self.score and self.score.steps):
+            return ds
+        tensors = list(self.score.tensors())
+        floating = [n for n, x in enumerate(tensors) if x.dtype.is_floating_point]
+
+        def modified(raw: Tensor, *leaves: Tensor) -> Tensor:
+            for n, leaf in zip(floating, leaves, strict=True):
+                tensors[n] = leaf
+            return self._apply(self.score.with_tensors(tensors), raw)
+
+        # Not autograd, which does not record inside a custom op.
+        _, pull_back = torch.func.vjp(modified, raw, *(tensors[n] for n in floating))
+        ds, *grads = pull_back(ds)
+        for n, grad in zip(floating, grads, strict=True):
+            into.score[n].add_(grad)
+        return ds
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """x [b, g, n, i, j] where dropout leaves it, scaled up; else 0."""
+        if self.score is None or self.score.dropout is None:
+            return x
+        keep = self.score.dropout.keep(self._cells).to(x.dtype)
+        return x * keep.unflatten(1, x.shape[1:3])
+
+    def _masked(self, scores: Tensor) -> Tensor:
+        allowed = self._allowed
+        return scores.masked_fill(~(allowed.unflatten(1, scores.shape[1:3]) if allowed.dim() == 4 else allowed), -torch.inf)
+
+    @cached_property
+    def _allowed(self) -> Tensor:
+        """bool [i, j], or [b, h, i, j] where a predicate decides."""
+        rows, columns = (torch.arange(r.start, r.stop, device=self.q.device) for r in (self.rows, self.columns))
+        offset = columns - rows.unsqueeze(-1)
+        allowed = (offset >= self.lo) & (offset <= self.hi)
+        for predicate in self.tile.predicates:
+            c = self._cells
+            allowed = allowed & over_cells(predicate)(c.batch, c.heads, c.q_pos, c.kv_pos)
+        return allowed
+
+    @cached_property
+    def _cells(self) -> Cells:
+        device, batch = self.q.device, self.tile.batch
+        batch_rows = range(self.q.shape[0]) if batch is None else range(batch, batch + 1)
+        q_pos, kv_pos = (
+            torch.tensor([p for r in part for p in r][rows.start : rows.stop], device=device)
+            for part, rows in zip(self.tile.positions, (self.rows, self.columns), strict=True)
+        )
+        numbers = (torch.arange(r.start, r.stop, device=device) for r in (batch_rows, range(self.q.shape[2]), self.q_rows))
+        batches, heads, q_rows = numbers
+        return Cells(batches, heads, q_pos, q_rows, kv_pos)
 
 
-def _offsets(num_q: int, num_kv: int, device: torch.device) -> Tensor:
-    """j - i of every cell."""
-    return torch.arange(num_kv, device=device) - torch.arange(num_q, device=device).unsqueeze(-1)
+def _slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop)
 
 
 KERNELS = {"reference": ReferenceKernel()}

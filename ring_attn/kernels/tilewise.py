@@ -22,8 +22,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
 from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, normalize
+from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
 # Row numbers as an index of [b, s, ...]: one batch row's slice, or the two coordinates of every row.
@@ -50,8 +51,9 @@ def refusal(
             return f"it needs a head_dim that is a multiple of {head_dim_step}, not {dim}"
         if head_dim_max is not None and dim > head_dim_max:
             return f"it takes a head_dim up to {head_dim_max}, not {dim}"
-    if problem.score is not None:
-        return f"it has no score modifiers, such as {problem.score}"
+    refused = modifier_refusal(problem)
+    if refused is not None:
+        return refused
     if problem.direction == "backward" and problem.lse_grad and not takes_lse_grad:
         return "its backward recomputes delta from out and dout: no gradient through lse enters; triton and reference take one"
     return None
@@ -94,7 +96,7 @@ class Tilewise(ABC):
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
@@ -117,7 +119,7 @@ class Tilewise(ABC):
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Grads,
     ) -> None:
         for call in self.calls(tiles, q):

@@ -13,9 +13,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
 from ring_attn.kernels.triton_blocks import Configs, configs, device_size, kv_table, query_table
 from ring_attn.partial import Partial
+from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
 MAX_HEAD_DIM = 256
@@ -34,8 +35,9 @@ class TritonKernel:
             return "triton is not installed"
         if problem.dtype not in _DTYPES:
             return f"it takes float16, bfloat16 and float32, not {problem.dtype}"
-        if problem.score is not None:
-            return "score modifiers are not implemented"
+        refused = modifier_refusal(problem)
+        if refused is not None:
+            return refused
         if max(problem.head_dim, problem.v_head_dim) > MAX_HEAD_DIM:
             return f"it takes head dims up to {MAX_HEAD_DIM}, not {problem.head_dim} and {problem.v_head_dim}"
         return _device_refusal(problem)
@@ -48,7 +50,7 @@ class TritonKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
@@ -70,7 +72,7 @@ class TritonKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Grads,
     ) -> None:
         from ring_attn.kernels.triton_backward import dkdv_call, dq_call

@@ -1,0 +1,164 @@
+"""`Call`: what an attention call needs beside q, k and v, its name inside the custom ops, and whether it can be done at all.
+
+Note [call]: forward and backward are one custom op each, which `torch.compile` and activation checkpointing see as one node.
+Ops take tensors and strings, so what else a call needs is a `Call`, handed over by name. An eager graph keeps its calls alive;
+a compiled one holds only the name, so calls named while compiling are kept for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import Problem, resolve
+from ring_attn.mask import Mask
+from ring_attn.score import Score, Scores, Sinks, sort_scores
+from ring_attn.tiles import Plan, make_plan
+
+if TYPE_CHECKING:
+    from ring_attn.ring import Ring
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an attention call needs beside its tensors."""
+
+    ring: Ring
+    mask: Mask
+    modifiers: Scores
+    sinks: bool
+    scale: float
+
+    @classmethod
+    def make(cls, ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float) -> Call:
+        _, modifiers, sinks = sort_scores(score)
+        return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale)
+
+    def seq_len(self, q: Tensor) -> int:
+        return q.shape[1] // len(self.ring.hosted) * self.ring.size
+
+    def plan(self, q: Tensor) -> Plan:
+        layout = self.ring.layout(self.seq_len(q))
+        return make_plan(layout, self.mask, self.ring.exchange.meets(self.ring.size))
+
+    def problem(self, q: Tensor, k: Tensor, v: Tensor, direction: str, lse_grad: bool = False) -> Problem:
+        rules = self.mask.rules()
+        left_bounded = any(rule.left is not None for rule in rules)
+        documents = any(rule.document_ends is not None for rule in rules)
+        full = all(rule.right is None for rule in rules)
+        return Problem(
+            direction,
+            q.device.type,
+            q.dtype,
+            num_heads=q.shape[2],
+            num_kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            v_head_dim=v.shape[3],
+            left_bounded=left_bounded,
+            lse_grad=lse_grad,
+            score=self.modifiers.kinds or None,
+            predicate=any(rule.predicates for rule in rules),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            kind="documents" if documents else "window" if left_bounded else "full" if full else "causal",
+            rows=1 << (q.shape[1] // len(self.ring.hosted)).bit_length() - 1,
+        )
+
+    def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
+        """What must be alike on every rank: the three shapes, then everything else."""
+        kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
+        return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale)
+
+    def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
+        """The rows of each hosted rank."""
+        return list(x.split(x.shape[dim] // len(self.ring.hosted), dim))
+
+    def hosted_modifiers(self, tensors: Sequence[Tensor], rows: int) -> list[Scores]:
+        """The score modifiers of each hosted rank's `rows` query rows, with these tensors."""
+        modifiers = self.modifiers.with_tensors(tensors)
+        return [modifiers.rows(i * rows, (i + 1) * rows) for i in range(len(self.ring.hosted))]
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """(the modifiers' tensors, the sinks)."""
+        return (list(tensors[:-1]), tensors[-1]) if self.sinks else (list(tensors), None)
+
+
+_names: WeakKeyDictionary[Call, str] = WeakKeyDictionary()
+_calls: WeakValueDictionary[str, Call] = WeakValueDictionary()
+_kept: list[Call] = []
+_counter = count()
+
+
+def named(call: Call) -> tuple[str, Call]:
+    """The call and its name, see Note [call]; equal calls share one while any of them lives."""
+    name = _names.get(call)
+    if name is not None:
+        return name, _calls[name]
+    name = f"call{next(_counter)}"
+    _names[call], _calls[name] = name, call
+    return name, call
+
+
+def name_kept(ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float) -> str:
+    """The name of a call that a compiled graph may use at any later time. Runs while compiling."""
+    name, call = named(Call.make(ring, mask, score, scale))
+    _kept.append(call)
+    return name
+
+
+def called(name: str) -> Call:
+    """The call of that name."""
+    return _calls[name]
+
+
+# What torch.compiler.assume_constant_result sets; that function imports all of Dynamo, here at import time.
+name_kept._dynamo_marked_constant = True
+
+
+def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
+    """Raises unless the call can be done and all ranks make the same one; remembered, so it costs once a signature."""
+    signature = (*call.signature(q, k, v), tuple(tuple(x.shape) for x in tensors))
+    if call.ring.has_agreed(signature):
+        return
+    _check(q, k, v, call)
+    call.mask.check(call.seq_len(q), q.shape[0])
+    call.ring.layout(call.seq_len(q))
+    of_modifiers, sinks = call.split(tensors)
+    for score in (*call.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
+        score.check(q.shape[2], q.shape[0], q.shape[1], call.seq_len(q))
+    resolve(call.ring.kernel, call.problem(q, k, v, "forward"))
+    call.ring.agree(signature, q.device)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+    """Raises for inputs that break a rule, naming the rule and the values."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [batch, rows, heads, head_dim], got shape {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{name} must have a floating dtype, got {x.dtype}")
+    if len({x.dtype for x in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
+    if len({x.device for x in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    (b, s, h, d), g = q.shape, k.shape[2]
+    if k.shape[:2] != (b, s) or v.shape[:2] != (b, s):
+        raise ValueError(
+            f"q, k and v must have the same batch and rows, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            f"shard all three with the same ring"
+        )
+    if k.shape[3] != d or v.shape[2] != g:
+        raise ValueError(
+            f"k must share q's head_dim and v must share k's heads, got k {tuple(k.shape)}, q head_dim {d}, v {tuple(v.shape)}"
+        )
+    if min(b, s, h, g, d, v.shape[3]) < 1:
+        raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if h % g:
+        raise ValueError(f"num_heads {h} must be a multiple of num_kv_heads {g}: query head i reads KV head i // (h // g)")
+    if s % len(call.ring.hosted):
+        raise ValueError(f"{s} rows cannot be the equal shards of {len(call.ring.hosted)} hosted ranks; use ring.shard")

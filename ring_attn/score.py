@@ -1,0 +1,338 @@
+"""What happens to a score before the softmax, and beside it: a list of scores is applied in order, in global positions.
+
+Note [where a score acts]: `CosineSim` changes q and k before any rank meets another, so it is done outside the loops.
+`SoftCap`, `Alibi`, `Bias` and `ScoreMod` change each score at its (batch row, head, query and key position). `Dropout` acts
+on the probabilities that multiply v. `Sinks` is one more key with a given score and v = 0: the partial every row starts from.
+
+Note [tensors]: the tensors of a score (slopes, bias, captured ones) get gradients, so they enter the custom op as inputs of
+their own. `without_tensors` is the rest of a score, hashable; `with_tensors` puts them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import CellType, FunctionType
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Which scores a block holds: batch rows [b], heads [h], global query positions [i], their rows [i], key positions [j]."""
+
+    batch: Tensor
+    heads: Tensor
+    q_pos: Tensor
+    q_rows: Tensor
+    kv_pos: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """q_pos - kv_pos, [i, j]."""
+        return self.q_pos.unsqueeze(1) - self.kv_pos
+
+
+class Score:
+    """Base of all scores. `kind` is the name that kernels know it by."""
+
+    kind = ""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What may need a gradient, in a fixed order."""
+        return ()
+
+    def without_tensors(self) -> Score:
+        return self
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Score:
+        return self
+
+    def rows(self, start: int, stop: int) -> Score:
+        """The score of some of the query rows that this process hosts."""
+        return self
+
+    def apply(self, scores: Tensor, cells: Cells) -> Tensor:
+        """Scores [b, h, i, j] after this one; differentiable in the scores and in `tensors()`."""
+        return scores
+
+    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+        """Raises ValueError where its tensors do not fit a call."""
+
+
+@dataclass(frozen=True)
+class SoftCap(Score):
+    """cap * tanh(score / cap): no score leaves (-cap, cap). Before masking, as in Gemma 2 and flash-attn."""
+
+    cap: float
+    kind = "softcap"
+
+    def __post_init__(self) -> None:
+        if not self.cap > 0:
+            raise ValueError(f"SoftCap cap must be above 0, got {self.cap}; leave SoftCap out for no cap")
+
+    def apply(self, scores: Tensor, cells: Cells) -> Tensor:
+        return self.cap * torch.tanh(scores / self.cap)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _WithTensor(Score):
+    """A score with one tensor. Without it, all of a class and options are equal."""
+
+    tensor: Tensor | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
+
+    def without_tensors(self) -> Score:
+        return replace(self, tensor=None)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Score:
+        return replace(self, tensor=tensors[0])
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.tensor is other.tensor
+
+    def __hash__(self) -> int:
+        return hash((type(self), id(self.tensor)))
+
+
+class Alibi(_WithTensor):
+    """score - slope[h] * |q_pos - kv_pos| (Press et al., arXiv 2108.12409). `slopes` [h], learnable."""
+
+    kind = "alibi"
+
+    def apply(self, scores: Tensor, cells: Cells) -> Tensor:
+        slopes = self.tensor[cells.heads].to(scores.dtype)
+        return scores - slopes[:, None, None] * cells.distance.abs()
+
+    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+        if tuple(self.tensor.shape) != (num_heads,):
+            raise ValueError(f"Alibi slopes must be [num_heads] = [{num_heads}], got {tuple(self.tensor.shape)}")
+
+
+class Bias(_WithTensor):
+    """score + bias. `tensor` [rows, t], [h or 1, rows, t] or [b or 1, h or 1, rows, t]: whole in its last dimension, in global
+    order, and in the one before it the query rows this process hosts, `ring.shard(bias, dim=-2)`; so is its gradient.
+    """
+
+    kind = "bias"
+
+    def rows(self, start: int, stop: int) -> Score:
+        return replace(self, tensor=self.tensor[..., start:stop, :])
+
+    def apply(self, scores: Tensor, cells: Cells) -> Tensor:
+        bias = self.tensor[(None,) * (4 - self.tensor.dim())]
+        bias = bias[cells.batch] if bias.shape[0] > 1 else bias
+        bias = bias[:, cells.heads] if bias.shape[1] > 1 else bias
+        return scores + bias[:, :, cells.q_rows][..., cells.kv_pos].to(scores.dtype)
+
+    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+        shape = tuple(self.tensor.shape)
+        full = (1,) * (4 - len(shape)) + shape
+        if (
+            len(shape) > 4
+            or len(shape) < 2
+            or full[0] not in (1, batch)
+            or full[1] not in (1, num_heads)
+            or full[2:] != (rows, seq_len)
+        ):
+            raise ValueError(
+                f"Bias must be [{batch} or 1, {num_heads} or 1, rows {rows}, seq_len {seq_len}], leading dimensions may be "
+                f"left out, got {shape}; shard the whole bias with ring.shard(bias, dim=-2)"
+            )
+
+
+@dataclass(frozen=True, repr=False)
+class ScoreMod(Score):
+    """fn(score, b, h, q_pos, kv_pos) -> score, as torch's flex_attention takes it, on scalars and in global positions.
+
+    Tensors that `fn` closes over or names as globals get gradients; one that it reaches in another way may not need one.
+    """
+
+    fn: Callable
+    kind = "score_mod"
+
+    def __repr__(self) -> str:
+        return f"ScoreMod({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return captured(self.fn)
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Score:
+        return ScoreMod(recapture(self.fn, tensors))
+
+    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+        first = torch.zeros((), dtype=torch.int64, device=next((x.device for x in self.tensors()), None))
+        with torch.enable_grad():
+            known = recapture(self.fn, tuple(x.detach() for x in self.tensors()))
+            if known(first.double(), first, first, first, first).requires_grad:
+                raise ValueError(
+                    f"{self!r} reaches a tensor that needs a gradient in a way that cannot be followed (an attribute, a "
+                    f"default, a function it calls); close over the tensor itself"
+                )
+
+    def apply(self, scores: Tensor, cells: Cells) -> Tensor:
+        return over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, cells.heads, cells.q_pos, cells.kv_pos)
+
+
+class Sinks(_WithTensor):
+    """A learnable score `tensor` [h] that takes part in the softmax of every row and gives nothing to the output (gpt-oss)."""
+
+    kind = "sinks"
+
+    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+        if tuple(self.tensor.shape) != (num_heads,):
+            raise ValueError(f"Sinks logits must be [num_heads] = [{num_heads}], got {tuple(self.tensor.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class CosineSim(Score):
+    """scale * cosine similarity: q and k are l2-normalised in `groups` parts of the head dim, so |score| <= scale * groups.
+
+    `scale` is a float or a learnable tensor [h]; it takes the place of softmax_scale.
+    """
+
+    scale: float | Tensor
+    groups: int = 1
+    kind = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise ValueError(f"CosineSim groups must be at least 1, got {self.groups}")
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
+        """(q, k, softmax_scale) whose scaled products are the scores; differentiable."""
+        if q.shape[-1] % self.groups:
+            raise ValueError(f"CosineSim groups {self.groups} must divide head_dim {q.shape[-1]}")
+        q, k = (_normalised(x, self.groups) for x in (q, k))
+        if not isinstance(self.scale, Tensor):
+            return q, k, float(self.scale)
+        if tuple(self.scale.shape) != (q.shape[2],):
+            raise ValueError(f"CosineSim scale must be a number or [num_heads] = [{q.shape[2]}], got {tuple(self.scale.shape)}")
+        return (q * self.scale[:, None]).to(k.dtype), k, 1.0
+
+
+@dataclass(frozen=True)
+class Dropout(Score):
+    """Drops probabilities with chance `p` where they multiply v, and scales the rest by 1 / (1 - p).
+
+    Which cells drop is a function of (seed, batch row, head, q_pos, kv_pos) alone: the same in any layout, ring and direction.
+    """
+
+    p: float
+    seed: int
+    kind = "dropout"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"Dropout p must be at least 0 and below 1, got {self.p}")
+
+    def keep(self, cells: Cells) -> Tensor:
+        """Factors [b, h, i, j] float64: 0 where dropped, else 1 / (1 - p)."""
+        h = _mix(_mix(_mix(self.seed, cells.batch[:, None, None, None]), cells.heads[:, None, None]), cells.q_pos[:, None])
+        kept = _mix(h, cells.kv_pos) >= round(self.p * 2**32)
+        return kept.double() / (1 - self.p)
+
+
+def _mix(state: Tensor | int, value: Tensor) -> Tensor:
+    """A 32-bit hash of the state and a value, in int64: two rounds of xor-shift and multiplication (murmur3's finaliser)."""
+    x = (state ^ (value * 0x9E3779B1 + 0x7F4A7C15)) & 0xFFFFFFFF
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):
+        x = ((x ^ (x >> 16)) * multiplier) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a kernel is handed: `steps` change scores in order, `dropout` acts on probabilities."""
+
+    steps: tuple[Score, ...]
+    dropout: Dropout | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(step.kind for step in (*self.steps, *([self.dropout] if self.dropout else [])))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(x for step in self.steps for x in step.tensors())
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Scores:
+        tensors, steps = list(tensors), []
+        for step in self.steps:
+            count = len(step.tensors())
+            steps.append(step.with_tensors(tuple(tensors[:count])))
+            del tensors[:count]
+        return replace(self, steps=tuple(steps))
+
+    def without_tensors(self) -> Scores:
+        return replace(self, steps=tuple(step.without_tensors() for step in self.steps))
+
+    def rows(self, start: int, stop: int) -> Scores:
+        return replace(self, steps=tuple(step.rows(start, stop) for step in self.steps))
+
+    def apply(self, scores: Tensor, cells: Cells) -> Tensor:
+        for step in self.steps:
+            scores = step.apply(scores, cells)
+        return scores
+
+
+def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None, Scores, Sinks | None]:
+    """A score, a list of them or None, by where they act: before the loops, inside the kernels, and as a key of its own.
+
+    Raises TypeError for what is no score, ValueError where one that acts once stands twice.
+    """
+    scores = () if score is None else (score,) if isinstance(score, Score) else tuple(score)
+    for one in scores:
+        if not isinstance(one, Score):
+            raise TypeError(f"score must be a ring_attn score such as SoftCap(50.0), or a list, got {type(one).__name__}")
+    alone = {}
+    for kind in (CosineSim, Sinks, Dropout):
+        found = [one for one in scores if isinstance(one, kind)]
+        if len(found) > 1:
+            raise ValueError(f"{kind.__name__} may stand once in a list of scores, got {len(found)}")
+        alone[kind] = found[0] if found else None
+    steps = tuple(one for one in scores if not isinstance(one, CosineSim | Sinks | Dropout))
+    return alone[CosineSim], Scores(steps, alone[Dropout]), alone[Sinks]
+
+
+def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
+    """`fn` of scalars as a function of axes: batch rows [b], heads [h], q [i] and kv [j] positions, result [b, h, i, j]."""
+    dims = [(None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)]
+    for axes in dims:
+        fn = torch.vmap(fn, in_dims=((0,) if score_dims else ()) + axes)
+    return fn
+
+
+def captured(fn: Callable) -> tuple[Tensor, ...]:
+    """The tensors that a function closes over or names as globals, in a fixed order."""
+    cells = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]
+    return tuple(x for x in (*cells, *_globals_of(fn).values()) if isinstance(x, Tensor))
+
+
+def recapture(fn: Callable, tensors: tuple[Tensor, ...]) -> Callable:
+    """The function with other tensors in the places of `captured`."""
+    if not tensors:
+        return fn
+    rest = iter(tensors)
+    closure = fn.__closure__ and tuple(
+        CellType(next(rest)) if isinstance(cell.cell_contents, Tensor) else cell for cell in fn.__closure__
+    )
+    names = fn.__globals__ | {name: next(rest) for name in _globals_of(fn)}
+    return FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, closure)
+
+
+def _globals_of(fn: Callable) -> dict[str, Tensor]:
+    names = getattr(getattr(fn, "__code__", None), "co_names", ())
+    return {name: fn.__globals__[name] for name in names if isinstance(fn.__globals__.get(name), Tensor)}
+
+
+def _normalised(x: Tensor, groups: int) -> Tensor:
+    """x [..., d] with every row's groups of unit norm; a zero group stays zero."""
+    parts = x.unflatten(-1, (groups, -1))
+    norm = parts.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1, keepdim=True)
+    return (parts / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)).to(x.dtype).flatten(-2)
