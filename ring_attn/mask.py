@@ -88,9 +88,14 @@ class Window(Mask):
     right: int | None = 0
 
     def __post_init__(self) -> None:
-        for side, reach in (("left", self.left), ("right", self.right)):
-            if reach is not None and reach < 0:
+        for side in ("left", "right"):
+            reach = getattr(self, side)
+            if reach is None:
+                continue
+            reach = _whole("Window", reach)
+            if reach < 0:
                 raise ValueError(f"Window {side} must be at least 0 positions, or None for an open side, got {reach}")
+            object.__setattr__(self, side, reach)
 
     def rules(self) -> tuple[Rule, ...]:
         return (Rule(left=self.left, right=self.right),)
@@ -137,7 +142,9 @@ class KeyPadding(Mask):
     lengths: tuple[int, ...]
 
     def __init__(self, lengths: Sequence[int] | int) -> None:
-        counts = _rows_of_ints("KeyPadding", [lengths] if isinstance(lengths, int) else lengths)[0]
+        counts, *more = _rows_of_ints("KeyPadding", lengths)
+        if more or not counts:
+            raise ValueError(f"KeyPadding takes one length a batch row, such as [5, 9], or one for all, got {lengths}")
         if any(count < 0 for count in counts):
             raise ValueError(f"KeyPadding lengths must be at least 0, got {list(counts)}")
         object.__setattr__(self, "lengths", counts)
@@ -189,17 +196,22 @@ class All(Mask):
 
 
 def _rows_of_ints(name: str, values) -> tuple[tuple[int, ...], ...]:
-    """`values` (ints, or rows of ints, in lists or integer tensors) as a tuple of rows of Python ints."""
-    values = values.tolist() if hasattr(values, "tolist") else [v.tolist() if hasattr(v, "tolist") else v for v in values]
+    """`values` (an int, ints, or rows of ints, in lists or integer tensors) as a tuple of rows of Python ints."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    values = [v.tolist() if hasattr(v, "tolist") else v for v in (values if isinstance(values, Iterable) else [values])]
     nested = [isinstance(value, Iterable) for value in values]
     if any(nested) and not all(nested):
         raise ValueError(f"{name} takes ints, or one list of ints a batch row, not a mixture: {values}")
     rows = values if nested and all(nested) else [values]
-    for row in rows:
-        for value in row:
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} takes whole numbers, got {value!r}")
-    return tuple(tuple(row) for row in rows)
+    return tuple(tuple(_whole(name, value) for value in row) for row in rows)
+
+
+def _whole(name: str, value) -> int:
+    """`value`, an int or an integer scalar of another library, as a Python int."""
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"{name} takes whole numbers, got {value!r}")
+    return number
 
 
 def _ends_from_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:

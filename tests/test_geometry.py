@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 
 from ring_attn.layout import LAYOUTS, Contiguous, Striped, Zigzag
@@ -170,6 +171,11 @@ def test_many_documents_stay_linear():
         (lambda: Documents(lengths=[3, 4]).check(8, 1), r"the documents add up to 7 positions, but seq_len is 8"),
         (lambda: Documents(lengths=[[8], [8]]).check(8, 3), r"given for 2 batch rows, but the batch is 3"),
         (lambda: KeyPadding([-1]), r"KeyPadding lengths must be at least 0, got \[-1\]"),
+        (lambda: KeyPadding([[3], [4]]), r"KeyPadding takes one length a batch row.*got \[\[3\], \[4\]\]"),
+        (lambda: KeyPadding([]), r"KeyPadding takes one length a batch row"),
+        (lambda: KeyPadding(2.0), r"KeyPadding takes whole numbers, got 2.0"),
+        (lambda: Window(1.5), r"Window takes whole numbers, got 1.5"),
+        (lambda: Window(1, "2"), r"Window takes whole numbers, got '2'"),
         (lambda: KeyPadding([9]).check(8, 1), r"must not exceed seq_len 8"),
         (lambda: (KeyPadding([1, 2]) & KeyPadding([1, 2, 3])).rules(), r"masks for 2 and for 3 batch rows cannot be combined"),
     ],
@@ -177,6 +183,12 @@ def test_many_documents_stay_linear():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_integers_of_another_library_are_plain_ints():
+    assert KeyPadding(np.int64(3)) == KeyPadding(np.array(3)) == KeyPadding([np.array(3)]) == KeyPadding(3)
+    assert Documents(np.array([[2, 3], [4, 1]])) == Documents([[np.int32(2), 3], np.array([4, 1])])
+    assert repr(Window(np.int64(3), np.array(1))) == "Window(left=3, right=1)"
 
 
 def test_masks_combine_and_compare_by_value():
