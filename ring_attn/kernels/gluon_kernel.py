@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream, get_kernel
+from ring_attn.kernels import Grads, Problem, Upstream, get_kernel, modifier_refusal
 from ring_attn.kernels.triton_blocks import query_table
 from ring_attn.kernels.triton_kernel import interpreted, unwritten
 from ring_attn.partial import Partial
+from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ class GluonKernel:
             return _BACKWARD
         if problem.dtype not in _DTYPES:
             return f"it takes float16 and bfloat16, not {problem.dtype}"
-        if problem.score is not None:
-            return "score modifiers are not implemented"
+        refused = modifier_refusal(problem)
+        if refused is not None:
+            return refused
         dims = problem.head_dim, problem.v_head_dim
         if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
             return f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, alike for V, not {dims[0]} and {dims[1]}"
@@ -59,7 +61,7 @@ class GluonKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
@@ -81,7 +83,7 @@ class GluonKernel:
         tiles: Sequence[Tile],
         *,
         scale: float,
-        score: object = None,
+        score: Scores | None = None,
         into: Grads,
     ) -> None:
         raise NotImplementedError(f"kernel 'gluon': {_BACKWARD}")
