@@ -222,6 +222,7 @@ class Dropout(Score):
     """Drops probabilities with chance `p` where they multiply v, and scales the rest by 1 / (1 - p).
 
     Which cells drop is a function of (seed, batch row, head, q_pos, kv_pos) alone: the same in any layout, ring and direction.
+    `seed`: an int of up to 64 bits; a training step wants one of its own.
     """
 
     p: float
@@ -231,15 +232,19 @@ class Dropout(Score):
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
             raise ValueError(f"Dropout p must be at least 0 and below 1, got {self.p}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"Dropout seed must be an int of up to 64 bits, at least 0, got {self.seed!r}")
 
     def keep(self, cells: Cells) -> Tensor:
         """Factors [b, h, i, j] float64: 0 where dropped, else 1 / (1 - p)."""
-        h = _mix(_mix(_mix(self.seed, cells.batch[:, None, None, None]), cells.heads[:, None, None]), cells.q_pos[:, None])
-        kept = _mix(h, cells.kv_pos) >= round(self.p * 2**32)
+        state: Tensor | int = _mix(self.seed & 0xFFFFFFFF, self.seed >> 32)
+        for value in (cells.batch[:, None, None, None], cells.heads[:, None, None], cells.q_pos[:, None], cells.kv_pos):
+            state = _mix(state, value)
+        kept = state >= round(self.p * 2**32)
         return kept.double() / (1 - self.p)
 
 
-def _mix(state: Tensor | int, value: Tensor) -> Tensor:
+def _mix(state: Tensor | int, value: Tensor | int) -> Tensor | int:
     """A 32-bit hash of the state and a value, in int64: two rounds of xor-shift and multiplication (murmur3's finaliser)."""
     x = (state ^ (value * 0x9E3779B1 + 0x7F4A7C15)) & 0xFFFFFFFF
     for multiplier in (0x85EBCA6B, 0xC2B2AE35):
