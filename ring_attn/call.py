@@ -72,7 +72,8 @@ class Call:
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
         """What must be alike on every rank: the three shapes, then everything else."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
-        return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale)
+        ring = self.ring.layout_name, self.ring.exchange.name
+        return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale, ring)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """The rows of each hosted rank."""
@@ -125,18 +126,27 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     signature = (*call.signature(q, k, v), tuple(tuple(x.shape) for x in tensors))
     if call.ring.has_agreed(signature):
         return
-    _check(q, k, v, call)
+    refusal = None
+    try:
+        _check(q, k, v, tensors, call)
+    except ValueError as error:
+        # A rank that left here alone would keep the others waiting: they hear of it first.
+        refusal = error
+    call.ring.agree(signature, q.device, refusal)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
+    """Raises ValueError for a call that cannot be done, naming the rule and the values."""
+    _check_inputs(q, k, v, call)
     call.mask.check(call.seq_len(q), q.shape[0])
     call.ring.layout(call.seq_len(q))
     of_modifiers, sinks = call.split(tensors)
     for score in (*call.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
         score.check(q.shape[2], q.shape[0], q.shape[1], call.seq_len(q))
     resolve(call.ring.kernel, call.problem(q, k, v, "forward"))
-    call.ring.agree(signature, q.device)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
-    """Raises for inputs that break a rule, naming the rule and the values."""
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, rows, heads, head_dim], got shape {tuple(x.shape)}")

@@ -126,24 +126,30 @@ class Ring:
         """Whether a call of this signature has been found good and alike on every rank."""
         return signature in self._agreed
 
-    def agree(self, signature: tuple, device: torch.device) -> None:
-        """Raises ValueError on every rank where ranks differ in what they are about to do.
+    def agree(self, signature: tuple, device: torch.device, refusal: ValueError | None = None) -> None:
+        """Raises ValueError on every rank where ranks differ in what they are about to do, or some rank cannot do it.
 
-        `signature`: three shapes, then anything with a telling repr. One small all-gather, the first time a signature is seen;
-        a ring in one process has nobody to ask. Every rank forgets the oldest signatures at the same point.
+        `signature`: three shapes, then anything with a telling repr. `refusal`: why this rank cannot, raised here once the
+        others know. One small all-gather, the first time a signature is seen; a ring in one process has nobody to ask. Every
+        rank forgets the oldest signatures at the same point.
         """
         if len(self.hosted) < self.size:
-            shapes, rest = signature[:3], signature[3:]
-            numbers = [*(size for shape in shapes for size in shape), *(zlib.crc32(_text(part)) for part in rest)]
+            sizes = [size for shape in signature[:3] for size in (*shape, 0, 0, 0, 0)[:4]]
+            numbers = [refusal is not None, *sizes, *(zlib.crc32(_text(part)) for part in signature[3:])]
             mine = torch.tensor(numbers, dtype=torch.int64, device=device)
             everyone = self.transport.all_gather([mine] * len(self.hosted), what="agreeing on shapes, dtype and mask").wait()
-            rows = [row.tolist() for row in everyone]
-            if any(row != rows[0] for row in rows):
+            refused, *columns = zip(*(row.tolist() for row in everyone), strict=True)
+            if any(len(set(column)) > 1 for column in columns):
                 raise ValueError(
                     "every rank must call with the same shapes, dtype, mask and scale, but q, k, v shapes (then checksums of "
-                    f"dtype and device, mask, score, scale) are, by rank: {_table(rows)}; "
-                    "shard with ring.shard, pad with ring_attn.pad_to"
-                )
+                    "dtype and device, mask, score, scale, layout and exchange, score tensors) are, by rank: "
+                    f"{_table(columns)}; shard with ring.shard, pad with ring_attn.pad_to"
+                ) from refusal
+            if refusal is None and any(refused):
+                ranks = [rank for rank, cannot in enumerate(refused) if cannot]
+                raise ValueError(f"ranks {ranks} cannot make this call and say why themselves, so no rank makes it")
+        if refusal is not None:
+            raise refusal
         self._agreed[signature] = None
         if len(self._agreed) > 4096:
             del self._agreed[next(iter(self._agreed))]
@@ -167,8 +173,8 @@ def _text(part: object) -> bytes:
     return repr(sorted(part) if isinstance(part, frozenset) else part).encode()
 
 
-def _table(rows: list[list[int]]) -> dict[int, tuple]:
-    return {rank: (*(tuple(row[i : i + 4]) for i in (0, 4, 8)), *row[12:]) for rank, row in enumerate(rows)}
+def _table(columns: list[tuple[int, ...]]) -> dict[int, tuple]:
+    return {rank: (row[:4], row[4:8], row[8:12], *row[12:]) for rank, row in enumerate(zip(*columns, strict=True))}
 
 
 def _auto_exchange() -> str:

@@ -17,6 +17,11 @@ def _call(ring, rows=8, mask=None, seed=0):
     return ra.ring_attention(q, k, v, ring=ring, mask=mask or ra.Causal())
 
 
+def _calls(ring, count):
+    for seed in range(count):
+        _call(ring, seed=seed)
+
+
 def _unequal_lengths(rank):
     with pytest.raises(
         ValueError, match=r"every rank must call with the same shapes.*by rank.*\(1, 8, 2, 4\).*\(1, 12, 2, 4\)"
@@ -39,6 +44,31 @@ def test_unequal_masks_are_found_and_the_ring_goes_on():
     run_processes(_unequal_masks, 2)
 
 
+def _one_rank_alone_breaks_a_rule(rank):
+    alone = rank == 1
+    differ = pytest.raises(ValueError, match=r"every rank must call with the same shapes, dtype, mask and scale.*by rank")
+    zigzag, contiguous = ra.Ring.from_group(None, "zigzag"), ra.Ring.from_group(None, "contiguous")
+    with differ:
+        _call(zigzag, rows=8 - alone)
+    with differ:
+        _call(contiguous, rows=8 - 2 * alone, mask=ra.Documents([16]))
+    with differ:
+        _call(contiguous, mask=ra.KeyPadding(16 + alone))
+    with differ:
+        _call(contiguous if alone else ra.Ring.from_group(None, "striped"))
+    with differ:
+        _call(contiguous if alone else ra.Ring.from_group(None, "contiguous", exchange="gather"))
+    ring = ra.Ring.from_group(None, "contiguous", kernel="cudnn" if alone else "reference")
+    why = "kernel 'cudnn' cannot do this forward" if alone else r"ranks \[1\] cannot make this call"
+    with pytest.raises(ValueError, match=why):
+        _call(ring)
+    _call(contiguous)
+
+
+def test_what_only_one_rank_finds_wrong_is_raised_on_every_rank():
+    run_processes(_one_rank_alone_breaks_a_rule, 2)
+
+
 def _a_rank_dies(rank, exchange):
     ring = ra.Ring.from_group(None, "contiguous", exchange=exchange)
     _call(ring)
@@ -46,8 +76,7 @@ def _a_rank_dies(rank, exchange):
         os._exit(0)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=rf"rank \[{rank}\] of 3: {exchange} forward.*failed"):
-        for seed in range(4):
-            _call(ring, seed=seed)
+        _calls(ring, 4)
     assert time.monotonic() - start < 20
     os._exit(0)  # the group is broken: nothing more can be agreed on
 
