@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-BENCHMARKS = {"kernels": "ring_attn.bench_kernels"}
+BENCHMARKS = {"kernels": "ring_attn.bench_kernels", "tune": "ring_attn.tune"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -121,13 +121,14 @@ def gate(kernel: Kernel, mask_name: str, options: KernelBenchOptions, direction:
     found = visit.run(kernel) if direction == "backward" else [visit.forward(kernel)]
     limits = (OUT_LIMIT, GRAD_LIMIT, GRAD_LIMIT, GRAD_LIMIT)
     for name, x, ref, other, limit in zip(("out", "dq", "dk", "dv"), found, exact, plain, limits, strict=False):
-        ratio = _error(x, ref) / _error(other, ref)
+        ratio = error(x, ref) / error(other, ref)
         if not ratio <= limit:
             return f"wrong: {name} has {ratio:.3g} times the error of plain PyTorch, the limit is {limit:g}"
     return None
 
 
-def _error(x: Tensor, ref: Tensor) -> float:
+def error(x: Tensor, ref: Tensor) -> float:
+    """‖x - ref‖ / ‖ref‖."""
     return ((x.double() - ref).norm() / ref.norm()).item()
 
 

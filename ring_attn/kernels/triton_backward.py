@@ -1,4 +1,7 @@
-"""The Triton backward: dq in one launch, dk and dv in another. A program is the only writer of its rows: one order of sums.
+"""The Triton backward: dq in one launch and dk and dv in another, or all three in one.
+
+In two launches a program is the only writer of its rows: sums have one order. In one, five products take the place of seven,
+and programs add to dq as they come, so its last bits differ from run to run.
 
 Note [final lse]: p = exp(scale * s - lse) with the lse over all keys, so every visit's gradients simply add. A row that met no
 key anywhere has lse = -inf; it is read as +inf, which makes its p 0. Mathematics and names as in flash attention 2 (Dao,
@@ -8,55 +11,98 @@ arXiv 2307.08691): dv = p^T dout, ds = p * (dout v^T - delta), dq = scale * ds k
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Upstream
-from ring_attn.kernels.triton_blocks import Config, Table, padded
+from ring_attn.kernels.triton_blocks import Config, Configs, Table, kv_table, padded, query_table
 from ring_attn.kernels.triton_rows import (
-    LOG2E,
     Call,
     at_head,
+    blocks_of,
     entry_span,
+    load_block,
+    load_number_block,
     load_numbers,
     load_rows,
+    met_by,
+    number_blocks_of,
     numbers_of,
     program_work,
+    row_mask,
+    row_pointers,
     rows_of,
+    shifted,
     store_rows,
+    whole_block,
 )
+from ring_attn.tiles import Tile
+
+
+def backward_calls(
+    up: Upstream, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], configs: Configs, *, scale: float, into: Grads
+) -> Iterator[Call]:
+    """The launches of one visit: with `configs.fused` dq is added to in no fixed order."""
+    own_kv, call = (configs.dkdv, dkdv_call) if configs.fused is None else (configs.fused, fused_call)
+    by_tma = own_kv.tma and None not in _walked_queries(up, q, own_kv).values()
+    passes = [(own_kv, kv_table(tiles, k, own_kv.own, least=own_kv.walk if by_tma else 0))]
+    if by_tma:
+        passes.append((configs.short, kv_table(tiles, k, configs.short.own, most=own_kv.walk - 1)))
+    for config, table in passes:
+        if table.busy:
+            yield call(up, q, k, v, table, config, scale=scale, into=into)
+    if configs.fused is None:
+        yield dq_call(up, q, k, v, query_table(tiles, q, configs.dq.own), configs.dq, scale=scale, into=into)
 
 
 def dkdv_call(
     up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads
 ) -> Call:
-    """The launch that adds into dk and dv; `table` lists blocks of KV rows."""
-    arguments = _shared(up, q, k, v, table, config, scale)
-    arguments |= {"dk": rows_of(into.dk), "dv": rows_of(into.dv), "num_kv": k.shape[1]}
-    arguments |= {"BLOCK_N": config.own, "BLOCK_M": config.walk}
+    """The launch that adds into dk and dv. `table` lists blocks of KV rows: under TMA, of tiles with a block of query rows."""
+    blocks = _walked_queries(up, q, config) if config.tma else dict.fromkeys(_WALKED)
+    if None in blocks.values():
+        blocks = dict.fromkeys(_WALKED)
+    arguments = _shared(up, q, k, v, table, config, scale) | blocks
+    arguments |= {"dq": None, "dq_blocks": None, "dk": rows_of(into.dk), "dv": rows_of(into.dv)}
+    arguments |= {"num_kv": k.shape[1], "batches": q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
+    arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early, "LATE": config.late}
     return Call(dkdv_kernel, table.busy * k.shape[2], arguments)
+
+
+def fused_call(
+    up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads
+) -> Call:
+    """The launch that adds into dq, dk and dv; `table` lists blocks of KV rows."""
+    call = dkdv_call(up, q, k, v, table, config, scale=scale, into=into)
+    blocks = blocks_of(into.dq, config.walk) if config.reduce and call.arguments["TMA"] else None
+    return Call(call.kernel, call.grid, call.arguments | {"dq": rows_of(into.dq), "dq_blocks": blocks})
 
 
 def dq_call(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads) -> Call:
     """The launch that adds into dq; `table` lists blocks of query rows."""
+    blocks = (blocks_of(k, config.walk), blocks_of(v, config.walk)) if config.tma else (None, None)
     arguments = _shared(up, q, k, v, table, config, scale)
+    arguments |= {"k_blocks": blocks[0], "v_blocks": blocks[1], "TMA": None not in blocks}
     arguments |= {"dq": rows_of(into.dq), "num_q": q.shape[1]}
     arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk}
     return Call(dq_kernel, table.busy * q.shape[2], arguments)
 
 
 def _shared(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, scale: float) -> dict[str, Any]:
-    dout = up.dout if up.dout.stride(-1) == 1 else up.dout.contiguous()
+    dout, lse2, delta = _prepared(up)
     return {
         "q": rows_of(q),
         "k": rows_of(k),
         "v": rows_of(v),
         "dout": rows_of(dout),
-        "lse": numbers_of(up.lse),
-        "delta": numbers_of(up.delta),
+        "lse": numbers_of(lse2),
+        "delta": numbers_of(delta),
         "table": table.ints,
         "scale": float(scale),
         "scale_log2": scale * math.log2(math.e),
@@ -66,16 +112,31 @@ def _shared(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config:
         "V_DIM": v.shape[3],
         "WIDTH": padded(q.shape[3]),
         "V_WIDTH": padded(v.shape[3]),
-        "num_warps": config.warps,
-        "num_stages": config.stages,
+        **config.options,
     }
 
 
-@triton.jit
-def load_lse2(at, rows, live):
-    """lse in base 2, +inf for rows that met no key: see Note [final lse]."""
-    lse = load_numbers(at, rows, live, float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+_WALKED = "q_blocks", "dout_blocks", "lse_blocks", "delta_blocks"
+
+
+def _walked_queries(up: Upstream, q: Tensor, config: Config) -> dict[str, Any]:
+    """What the dk, dv kernel walks over by TMA; None for what TMA cannot copy."""
+    dout, *numbers = _prepared(up)
+    blocks = *(blocks_of(x, config.walk) for x in (q, dout)), *(number_blocks_of(x, config.walk) for x in numbers)
+    return dict(zip(_WALKED, blocks, strict=True))
+
+
+_prepared_once: WeakKeyDictionary[Upstream, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def _prepared(up: Upstream) -> tuple[Tensor, Tensor, Tensor]:
+    """(dout with unit stride, lse in base 2, delta) for all visits of a backward, both `shifted`; see Note [final lse]."""
+    prepared = _prepared_once.get(up)
+    if prepared is None:
+        dout = up.dout if up.dout.stride(-1) == 1 else up.dout.contiguous()
+        lse2 = (up.lse * math.log2(math.e)).masked_fill_(up.lse == -torch.inf, torch.inf)
+        prepared = _prepared_once[up] = dout, shifted(lse2), shifted(up.delta)
+    return prepared
 
 
 @triton.jit
@@ -84,14 +145,47 @@ def add_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
     store_rows(at, load_rows(at, rows, live, DIM, WIDTH) + value, rows, live, DIM, WIDTH)
 
 
-@triton.jit(do_not_specialize=["num_kv", "programs"])
+@triton.jit
+def add_shared_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds value [rows, WIDTH] to the live rows, which other programs add to as well."""
+    tl.atomic_add(row_pointers(at, rows, WIDTH), value, mask=row_mask(live, DIM, WIDTH), sem="relaxed")
+
+
+@triton.jit
+def scores_gradient(
+    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, place, i, partly, low, high, scale_log2,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """(ds transposed, dv) of own KV rows and the query rows from `place` on that are at least `i`.
+
+    `partly`: not every KV row meets all of them.
+    """
+    st = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee")
+    if EARLY:
+        dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
+    pt = tl.exp2(st * scale_log2 - lse2[None, :])
+    if partly:
+        pt = tl.where(met_by(place, i, low, high, BLOCK), pt, 0.0)
+    dv_rows = tl.dot(pt.to(dout_rows.dtype), dout_rows, dv_rows, input_precision="ieee")
+    if not EARLY:
+        dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
+    return (pt * (dpt - delta_row[None, :])).to(q_rows.dtype), dv_rows
+
+
+@triton.jit(do_not_specialize=["num_kv", "programs", "batches"])
 def dkdv_kernel(
     q,
     k,
     v,
     dout,
+    q_blocks,
+    dout_blocks,
+    lse_blocks,
+    delta_blocks,
+    dq_blocks,
     lse,
     delta,
+    dq,
     dk,
     dv,
     table,
@@ -99,6 +193,7 @@ def dkdv_kernel(
     scale_log2,
     num_kv,
     programs,
+    batches,
     group,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -106,39 +201,99 @@ def dkdv_kernel(
     V_WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TMA: tl.constexpr,
+    EARLY: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     kv_head = tl.program_id(0) // programs
     block, batch, first, last = program_work(table, tl.program_id(0) % programs)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = columns < num_kv
-    block_stop = tl.minimum(block * BLOCK_N + BLOCK_N, num_kv)
-    k_rows = load_rows(at_head(k, batch, kv_head), columns, live, DIM, WIDTH)
-    v_rows = load_rows(at_head(v, batch, kv_head), columns, live, V_DIM, V_WIDTH)
+    block_stop = block * BLOCK_N + BLOCK_N
+    # Rows of no entry are not read: they may hold anything, and dq is a sum over all rows.
+    held = (columns >= tl.load(table + first + 6)) & (columns < tl.load(table + first + 7))
+    k_rows = load_rows(at_head(k, batch, kv_head), columns, held, DIM, WIDTH)
+    v_rows = load_rows(at_head(v, batch, kv_head), columns, held, V_DIM, V_WIDTH)
     dk_rows = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     dv_rows = tl.zeros((BLOCK_N, V_WIDTH), tl.float32)
 
     for member in range(group):
         head = kv_head * group + member
-        q_at, dout_at = at_head(q, batch, head), at_head(dout, batch, head)
-        lse_at, delta_at = at_head(lse, batch, head), at_head(delta, batch, head)
+        queries = at_head(q, batch, head), at_head(dout, batch, head), at_head(lse, batch, head), at_head(delta, batch, head)
+        dq_at = None if dq is None else at_head(dq, batch, head)
         for entry in range(first, last, 8):
             low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, columns, block * BLOCK_N, block_stop)
-            for i in tl.range(start, stop, BLOCK_M):
-                rows = i + tl.arange(0, BLOCK_M)
-                met = rows < stop
-                q_rows = load_rows(q_at, rows, met, DIM, WIDTH)
-                st = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee")
-                pt = tl.exp2(st * scale_log2 - load_lse2(lse_at, rows, met)[None, :])
-                if (i < clear_start) | (i + BLOCK_M > clear_stop):
-                    pt = tl.where((rows[None, :] >= low[:, None]) & (rows[None, :] <= high[:, None]), pt, 0.0)
-                dout_rows = load_rows(dout_at, rows, met, V_DIM, V_WIDTH)
-                dv_rows = tl.dot(pt.to(dout_rows.dtype), dout_rows, dv_rows, input_precision="ieee")
-                dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
-                dst = pt * (dpt - load_numbers(delta_at, rows, met, 0.0)[None, :])
-                dk_rows = tl.dot(dst.to(q_rows.dtype), q_rows, dk_rows, input_precision="ieee")
+            if TMA:
+                for i in tl.range(start, stop, BLOCK_M):
+                    place, partly = whole_block(i, table + entry, clear_start, clear_stop, BLOCK_M)
+                    q_rows = load_block(q_blocks, batch, head, place, BLOCK_M, WIDTH)
+                    dout_rows = load_block(dout_blocks, batch, head, place, BLOCK_M, V_WIDTH)
+                    lse2 = load_number_block(lse_blocks, batch, head, place, batches, BLOCK_M)
+                    delta_row = load_number_block(delta_blocks, batch, head, place, batches, BLOCK_M)
+                    dst, dv_rows = scores_gradient(
+                        q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, place, i, partly, low, high, scale_log2,
+                        BLOCK_M, EARLY,
+                    )  # fmt: skip
+                    if not LATE:
+                        dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
+                    if dq is not None:
+                        dq_rows = tl.dot(tl.trans(dst), k_rows, input_precision="ieee") * scale
+                        if LATE:
+                            dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
+                        if dq_blocks is not None:
+                            dq_blocks.atomic_add([batch, head, place, 0], tl.reshape(dq_rows, (1, 1, BLOCK_M, WIDTH)))
+                        else:
+                            rows = place + tl.arange(0, BLOCK_M)
+                            add_shared_rows(dq_at, dq_rows, rows, rows >= i, DIM, WIDTH)
+            else:
+                for i in tl.range(start, stop, BLOCK_M):
+                    partly = (i < clear_start) | (i + BLOCK_M > clear_stop)
+                    dk_rows, dv_rows = meet_rows(
+                        queries, dq_at, i, stop, partly, low, high, k_rows, v_rows, dk_rows, dv_rows, scale, scale_log2,
+                        DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_M, EARLY,
+                    )  # fmt: skip
 
+    live = columns < num_kv
     add_rows(at_head(dk, batch, kv_head), dk_rows * scale, columns, live, DIM, WIDTH)
     add_rows(at_head(dv, batch, kv_head), dv_rows, columns, live, V_DIM, V_WIDTH)
+
+
+@triton.jit
+def meet_rows(
+    queries,
+    dq_at,
+    i,
+    end,
+    partly,
+    low,
+    high,
+    k_rows,
+    v_rows,
+    dk_rows,
+    dv_rows,
+    scale,
+    scale_log2,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """(dk, dv) of own KV rows and the query rows [i, end), at most BLOCK, through pointers; adds to their dq where given."""
+    rows = i + tl.arange(0, BLOCK)
+    met = rows < end
+    q_rows = load_rows(queries[0], rows, met, DIM, WIDTH)
+    dout_rows = load_rows(queries[1], rows, met, V_DIM, V_WIDTH)
+    lse2 = load_numbers(queries[2], rows, met, float("inf"))
+    delta_row = load_numbers(queries[3], rows, met, 0.0)
+    dst, dv_rows = scores_gradient(
+        q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, i, i, partly, low, high, scale_log2, BLOCK, EARLY
+    )
+    dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
+    if dq_at is not None:
+        dq_rows = tl.dot(tl.trans(dst), k_rows, input_precision="ieee") * scale
+        add_shared_rows(dq_at, dq_rows, rows, met, DIM, WIDTH)
+    return dk_rows, dv_rows
 
 
 @triton.jit(do_not_specialize=["num_q", "programs"])
@@ -147,6 +302,8 @@ def dq_kernel(
     k,
     v,
     dout,
+    k_blocks,
+    v_blocks,
     lse,
     delta,
     dq,
@@ -162,6 +319,7 @@ def dq_kernel(
     V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     kv_head = tl.program_id(0) // (programs * group)
     place = tl.program_id(0) % (programs * group)
@@ -174,22 +332,46 @@ def dq_kernel(
     k_at, v_at = at_head(k, batch, kv_head), at_head(v, batch, kv_head)
     q_rows = load_rows(at_head(q, batch, head), rows, live, DIM, WIDTH)
     dout_rows = load_rows(at_head(dout, batch, head), rows, live, V_DIM, V_WIDTH)
-    lse2 = load_lse2(at_head(lse, batch, head), rows, live)
+    lse2 = load_numbers(at_head(lse, batch, head), rows, live, float("inf"))
     delta_row = load_numbers(at_head(delta, batch, head), rows, live, 0.0)
     dq_rows = tl.zeros((BLOCK_M, WIDTH), tl.float32)
 
     for entry in range(first, last, 8):
         low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, rows, block * BLOCK_M, block_stop)
-        for j in tl.range(start, stop, BLOCK_N):
-            columns = j + tl.arange(0, BLOCK_N)
-            met = columns < stop
-            k_rows = load_rows(k_at, columns, met, DIM, WIDTH)
-            s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
-            p = tl.exp2(s * scale_log2 - lse2[:, None])
-            if (j < clear_start) | (j + BLOCK_N > clear_stop):
-                p = tl.where((columns[None, :] >= low[:, None]) & (columns[None, :] <= high[:, None]), p, 0.0)
-            v_rows = load_rows(v_at, columns, met, V_DIM, V_WIDTH)
-            ds = p * (tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee") - delta_row[:, None])
-            dq_rows = tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")
+        whole = TMA
+        if TMA:
+            whole = tl.load(table + entry + 3) - tl.load(table + entry + 2) >= BLOCK_N
+            if whole:
+                for i in tl.range(start, stop, BLOCK_N):
+                    j, partly = whole_block(i, table + entry, clear_start, clear_stop, BLOCK_N)
+                    k_rows = load_block(k_blocks, batch, kv_head, j, BLOCK_N, WIDTH)
+                    v_rows = load_block(v_blocks, batch, kv_head, j, BLOCK_N, V_WIDTH)
+                    dq_rows = meet_columns(
+                        q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, j, i, partly, low, high, scale_log2,
+                        BLOCK_N,
+                    )  # fmt: skip
+        if not whole:
+            for j in tl.range(start, stop, BLOCK_N, num_stages=1 if TMA else None):
+                columns = j + tl.arange(0, BLOCK_N)
+                k_rows = load_rows(k_at, columns, columns < stop, DIM, WIDTH)
+                v_rows = load_rows(v_at, columns, columns < stop, V_DIM, V_WIDTH)
+                partly = (j < clear_start) | (j + BLOCK_N > clear_stop)
+                dq_rows = meet_columns(
+                    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, j, j, partly, low, high, scale_log2, BLOCK_N
+                )
 
     add_rows(at_head(dq, batch, head), dq_rows * scale, rows, live, DIM, WIDTH)
+
+
+@triton.jit
+def meet_columns(
+    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, j, i, partly, low, high, scale_log2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dq / scale of own query rows and the KV rows from `j` on that are at least `i`; `partly`: not every row meets all."""
+    s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
+    p = tl.exp2(s * scale_log2 - lse2[:, None])
+    if partly:
+        p = tl.where(met_by(j, i, low, high, BLOCK), p, 0.0)
+    ds = p * (tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee") - delta_row[:, None])
+    return tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")

@@ -2,7 +2,8 @@
 
 Note [block table]: a visit is one launch, so every program must find its work alone. Program p reads the four ints
 (block, batch row, first, last) at `4 * p`; its entries are the eight ints at each of `range(first, last, 8)`: own rows
-[start, stop), rows to walk over [start, stop) and the band `lo <= walked - own <= hi` in shard rows, then two ints of padding.
+[start, stop), rows to walk over [start, stop), the band `lo <= walked - own <= hi` in shard rows, and the [start, stop) that
+holds the own rows of all the program's entries.
 Own rows are query rows for the forward and dq kernels and KV rows for the dk, dv kernel, which reads the transposed tiles.
 Programs are sorted by work, the heaviest first, so that the light ones fill the last wave; those without entries come last and
 can be left out.
@@ -26,21 +27,44 @@ PROGRAM = 4
 
 @dataclass(frozen=True)
 class Config:
-    """One launch: `own` rows stay with a program, `walk` rows are met at a time."""
+    """One launch: `own` rows stay with a program, `walk` rows are met at a time.
+
+    `tma`: see Note [whole blocks]. `registers`: the most that a thread may use, None for any number. `held`: the forward keeps
+    q in registers. `early`, `late`: the dk, dv kernel has dout v^T before the softmax, and dk after dq. `reduce`: TMA adds to
+    dq.
+    """
 
     own: int
     walk: int
     warps: int
     stages: int
+    tma: bool = False
+    registers: int | None = None
+    held: bool = False
+    early: bool = False
+    late: bool = False
+    reduce: bool = True
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's launcher takes."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 @dataclass(frozen=True)
 class Configs:
-    """The three launches of one problem. `forward` and `dq` own query rows, `dkdv` owns KV rows."""
+    """The launches of one problem. `forward` and `dq` own query rows, `dkdv` and `fused` own KV rows.
+
+    `fused`: one launch for dq, dk and dv, which adds to dq in no fixed order; None for two launches, dkdv and dq. `short` takes
+    the tiles of few query rows, see Note [whole blocks].
+    """
 
     forward: Config
     dkdv: Config
     dq: Config
+    fused: Config | None = None
+    short: Config = Config(32, 32, 8, 1)
 
 
 # Keyed by the larger head dim, padded. "large" needs compute capability 9.0 and 227 KiB of shared memory, "small" fits 99 KiB;
@@ -128,7 +152,8 @@ class Edge(NamedTuple):
 class TableKey:
     """What a table is made from. Tiles count as the same only if they are the same tuple: to hash thousands costs milliseconds.
 
-    `stream`: the table is copied to the device on that stream and only ever read there, so nothing waits.
+    `least`, `most`: only of tiles that walk over so many rows. `stream`: the table is copied to the device on that stream and
+    only ever read there, so nothing waits.
     """
 
     tiles: Sequence[Tile]
@@ -137,6 +162,8 @@ class TableKey:
     block: int
     batch: int
     device: torch.device
+    least: int = 0
+    most: int = 1 << 31
     stream: int = 0
 
     def __hash__(self) -> int:
@@ -147,7 +174,7 @@ class TableKey:
 
     @property
     def _values(self) -> tuple:
-        return self.transposed, self.rows, self.block, self.batch, self.device, self.stream
+        return self.transposed, self.rows, self.block, self.batch, self.device, self.least, self.most, self.stream
 
 
 def query_table(tiles: Sequence[Tile], q: Tensor, block: int) -> Table:
@@ -155,9 +182,9 @@ def query_table(tiles: Sequence[Tile], q: Tensor, block: int) -> Table:
     return _cached(TableKey(tiles, False, q.shape[1], block, q.shape[0], q.device))
 
 
-def kv_table(tiles: Sequence[Tile], k: Tensor, block: int) -> Table:
-    """The table of every block of `block` KV rows of k [b, skv, g, d]."""
-    return _cached(TableKey(tiles, True, k.shape[1], block, k.shape[0], k.device))
+def kv_table(tiles: Sequence[Tile], k: Tensor, block: int, *, least: int = 0, most: int = 1 << 31) -> Table:
+    """The table of every block of `block` KV rows of k [b, skv, g, d], without tiles of fewer or more query rows than said."""
+    return _cached(TableKey(tiles, True, k.shape[1], block, k.shape[0], k.device, least, most))
 
 
 def _cached(key: TableKey) -> Table:
@@ -173,6 +200,7 @@ def _make(key: TableKey) -> Table:
     edges = [Edge.of(tile) for tile in key.tiles]
     if key.transposed:
         edges = [edge.transposed for edge in edges]
+    edges = [edge for edge in edges if key.least <= edge.walk_stop - edge.walk_start <= key.most]
     shared: dict[tuple[int, int | None], _Slot] = {}
     for edge in edges:
         for block in range(edge.start // key.block, -(-edge.stop // key.block)):
@@ -214,8 +242,9 @@ def _flat(programs: list[_Program]) -> list[int]:
     for program in programs:
         head += (program.block, program.batch, at, at + ENTRY * len(program.edges))
         at += ENTRY * len(program.edges)
+        own = min((e.start for e in program.edges), default=0), max((e.stop for e in program.edges), default=0)
         for edge in program.edges:
-            entries += (*edge[:6], 0, 0)
+            entries += (*edge[:6], *own)
     return head + entries
 
 

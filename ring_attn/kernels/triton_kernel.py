@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
-from ring_attn.kernels.triton_blocks import Configs, configs, device_size, kv_table, query_table
+from ring_attn.kernels.triton_blocks import Configs, configs, device_size, query_table
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile
@@ -75,11 +75,13 @@ class TritonKernel:
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        from ring_attn.kernels.triton_backward import dkdv_call, dq_call
+        from ring_attn.kernels.triton_backward import backward_calls
 
         config = self._configs(q, v)
-        dkdv_call(up, q, k, v, kv_table(tiles, k, config.dkdv.own), config.dkdv, scale=scale, into=into)()
-        dq_call(up, q, k, v, query_table(tiles, q, config.dq.own), config.dq, scale=scale, into=into)()
+        if torch.are_deterministic_algorithms_enabled():
+            config = replace(config, fused=None)
+        for call in backward_calls(up, q, k, v, tiles, config, scale=scale, into=into):
+            call()
 
     def _configs(self, q: Tensor, v: Tensor) -> Configs:
         return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], device_size(q.device))

@@ -1,6 +1,11 @@
 """What the Triton kernels share: tensors as pointers with strides, rows of them, and which walked rows an own row meets.
 
 All offsets that reach a pointer are 64-bit. Head dims are padded to a power of two; padding is loaded as 0 and never stored.
+
+Note [whole blocks]: the tensor memory accelerator (TMA) copies blocks of rows without a thread computing an address, but it
+masks no row, and what lies outside an entry may hold anything: 0 * NaN is no 0. So a block that would reach past an entry's
+rows is moved back to end with them; what it meets for the second time is masked. An entry of fewer rows than a block goes
+through pointers.
 """
 
 from __future__ import annotations
@@ -12,6 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ring_attn.kernels.triton_blocks import padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,6 +37,34 @@ class Rows(NamedTuple):
 def rows_of(x: Tensor) -> Rows:
     """`Rows` of x [b, s, h, d] with unit stride in the last dimension."""
     return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def blocks_of(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """What TMA copies blocks of `rows` rows of one batch row and head of x [b, s, h, d] by; None where it cannot."""
+    b, s, h, d = x.shape
+    return _descriptor(x, [b, h, s, d], [x.stride(0), x.stride(2), x.stride(1)], [1, 1, rows, padded(d)])
+
+
+def number_blocks_of(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """The same for `shifted` numbers x [4 * b, h, s]."""
+    return _descriptor(x, list(x.shape), list(x.stride()[:2]), [1, 1, rows])
+
+
+def shifted(x: Tensor) -> Tensor:
+    """[4 * b, h, s] with x[.., i + r] of x [b, h, s] at [r * b + .., i]: from one of them a block of any rows is aligned."""
+    b, h, s = x.shape
+    wide = x.new_zeros(b, h, -(-s // 16) * 16 + 16)
+    wide[..., :s] = x
+    return torch.stack([wide[..., r : r + wide.shape[2] - 16] for r in range(4)]).flatten(0, 1)
+
+
+def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor | None:
+    # A dimension of one has no stride to speak of.
+    strides = [16 if size == 1 else stride for size, stride in zip(shape, strides, strict=False)]
+    addresses = [x.data_ptr(), *(stride * x.element_size() for stride in strides)]
+    if not x.numel() or x.stride(-1) != 1 or 0 in strides or any(address % 16 for address in addresses):
+        return None
+    return TensorDescriptor(x, shape, [*strides, 1], block)
 
 
 def numbers_of(x: Tensor) -> Rows:
@@ -85,6 +121,18 @@ def store_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_block(blocks, batch, head, row, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, WIDTH] of one batch row and head from `row` on, by TMA."""
+    return tl.reshape(blocks.load([batch, head, row, 0]), (ROWS, WIDTH))
+
+
+@triton.jit
+def load_number_block(blocks, batch, head, row, batches, ROWS: tl.constexpr):
+    """[ROWS] of one batch row and head of `shifted` numbers from `row` on, by TMA, which wants a multiple of 4."""
+    return tl.reshape(blocks.load([row % 4 * batches + batch, head, row // 4 * 4]), (ROWS,))
+
+
+@triton.jit
 def load_numbers(at, rows, live, other: tl.constexpr):
     """[rows], `other` where not live."""
     return tl.load(at[0] + rows.to(tl.int64) * at[1], mask=live, other=other)
@@ -93,6 +141,25 @@ def load_numbers(at, rows, live, other: tl.constexpr):
 @triton.jit
 def store_numbers(at, value, rows, live):
     tl.store(at[0] + rows.to(tl.int64) * at[1], value, mask=live)
+
+
+@triton.jit
+def whole_block(i, entry, clear_start, clear_stop, BLOCK: tl.constexpr):
+    """(place, partly) of the block to meet the walked rows from `i` on, see Note [whole blocks]: it holds those from `place`.
+
+    `partly`: not every own row meets all of it, or it holds rows from before `i`.
+    """
+    place = tl.minimum(i, tl.load(entry + 3) - BLOCK)
+    return place, (place < clear_start) | (place + BLOCK > clear_stop) | (place < i)
+
+
+@triton.jit
+def met_by(place, i, low, high, BLOCK: tl.constexpr):
+    """[own rows, BLOCK]: which walked rows, from `place` on, an own row meets: those in low to high that are at least `i`."""
+    steps = tl.arange(0, BLOCK)
+    # Relative to the block, the walked rows are constants of a thread.
+    low = tl.maximum(low, i) - place
+    return (steps[None, :] >= low[:, None]) & (steps[None, :] <= (high - place)[:, None])
 
 
 @triton.jit

@@ -1,65 +1,45 @@
 """Compiles the launches of the Triton kernel for a CUDA architecture without a GPU, and prints what each one takes as JSON.
 
 Run in a process without TRITON_INTERPRET: `python -m tests.kernels.triton_compile bfloat16:128:large ...`, each argument a
-dtype, a head dim and a device size, and after a further colon, if wanted, one launch: `forward last`, `dkdv` or another name in
-`calls`. The launches come from the same functions as the real ones, through Triton's own specialisation.
+dtype, a head dim and a device size or `tma`, and after a further colon, if wanted, one launch: `forward last`, `dkdv` or
+another name in `calls`. The launches come from the same functions as the real ones, through Triton's own specialisation.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
 from ring_attn.kernels import Grads, Upstream
-from ring_attn.kernels.triton_blocks import Configs, configs, kv_table, query_table
+from ring_attn.kernels.triton_ahead import resources
+from ring_attn.kernels.triton_blocks import Config, Configs, configs, kv_table, query_table
 from ring_attn.kernels.triton_rows import Call
 from ring_attn.layout import Contiguous
 from ring_attn.mask import Causal
 from ring_attn.partial import empty
 from ring_attn.tiles import tiles
 
-CAPABILITY = {"large": 90, "small": 80}
+CAPABILITY = {"large": 90, "small": 80, "tma": 90}
 
-
-@dataclass(frozen=True)
-class Resources:
-    """`spills`: bytes of stores and loads ptxas reports; `shared`: bytes a block; `serialized`: ptxas serialises its wgmma."""
-
-    registers: int
-    spills: int
-    shared: int
-    serialized: bool
-
-
-def resources(call: Call, capability: int) -> Resources:
-    """What one launch takes on that architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    target = GPUTarget("cuda", capability, 32)
-    backend, kernel = make_backend(target), call.kernel
-    arguments = call.arguments | {"debug": False}
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(**arguments)
-    options, signature, constexprs, attrs = kernel._pack_args(backend, arguments, bound, specialization, options)
-    log = io.StringIO()
-    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
-        triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
-    text = log.getvalue()
-    registers = max(map(int, re.findall(r"Used (\d+) registers", text)))
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
-    return Resources(registers, spills, compiled.metadata.shared, "serialized" in text)
+# What TMA can do, whether or not it ships.
+TMA = {
+    64: Configs(
+        Config(128, 128, 8, 2, tma=True),
+        Config(128, 64, 8, 2, tma=True),
+        Config(128, 64, 8, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True),
+    ),
+    128: Configs(
+        Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 2, tma=True, early=True),
+        Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 2, tma=True, late=True),
+    ),
+}
 
 
 def calls(dtype: torch.dtype, head_dim: int, config: Configs, *, group: int = 4) -> Iterator[tuple[str, Call]]:
@@ -72,10 +52,12 @@ def calls(dtype: torch.dtype, head_dim: int, config: Configs, *, group: int = 4)
     grads = Grads(q.float(), k.float(), k.float())
     up = Upstream(q, q, partial.lse)
     yield from forward_calls(q, k, partial, plan, config)
-    from ring_attn.kernels.triton_backward import dkdv_call, dq_call
+    from ring_attn.kernels.triton_backward import dkdv_call, dq_call, fused_call
 
     yield "dkdv", dkdv_call(up, q, k, k, kv_table(plan, k, config.dkdv.own), config.dkdv, scale=0.1, into=grads)
     yield "dq", dq_call(up, q, k, k, query_table(plan, q, config.dq.own), config.dq, scale=0.1, into=grads)
+    if config.fused:
+        yield "fused", fused_call(up, q, k, k, kv_table(plan, k, config.fused.own), config.fused, scale=0.1, into=grads)
 
 
 def forward_calls(q, k, partial, plan, config) -> Iterator[tuple[str, Call]]:
@@ -94,7 +76,8 @@ def main(requests: list[str]) -> None:
     for request in requests:
         name, head_dim, size, *wanted = request.split(":")
         dtype = getattr(torch, name)
-        for launch, call in calls(dtype, int(head_dim), configs(dtype, int(head_dim), int(head_dim), size)):
+        config = TMA[int(head_dim)] if size == "tma" else configs(dtype, int(head_dim), int(head_dim), size)
+        for launch, call in calls(dtype, int(head_dim), config):
             if not wanted or launch in wanted:
                 taken = {"request": f"{name}:{head_dim}:{size}:{launch}"} | asdict(resources(call, CAPABILITY[size]))
                 print(json.dumps(taken), flush=True)

@@ -1,0 +1,103 @@
+"""The launch configurations that `ring-attn bench tune` tries: what ptxas compiles without many spills in the inner loop."""
+
+from __future__ import annotations
+
+from ring_attn.kernels.triton_blocks import Config
+
+LAUNCHES = ("forward", "dkdv", "dq", "fused")
+
+
+def candidates(launch: str, head_dim: int) -> list[Config]:
+    """The configurations to try for a launch of 16-bit inputs, the plainest first. Empty where none are known."""
+    return _CANDIDATES.get((launch, head_dim), [])
+
+
+# Four warps with 255 registers, or eight with 128, leave room for a second program on a multiprocessor.
+_CANDIDATES = {
+    ("forward", 128): [
+        Config(128, 64, 8, 3),
+        Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 2, tma=True),
+        Config(128, 128, 8, 2, tma=True),
+        Config(128, 128, 8, 2, tma=True, held=True),
+        Config(128, 64, 8, 3, tma=True, held=True),
+        Config(128, 64, 8, 2, registers=128),
+        Config(128, 64, 8, 2, tma=True, registers=128),
+        Config(128, 32, 8, 4, registers=128),
+        Config(128, 32, 8, 4, tma=True, registers=128),
+        Config(128, 32, 4, 4, tma=True),
+        Config(64, 64, 4, 2),
+        Config(64, 64, 4, 2, tma=True),
+        Config(64, 64, 4, 3, tma=True),
+        Config(64, 64, 4, 2, tma=True, held=True),
+        Config(64, 128, 4, 1, tma=True),
+        Config(64, 32, 4, 3, tma=True, registers=168),
+    ],
+    ("dkdv", 128): [
+        Config(128, 64, 8, 2),
+        Config(128, 64, 8, 2, tma=True),
+        Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 2, tma=True, early=True),
+        Config(128, 32, 8, 3, tma=True),
+        Config(64, 64, 4, 1, tma=True),
+        Config(64, 64, 4, 2, tma=True),
+    ],
+    ("dq", 128): [
+        Config(128, 64, 8, 3),
+        Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 2, tma=True),
+        Config(128, 128, 8, 2, tma=True),
+        Config(64, 64, 4, 2),
+        Config(64, 64, 4, 2, tma=True),
+        Config(64, 128, 4, 1, tma=True),
+    ],
+    ("fused", 128): [
+        Config(128, 64, 8, 2, tma=True),
+        Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 2, tma=True, early=True),
+        Config(128, 64, 8, 2, tma=True, late=True),
+        Config(128, 64, 8, 2, tma=True, early=True, late=True),
+        Config(128, 64, 8, 2, tma=True, reduce=False),
+        Config(128, 64, 8, 2, tma=True, late=True, reduce=False),
+        Config(64, 64, 4, 1, tma=True),
+        Config(64, 64, 4, 2, tma=True),
+        Config(64, 64, 4, 1, tma=True, reduce=False),
+        Config(64, 64, 4, 2, tma=True, reduce=False),
+    ],
+    ("forward", 64): [
+        Config(128, 128, 8, 2),
+        Config(128, 128, 8, 2, tma=True),
+        Config(128, 128, 8, 3, tma=True),
+        Config(128, 64, 8, 3, tma=True, registers=128),
+        Config(128, 64, 8, 3, registers=128),
+        Config(128, 64, 4, 3, tma=True),
+        Config(128, 64, 4, 3),
+        Config(64, 128, 4, 2, tma=True),
+        Config(64, 64, 4, 3, tma=True, registers=168),
+    ],
+    ("dkdv", 64): [
+        Config(128, 64, 8, 2),
+        Config(128, 64, 8, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True, early=True),
+    ],
+    ("dq", 64): [
+        Config(128, 64, 8, 2),
+        Config(128, 64, 8, 2, tma=True),
+        Config(128, 64, 8, 2, tma=True, registers=128),
+        Config(128, 128, 8, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True),
+    ],
+    ("fused", 64): [
+        Config(128, 64, 8, 2, tma=True),
+        Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 2, tma=True, early=True),
+        Config(128, 64, 8, 2, tma=True, late=True),
+        Config(128, 64, 8, 2, tma=True, reduce=False),
+        Config(128, 128, 8, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True, early=True),
+        Config(64, 64, 4, 2, tma=True, late=True),
+        Config(64, 64, 4, 2, tma=True, reduce=False),
+    ],
+}
