@@ -10,7 +10,8 @@ their own. `without_tensors` is the rest of a score, hashable; `with_tensors` pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import CellType, FunctionType
 
@@ -303,6 +304,18 @@ def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None
         alone[kind] = found[0] if found else None
     steps = tuple(one for one in scores if not isinstance(one, CosineSim | Sinks | Dropout))
     return alone[CosineSim], Scores(steps, alone[Dropout]), alone[Sinks]
+
+
+@contextmanager
+def function_transforms() -> Iterator[None]:
+    """Inside, torch.vmap and torch.func.vjp work even where a custom op runs under a TorchDispatchMode.
+
+    Such a mode (selective checkpointing, a FLOP counter, the first run of a compiled graph) excludes their dispatch keys.
+    """
+    with ExitStack() as stack:
+        for key in ("DynamicLayerFrontMode", "DynamicLayerBackMode", "Batched", "VmapMode", "GradWrapper"):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, f"FuncTorch{key}"), False))
+        yield
 
 
 def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:

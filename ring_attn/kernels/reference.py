@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream
 from ring_attn.partial import Partial, accumulator_dtype, empty, merge_, normalize
-from ring_attn.score import Cells, Scores, over_cells
+from ring_attn.score import Cells, Scores, function_transforms, over_cells
 from ring_attn.tiles import Tile
 
 
@@ -26,6 +26,7 @@ class ReferenceKernel:
     def supports(self, problem: Problem) -> str | None:
         return None if problem.dtype.is_floating_point else f"it takes floating dtypes, not {problem.dtype}"
 
+    @function_transforms()
     def forward(
         self,
         q: Tensor,
@@ -46,6 +47,7 @@ class ReferenceKernel:
             out.copy_(normalize(into, out.dtype))
         return into
 
+    @function_transforms()
     def backward(
         self,
         up: Upstream,
