@@ -2,12 +2,13 @@
 
 Note [final lse]: with the final out and lse of a row, the gradient of a part of its keys needs nothing from the other parts:
 p = exp(s - lse), ds = p * (dp - delta), delta = rowsum(dout * out) - dlse. So backward visits add up in any order, and a
-single- device flash backward serves a ring (Liu et al., arXiv 2310.01889; Dao et al., arXiv 2205.14135).
+single-device flash backward serves a ring (Liu et al., arXiv 2310.01889; Dao et al., arXiv 2205.14135).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,7 +96,7 @@ def _backward(
     ring, plan = call.ring, call.plan(q)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "backward", up.dlse is not None))
     queries = call.hosted(q)
-    dq = torch.zeros_like(q, dtype=up.lse.dtype)
+    dq = torch.zeros(q.shape, dtype=up.lse.dtype, device=q.device)
     dqs = call.hosted(dq)
     ups = [Upstream(*parts) for parts in zip(*(_hosted_upstream(up, call)), strict=True)]
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
@@ -133,7 +134,8 @@ def _hosted_upstream(up: Upstream, call: Call) -> tuple[list, list, list, list]:
 
 @torch.library.custom_op("ring_attn::forward", mutates_args=())
 def _forward_op(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, tensors, called(call))
+    with _as_given(q):
+        return _forward(*_unit_stride(q, k, v), tensors, called(call))
 
 
 @_forward_op.register_fake
@@ -154,7 +156,19 @@ def _backward_op(
     tensors: Sequence[Tensor],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, called(call))
+    dout, q, k, v = _unit_stride(dout, q, k, v)
+    with _as_given(q):
+        return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, called(call))
+
+
+def _as_given(q: Tensor) -> AbstractContextManager:
+    """Kernels choose their own precision: autocast would round what they hold in fp32."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
+def _unit_stride(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with unit stride in the last dimension, as kernels read them."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 @_backward_op.register_fake

@@ -52,6 +52,33 @@ def test_lower_dtypes_stay_as_close_as_plain_pytorch(dtype):
         assert rel_error(x, ref) <= (FLOAT32_LIMIT if dtype == torch.float32 else factor * rel_error(other, ref))
 
 
+@pytest.mark.parametrize("kernel", ["reference", "aten"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(kernel, dtype):
+    ring = ra.Ring.simulated(2, kernel=kernel)
+    *inputs, up = random_qkv(1, 32, 32, 2, 1, 16, dtype=dtype)
+    want = gradients(lambda *x: ra.ring_attention(*x, ring=ring), inputs, up)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(lambda *x: ra.ring_attention(*x, ring=ring), inputs, up)
+    assert all(torch.equal(x, ref) for x, ref in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("kernel", ["reference", "aten"])
+def test_any_strides(kernel, exchange):
+    ring = ra.Ring.simulated(2, exchange=exchange, kernel=kernel)
+    q, k, v, _ = random_qkv(2, 32, 32, 4, 2, 16)
+    up = torch.tensor(0.5).expand(q.shape)  # as of a sum
+    want = gradients(lambda *x: ra.ring_attention(*x, ring=ring), (q, k, v), up.clone())
+    for strided in (
+        [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)],
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
+        [torch.stack([x, x], -1).select(-1, 0) for x in (q, k, v)],
+    ):
+        got = gradients(lambda *x: ra.ring_attention(*x, ring=ring), strided, up)
+        assert all(rel_error(x, ref) < FLOAT32_LIMIT for x, ref in zip(got, want, strict=True))
+
+
 def gradients(function, inputs, up):
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
