@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 
 import torch
 from torch import Tensor
@@ -178,7 +178,9 @@ class ScoreMod(Score):
                 )
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
-        return over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, cells.heads, cells.q_pos, cells.kv_pos)
+        modified = over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, cells.heads, cells.q_pos, cells.kv_pos)
+        # On scalars, a captured float64 table makes a float64 score.
+        return modified.to(scores.dtype)
 
 
 class Sinks(_WithTensor):
@@ -341,7 +343,9 @@ def recapture(fn: Callable, tensors: tuple[Tensor, ...]) -> Callable:
         CellType(next(rest)) if isinstance(cell.cell_contents, Tensor) else cell for cell in fn.__closure__
     )
     names = fn.__globals__ | {name: next(rest) for name in _globals_of(fn)}
-    return FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, closure)
+    copy = FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, closure)
+    copy.__kwdefaults__ = fn.__kwdefaults__
+    return MethodType(copy, fn.__self__) if isinstance(fn, MethodType) else copy
 
 
 def _globals_of(fn: Callable) -> dict[str, Tensor]:
