@@ -121,7 +121,7 @@ def _backward(
     dk, dv = (torch.cat(parts, 1) for parts in zip(*homeward.collect(), strict=True))
     if sinks is not None:
         # A sink is a key with v = 0, so its dp is 0.
-        p = (sinks.to(up.lse.dtype)[:, None] - up.lse).exp()
+        p = (sinks.to(up.lse.dtype)[:, None] - up.lse.masked_fill(up.lse == -torch.inf, torch.inf)).exp()
         totals.append(-torch.cat([part.delta for part in ups], -1).mul(p).sum((0, 2)))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), [total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
 

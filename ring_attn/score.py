@@ -70,8 +70,8 @@ class SoftCap(Score):
     kind = "softcap"
 
     def __post_init__(self) -> None:
-        if not self.cap > 0:
-            raise ValueError(f"SoftCap cap must be above 0, got {self.cap}; leave SoftCap out for no cap")
+        if not 0 < self.cap < float("inf"):
+            raise ValueError(f"SoftCap cap must be above 0 and finite, got {self.cap}; leave SoftCap out for no cap")
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)
@@ -82,6 +82,10 @@ class _WithTensor(Score):
     """A score with one tensor. Without it, all of a class and options are equal."""
 
     tensor: Tensor | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensor, Tensor | None):
+            raise TypeError(f"{self!r} takes a tensor, got {type(self.tensor).__name__}")
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
@@ -294,7 +298,7 @@ def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None
 
     Raises TypeError for what is no score, ValueError where one that acts once stands twice.
     """
-    scores = () if score is None else (score,) if isinstance(score, Score) else tuple(score)
+    scores = () if score is None else tuple(score) if isinstance(score, Sequence) else (score,)
     for one in scores:
         if not isinstance(one, Score):
             raise TypeError(f"score must be a ring_attn score such as SoftCap(50.0), or a list, got {type(one).__name__}")
@@ -354,7 +358,7 @@ def _globals_of(fn: Callable) -> dict[str, Tensor]:
 
 
 def _normalised(x: Tensor, groups: int) -> Tensor:
-    """x [..., d] with every row's groups of unit norm; a zero group stays zero."""
+    """x [..., d] with every row's groups of unit norm; a zero group stays zero, and so does its gradient."""
     parts = x.unflatten(-1, (groups, -1))
     norm = parts.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1, keepdim=True)
-    return (parts / norm.clamp(min=torch.finfo(norm.dtype).tiny ** 0.5)).to(x.dtype).flatten(-2)
+    return (parts * torch.where(norm > 0, norm, torch.inf).reciprocal()).to(x.dtype).flatten(-2)
