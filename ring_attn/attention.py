@@ -18,7 +18,7 @@ from ring_attn.call import Call, called, name_kept, named, validate
 from ring_attn.kernels import Grads, Kernel, Upstream, resolve
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
-from ring_attn.score import Score, sort_scores
+from ring_attn.score import Score, listed, sort_scores
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
@@ -56,7 +56,7 @@ def ring_attention(
         q, k, scale = cosine.prepare(q, k)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     if torch.compiler.is_compiling():
-        name = name_kept(ring, mask, score, scale)
+        name = name_kept(ring, mask, scale, *listed(score))
     else:
         name, call = named(Call.make(ring, mask, score, scale))
         validate(q, k, v, tensors, call)

@@ -38,6 +38,9 @@ class Call:
     @classmethod
     def make(cls, ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float) -> Call:
         _, modifiers, sinks = sort_scores(score)
+        if torch.is_grad_enabled():
+            for step in modifiers.steps:
+                step.check_gradients()
         return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale)
 
     def seq_len(self, q: Tensor) -> int:
@@ -105,9 +108,9 @@ def named(call: Call) -> tuple[str, Call]:
     return name, call
 
 
-def name_kept(ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float) -> str:
-    """The name of a call that a compiled graph may use at any later time. Runs while compiling."""
-    name, call = named(Call.make(ring, mask, score, scale))
+def name_kept(ring: Ring, mask: Mask, scale: float, *scores: Score) -> str:
+    """The name of a call that a compiled graph may use at any later time. Runs while compiling, which takes no list."""
+    name, call = named(Call.make(ring, mask, scores, scale))
     _kept.append(call)
     return name
 

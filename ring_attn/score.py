@@ -61,6 +61,9 @@ class Score:
     def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
         """Raises ValueError where its tensors do not fit a call."""
 
+    def check_gradients(self) -> None:
+        """Raises ValueError where it holds a tensor that needs a gradient and is not in `tensors()`; asked while grad is on."""
+
 
 @dataclass(frozen=True)
 class SoftCap(Score):
@@ -156,7 +159,8 @@ class Bias(_WithTensor):
 class ScoreMod(Score):
     """fn(score, b, h, q_pos, kv_pos) -> score, as torch's flex_attention takes it, on scalars and in global positions.
 
-    Tensors that `fn` closes over or names as globals get gradients; one that it reaches in another way may not need one.
+    Tensors that `fn` closes over or names as globals get gradients; one that it reaches in another way may not need one. It is
+    also asked about cells beside those that the mask allows, and must be finite there.
     """
 
     fn: Callable
@@ -171,15 +175,14 @@ class ScoreMod(Score):
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Score:
         return ScoreMod(recapture(self.fn, tensors))
 
-    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+    def check_gradients(self) -> None:
         first = torch.zeros((), dtype=torch.int64, device=next((x.device for x in self.tensors()), None))
-        with torch.enable_grad():
-            known = recapture(self.fn, tuple(x.detach() for x in self.tensors()))
-            if known(first.double(), first, first, first, first).requires_grad:
-                raise ValueError(
-                    f"{self!r} reaches a tensor that needs a gradient in a way that cannot be followed (an attribute, a "
-                    f"default, a function it calls); close over the tensor itself"
-                )
+        known = recapture(self.fn, tuple(x.detach() for x in self.tensors()))
+        if known(first.double(), first, first, first, first).requires_grad:
+            raise ValueError(
+                f"{self!r} reaches a tensor that needs a gradient in a way that cannot be followed (an attribute, a "
+                f"default, a function it calls); close over the tensor itself"
+            )
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         modified = over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, cells.heads, cells.q_pos, cells.kv_pos)
@@ -293,12 +296,17 @@ class Scores:
         return scores
 
 
+def listed(score: Score | Sequence[Score] | None) -> tuple[Score, ...]:
+    """A score, a list of them or None, as a tuple."""
+    return () if score is None else tuple(score) if isinstance(score, Sequence) else (score,)
+
+
 def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None, Scores, Sinks | None]:
     """A score, a list of them or None, by where they act: before the loops, inside the kernels, and as a key of its own.
 
     Raises TypeError for what is no score, ValueError where one that acts once stands twice.
     """
-    scores = () if score is None else tuple(score) if isinstance(score, Sequence) else (score,)
+    scores = listed(score)
     for one in scores:
         if not isinstance(one, Score):
             raise TypeError(f"score must be a ring_attn score such as SoftCap(50.0), or a list, got {type(one).__name__}")
