@@ -43,11 +43,8 @@ class Call:
                 step.check_gradients()
         return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale)
 
-    def seq_len(self, q: Tensor) -> int:
-        return q.shape[1] // len(self.ring.hosted) * self.ring.size
-
     def plan(self, q: Tensor) -> Plan:
-        layout = self.ring.layout(self.seq_len(q))
+        layout = self.ring.layout(self.ring.seq_len(q.shape[1]))
         return make_plan(layout, self.mask, self.ring.exchange.meets(self.ring.size))
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor, direction: str, lse_grad: bool = False) -> Problem:
@@ -140,16 +137,17 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
     """Raises ValueError for a call that cannot be done, naming the rule and the values."""
-    _check_inputs(q, k, v, call)
-    call.mask.check(call.seq_len(q), q.shape[0])
-    call.ring.layout(call.seq_len(q))
+    _check_inputs(q, k, v)
+    seq_len = call.ring.seq_len(q.shape[1])
+    call.mask.check(seq_len, q.shape[0])
+    call.ring.layout(seq_len)
     of_modifiers, sinks = call.split(tensors)
     for score in (*call.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
-        score.check(q.shape[2], q.shape[0], q.shape[1], call.seq_len(q))
+        score.check(q.shape[2], q.shape[0], q.shape[1], seq_len)
     resolve(call.ring.kernel, call.problem(q, k, v, "forward"))
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, rows, heads, head_dim], got shape {tuple(x.shape)}")
@@ -173,5 +171,3 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
         raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if h % g:
         raise ValueError(f"num_heads {h} must be a multiple of num_kv_heads {g}: query head i reads KV head i // (h // g)")
-    if s % len(call.ring.hosted):
-        raise ValueError(f"{s} rows cannot be the equal shards of {len(call.ring.hosted)} hosted ranks; use ring.shard")

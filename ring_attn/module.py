@@ -34,6 +34,10 @@ class RingSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(f"dim {dim} must be a multiple of num_heads {num_heads}, or name head_dim")
@@ -55,8 +59,8 @@ class RingSelfAttention(nn.Module):
             rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.rope_theta is not None:
-            seq_len = x.shape[1] // len(self.ring.hosted) * self.ring.size
-            cos, sin = rotary_angles(self.ring.positions(seq_len, x.device), self.head_dim, self.rope_theta)
+            positions = self.ring.positions(self.ring.seq_len(x.shape[1]), x.device)
+            cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = ring_attention(q, k, v, ring=self.ring, mask=mask)
         return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))

@@ -62,6 +62,8 @@ class Ring:
         `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group
         must then call this. Raises ValueError where the ring is larger than the group or does not divide it.
         """
+        if ranks_per_process < 1:
+            raise ValueError(f"ranks_per_process must be at least 1, got {ranks_per_process}")
         if ring_size is not None:
             group = split_group(group, ring_size, ranks_per_process)
         transport = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
@@ -96,6 +98,12 @@ class Ring:
         """What a sequence length must be a multiple of; see `pad_to`."""
         return self.size * self.layout_class.chunks_per_rank
 
+    def seq_len(self, rows: int) -> int:
+        """The length of the whole sequence of which this process hosts `rows`. Raises ValueError where they do not divide."""
+        if rows % len(self.hosted):
+            raise ValueError(f"{rows} rows cannot be the equal shards of {len(self.hosted)} hosted ranks; use ring.shard")
+        return rows // len(self.hosted) * self.size
+
     def layout(self, seq_len: int) -> Layout:
         """The layout of a sequence. Raises ValueError where it does not divide."""
         return self.layout_class(seq_len, self.size)
@@ -112,10 +120,7 @@ class Ring:
         grad="replicated": every process computes the same from the result, so this process's rows of its gradient are the
         answer; "partial": each goes on differently and losses add up, so gradients are summed over the processes.
         """
-        if x.shape[dim] % len(self.hosted):
-            raise ValueError(f"{x.shape[dim]} rows cannot be the equal shards of {len(self.hosted)} hosted ranks")
-        seq_len = x.shape[dim] // len(self.hosted) * self.size
-        return sharding.unshard(x, self.layout(seq_len), self.transport, dim, grad)
+        return sharding.unshard(x, self.layout(self.seq_len(x.shape[dim])), self.transport, dim, grad)
 
     @typed
     def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:

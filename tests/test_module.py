@@ -32,6 +32,14 @@ def test_same_output_and_gradients_with_and_without_a_ring(layout, options):
         assert rel_error(grad, ref) < FLOAT64_LIMIT
 
 
+def test_rows_that_are_no_equal_shards_are_named():
+    ring = ra.Ring.simulated(2)
+    with pytest.raises(ValueError, match=r"7 rows cannot be the equal shards of 2 hosted ranks; use ring\.shard"):
+        ra.RingSelfAttention(8, 2, ring=ring)(torch.randn(1, 7, 8))
+    with pytest.raises(ValueError, match=r"7 rows cannot be the equal shards of 2 hosted ranks; use ring\.shard"):
+        ring.unshard(torch.randn(1, 7, 8))
+
+
 def test_rotary_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind(0)
     scores = []
@@ -54,6 +62,8 @@ def test_bfloat16_rotation_keeps_far_positions_apart():
     [
         ((10, 4), r"dim 10 must be a multiple of num_heads 4, or name head_dim"),
         ((12, 4, 3), r"num_heads 4 must be a multiple of num_kv_heads 3"),
+        ((12, 4, 0), r"num_kv_heads must be at least 1, got 0"),
+        ((12, 0), r"num_heads must be at least 1, got 0"),
         ((12, 4), r"rotary embeddings need an even head_dim, got 3; pass rope_theta=None"),
     ],
 )

@@ -110,6 +110,9 @@ def _too_large(rank):
         ra.Ring.from_group(None, ring_size=4)
     with pytest.raises(ValueError, match="ring_size 3 must be a multiple of ranks_per_process 2"):
         ra.Ring.from_group(None, ring_size=3, ranks_per_process=2)
+    for ring_size in (None, 2):
+        with pytest.raises(ValueError, match="ranks_per_process must be at least 1, got 0"):
+            ra.Ring.from_group(None, ring_size=ring_size, ranks_per_process=0)
     group = dist.new_group([0])
     if rank == 1:
         with pytest.raises(ValueError, match="process 1 is not in the group"):
