@@ -1,0 +1,278 @@
+"""Every score as the package takes it, and beside it what it means, written the plain way: one dense softmax over all keys.
+
+Nothing here calls into score.py but the constructors. `errors` is one body for simulated rings and for real processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from operator import and_
+
+import torch
+from torch import Tensor
+
+import ring_attn as ra
+from ring_attn.mask import All, Mask
+from ring_attn.score import Score
+from tests.support import allowed, random_qkv, rel_error
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """b, t, h, g, d, dv of a problem, its dtype and the seed of everything random in it."""
+
+    b: int = 2
+    t: int = 24
+    h: int = 4
+    g: int = 2
+    d: int = 6
+    dv: int = 5
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def tensor(self, *shape: int, name: str = "", add: float = 0.0) -> Tensor:
+        """A random leaf in float64; what it holds depends on the seed, the shape and `name` alone."""
+        gen = torch.Generator().manual_seed(hash((self.seed, shape, *map(ord, name))) % 2**31)
+        return (torch.randn(shape, generator=gen, dtype=torch.float64) + add).requires_grad_()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One score. `make(tensors, ring)` is the package's, of its leaves in the dtype of the call; the rest is what it means."""
+
+    make: Callable[[Sequence[Tensor], ra.Ring], Score]
+    leaves: tuple[Tensor, ...] = ()
+    step: Callable[[Tensor], Tensor] | None = None  # scores [b, h, t, t] -> scores
+    sinks: Tensor | None = None  # [h]
+    keep: Tensor | None = None  # [b, h, t, t]: 0 or 1 / (1 - p)
+    cosine: tuple[float | Tensor, int] | None = None  # scale, groups
+    sharded: bool = False  # leaves enter through ring.shard, whose gradient is whole on every process
+
+
+def positions(t: int) -> tuple[Tensor, Tensor]:
+    """Query positions [t, 1] and key positions [t]."""
+    return torch.arange(t).unsqueeze(1), torch.arange(t)
+
+
+def softcap(n: Sizes, cap: float = 1.5) -> Piece:
+    return Piece(lambda x, ring: ra.SoftCap(cap), step=lambda s: cap * torch.tanh(s / cap))
+
+
+def alibi(n: Sizes) -> Piece:
+    slopes, (i, j) = n.tensor(n.h, name="alibi"), positions(n.t)
+    return Piece(lambda x, ring: ra.Alibi(x[0]), (slopes,), lambda s: s - 0.1 * (10 * slopes[:, None, None]) * (i - j).abs())
+
+
+def bias(*shape: str) -> Callable[[Sizes], Piece]:
+    """A bias of dimensions such as "h", "t", "t"; "1" is one."""
+
+    def piece(n: Sizes) -> Piece:
+        tensor = n.tensor(*(1 if x == "1" else getattr(n, x) for x in shape), name="bias")
+        return Piece(lambda x, ring: ra.Bias(ring.shard(x[0], -2)), (tensor,), lambda s: s + tensor, sharded=True)
+
+    return piece
+
+
+def closure_mod(n: Sizes) -> Piece:
+    """Three captured tensors: by head, by distance, and integers by position."""
+    by_head, by_distance, (i, j) = n.tensor(n.h, name="head"), n.tensor(2 * n.t, name="far"), positions(n.t)
+    group = torch.arange(n.t) // 5
+
+    def make(x: Sequence[Tensor], ring: ra.Ring) -> Score:
+        head, far = x
+
+        def mod(score, b, h, q, k):
+            return score * torch.cos(head[h]) + far[q - k + n.t] * (group[q] == group[k])
+
+        return ra.ScoreMod(mod)
+
+    same = group[:, None] == group
+    return Piece(make, (by_head, by_distance), lambda s: s * by_head.cos()[:, None, None] + by_distance[i - j + n.t] * same)
+
+
+SHIFT = torch.zeros(())  # set by `global_mod`: a global of the function below, which has no closure
+
+
+def _shifted(score, b, h, q, k):
+    return score + SHIFT[b, h] * torch.sin(0.3 * q - 0.7 * k)
+
+
+def global_mod(n: Sizes) -> Piece:
+    shift, (i, j) = n.tensor(n.b, n.h, name="shift"), positions(n.t)
+
+    def make(x: Sequence[Tensor], ring: ra.Ring) -> Score:
+        globals()["SHIFT"] = x[0]
+        return ra.ScoreMod(_shifted)
+
+    return Piece(make, (shift,), lambda s: s + shift[:, :, None, None] * torch.sin(0.3 * i - 0.7 * j))
+
+
+def constant_mod(n: Sizes) -> Piece:
+    """A score that forgets q and k."""
+    slope, (i, j) = n.tensor(n.h, name="constant"), positions(n.t)
+
+    def make(x: Sequence[Tensor], ring: ra.Ring) -> Score:
+        (tensor,) = x
+        return ra.ScoreMod(lambda score, b, h, q, k: tensor[h] * 0.1 * (q - k))
+
+    return Piece(make, (slope,), lambda s: (slope[:, None, None] * 0.1 * (i - j)).expand_as(s))
+
+
+def sinks(n: Sizes) -> Piece:
+    logits = n.tensor(n.h, name="sinks")
+    return Piece(lambda x, ring: ra.Sinks(x[0]), (logits,), sinks=logits)
+
+
+def cosine(scale: float, groups: int) -> Callable[[Sizes], Piece]:
+    return lambda n: Piece(lambda x, ring: ra.CosineSim(scale, groups), cosine=(scale, groups))
+
+
+def learned_cosine(groups: int) -> Callable[[Sizes], Piece]:
+    def piece(n: Sizes) -> Piece:
+        scale = n.tensor(n.h, name="cosine", add=5.0)
+        return Piece(lambda x, ring: ra.CosineSim(x[0], groups), (scale,), cosine=(scale, groups))
+
+    return piece
+
+
+def dropout(p: float, seed: int) -> Callable[[Sizes], Piece]:
+    return lambda n: Piece(lambda x, ring: ra.Dropout(p, seed), keep=kept(p, seed, n.b, n.h, n.t))
+
+
+@lru_cache
+def kept(p: float, seed: int, b: int, h: int, t: int) -> Tensor:
+    """Dropout's factors [b, h, t, t], cell by cell in Python's integers."""
+    cells = torch.zeros(b, h, t, t, dtype=torch.float64)
+    start = reduce(mix, (seed >> 32 & 0xFFFFFFFF,), seed & 0xFFFFFFFF)
+    for bi in range(b):
+        for hi in range(h):
+            for i in range(t):
+                row = reduce(mix, (bi, hi, i), start)
+                cells[bi, hi, i] = torch.tensor([mix(row, j) >= round(p * 2**32) for j in range(t)]).double()
+    return cells / (1 - p)
+
+
+def mix(state: int, value: int) -> int:
+    """murmur3's finaliser of a state and a value, 32 bits."""
+    x = (state ^ (value * 0x9E3779B1 + 0x7F4A7C15)) % 2**32
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 16) * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+SINGLE: dict[str, Callable[[Sizes], Piece]] = {
+    "softcap": softcap,
+    "alibi": alibi,
+    "bias tt": bias("t", "t"),
+    "bias 1tt": bias("1", "t", "t"),
+    "bias htt": bias("h", "t", "t"),
+    "bias 1htt": bias("1", "h", "t", "t"),
+    "bias b1tt": bias("b", "1", "t", "t"),
+    "bias bhtt": bias("b", "h", "t", "t"),
+    "closure mod": closure_mod,
+    "global mod": global_mod,
+    "constant mod": constant_mod,
+    "sinks": sinks,
+    "cosine": cosine(7.0, 1),
+    "cosine groups": cosine(4.0, 3),
+    "learned cosine": learned_cosine(1),
+    "learned cosine groups": learned_cosine(2),
+    "dropout": dropout(0.3, 7),
+}
+COMPOSED = {
+    "nothing": (),
+    "alibi, softcap": ("alibi", "softcap"),
+    "softcap, alibi": ("softcap", "alibi"),
+    "closure mod, bias htt, softcap": ("closure mod", "bias htt", "softcap"),
+    "global mod, closure mod, sinks": ("global mod", "closure mod", "sinks"),
+    "learned cosine groups, softcap, sinks": ("learned cosine groups", "softcap", "sinks"),
+    "all": ("dropout", "alibi", "softcap", "bias b1tt", "sinks", "cosine groups", "global mod"),
+}
+SCORES = {name: (name,) for name in SINGLE} | COMPOSED
+
+
+def pieces_of(name: str, n: Sizes) -> list[Piece]:
+    return [SINGLE[part](n) for part in SCORES[name]]
+
+
+def by_batch_and_head(b, h, q, k):
+    return (q - k) % (2 + (b + h) % 3) == 0
+
+
+MASKS: dict[str, Callable[[int], Mask]] = {
+    "full": lambda t: ra.Full(),
+    "causal": lambda t: ra.Causal(),
+    "window": lambda t: ra.Window(t // 3, 1),
+    "documents": lambda t: ra.Causal() & ra.Documents(lengths=[[t // 3, t - t // 3], [t - 2, 2]]),
+    "padding": lambda t: ra.KeyPadding([t - 3, 0]),  # the second batch row sees nothing
+    "blind rows": lambda t: ra.MaskMod(lambda b, h, q, k: (q % 3 != h % 3) & (k <= q)),
+    "function": lambda t: ra.Causal() & ra.MaskMod(by_batch_and_head),
+    "function, documents, window": lambda t: (
+        ra.MaskMod(by_batch_and_head) & ra.Documents(lengths=[t // 2 + 1, t - t // 2 - 1]) & ra.Window(t // 3)
+    ),
+}
+
+
+def seen_cells(mask: Mask, n: Sizes) -> Tensor:
+    """[b, h, t, t] bool: which cells a mask allows; functions are asked about all cells at once."""
+    b, h, q, k = (
+        torch.arange(size).view([-1 if d == dim else 1 for d in range(4)]) for dim, size in enumerate((n.b, n.h, n.t, n.t))
+    )
+    parts = mask.masks if isinstance(mask, All) else (mask,)
+    found = [p.fn(b, h, q, k) if isinstance(p, ra.MaskMod) else allowed(p, n.t, n.b).unsqueeze(1) for p in parts]
+    return reduce(and_, found).expand(n.b, n.h, n.t, n.t)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """(out [b, t, h, dv], lse [b, h, t]): scores, each piece in order, one softmax; a row without keys gives 0 and -inf."""
+    scale, group = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
+    for piece in pieces:
+        if piece.cosine is not None:
+            factor, parts = piece.cosine
+            q, k, scale = of_unit_norm(q, parts), of_unit_norm(k, parts), 1.0
+            q = q * (factor[:, None] if isinstance(factor, Tensor) else factor)
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    for piece in pieces:
+        scores = scores if piece.step is None else piece.step(scores)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    for piece in pieces:
+        if piece.sinks is not None:
+            column = piece.sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, column.to(scores.dtype)], -1)
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    lse = scores.masked_fill(blind, 0).logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
+    p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)[..., : k.shape[1]]
+    for piece in pieces:
+        p = p if piece.keep is None else p * piece.keep
+    return torch.einsum("bhij,bjhd->bihd", p, v), lse
+
+
+def of_unit_norm(x: Tensor, groups: int) -> Tensor:
+    parts = x.unflatten(-1, (groups, -1))
+    return (parts / parts.square().sum(-1, keepdim=True).sqrt()).flatten(-2)
+
+
+def errors(ring: ra.Ring, n: Sizes, mask: Mask, pieces: Sequence[Piece]) -> dict[str, float]:
+    """Relative errors of out, lse and the gradient of q, k, v and every leaf of the scores; for a ring in any processes."""
+    q, k, v, dout = random_qkv(n.b, n.t, n.t, n.h, n.g, n.d, n.dv, dtype=n.dtype, seed=n.seed)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)] + [x for piece in pieces for x in piece.leaves]
+    out, lse = plain(*leaves[:3], seen_cells(mask, n), pieces)
+    dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(n.seed), dtype=torch.float64).to(n.dtype)
+    up = [dout.double(), dlse.double()]
+    truth = [out, lse, *torch.autograd.grad([out, lse], leaves, up, allow_unused=True, materialize_grads=True)]
+
+    mine = [x.detach().to(n.dtype).requires_grad_() for x in leaves]
+    rest, scores = iter(mine[3:]), []
+    for piece in pieces:
+        scores.append(piece.make([next(rest) for _ in piece.leaves], ring))
+    local = [ring.shard(x) for x in mine[:3]]
+    out, lse = ra.ring_attention(*local, ring=ring, mask=mask, score=scores or None, return_lse=True)
+    got = [ring.unshard(out), ring.unshard(lse, 2)]
+    grads = list(torch.autograd.grad(got, mine, [dout, dlse], allow_unused=True, materialize_grads=True))
+    sharded = [True] * 3 + [piece.sharded for piece in pieces for _ in piece.leaves]
+    grads = [grad if whole else ring.sum_over_processes(grad) for grad, whole in zip(grads, sharded, strict=True)]
+    names = ["out", "lse", "dq", "dk", "dv", *(f"gradient of tensor {i}" for i in range(len(mine) - 3))]
+    return {name: rel_error(x, ref) for name, x, ref in zip(names, [*got, *grads], truth, strict=True)}

@@ -1,0 +1,77 @@
+"""Every score and composition under every mask, over a hostile ring, against the dense float64 computation of scores.py."""
+
+from itertools import product
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import ring_attn as ra
+from ring_attn.kernels import reference, resolve
+from tests.score_sabotage import SABOTAGES
+from tests.scores import MASKS, SCORES, Sizes, errors, pieces_of
+from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT
+
+LAYOUTS, EXCHANGES = ("contiguous", "striped", "zigzag"), ("ring", "gather")
+WAYS = list(product((3, 4), EXCHANGES, LAYOUTS))
+SIZES = (Sizes(), Sizes(h=3, g=1, seed=1), Sizes(b=1, h=2, g=2, dv=6, seed=2), Sizes(b=3, h=6, g=3, dv=2, seed=3))
+
+
+def cells_of_the_matrix():
+    """Every score with every mask, ring sizes, exchanges, layouts and head counts taking turns."""
+    for number, (score, mask) in enumerate(product(SCORES, MASKS)):
+        row, column = divmod(number, len(MASKS))
+        n = SIZES[(row + column) % len(SIZES)]
+        if n.b in (1, 3) and mask in ("documents", "padding"):
+            n = SIZES[0]
+        yield score, mask, WAYS[(5 * row + column) % len(WAYS)], n
+
+
+def wrong(score, mask, way, n, limit=FLOAT64_LIMIT, **options):
+    ring_size, exchange, layout = way
+    ring = ra.Ring.simulated(ring_size, layout, exchange=exchange, kernel="reference", hostile=True)
+    found = errors(ring, n, MASKS[mask](n.t), pieces_of(score, n))
+    return {name: error for name, error in found.items() if not error <= limit}
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_mask(score):
+    found = {(mask, way, n): wrong(score, mask, way, n) for other, mask, way, n in cells_of_the_matrix() if other == score}
+    assert not any(found.values()), {case: errors for case, errors in found.items() if errors}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
+@pytest.mark.parametrize("score", ["bias htt", "all", "global mod, closure mod, sinks"])
+def test_every_layout_exchange_and_ring_size(score, way):
+    for mask in ("documents", "blind rows"):
+        assert not wrong(score, mask, way, SIZES[0])
+
+
+@pytest.fixture(params=[(1, 1), (5, 4), (3, 512)], ids=str)
+def blocks(request):
+    """The reference kernel with small blocks, so that tiles are many blocks."""
+    with patch.dict(reference.KERNELS, reference=reference.ReferenceKernel(*request.param)):
+        resolve.cache_clear()
+        yield
+    resolve.cache_clear()
+
+
+@pytest.mark.parametrize("score", ["all", "closure mod, bias htt, softcap"])
+def test_any_block_size(score, blocks):
+    n = Sizes(b=1, t=12, h=2, g=1) if score == "all" else Sizes(t=12, h=2, g=1)
+    for mask, way in (("causal", (3, "ring", "zigzag")), ("function", (3, "gather", "striped"))):
+        assert not wrong(score, mask, way, n)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_float32_with_tensors_in_float32(score):
+    assert not wrong(score, "function", (3, "ring", "zigzag"), Sizes(dtype=torch.float32), FLOAT32_LIMIT)
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_a_sabotage_turns_it_red(name):
+    scores, masks, sabotage = SABOTAGES[name]
+    resolve.cache_clear()
+    with sabotage():
+        ways = product(scores, masks, ((3, "ring", "zigzag"), (4, "gather", "striped")))
+        assert any(wrong(score, mask, way, SIZES[0]) for score, mask, way in ways), f"nothing notices: {name}"
