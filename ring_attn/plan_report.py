@@ -43,7 +43,7 @@ class PlanOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the plan that `argv` asks for; 2 where the options break a rule, which is then named."""
+    """Prints the plan that `argv` asks for; 2 where the options break a rule or name no file to draw to."""
     import tyro
 
     options = tyro.cli(PlanOptions, args=list(argv), prog="ring-attn plan")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
             draw(plan, title_of(options), options.plot)
             print(f"\ndrawn to {options.plot}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"ring-attn plan: {error}", file=sys.stderr)
         return 2
     return 0
@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
 def plan_of(options: PlanOptions) -> Plan:
     """The plan asked for. Raises ValueError where layout, mask and sizes do not fit."""
+    if options.max_tiles < 0:
+        raise ValueError(f"--max-tiles must be at least 0, got {options.max_tiles}")
     if options.exchange not in EXCHANGES:
         raise ValueError(f"exchange {options.exchange!r} is not one of {', '.join(EXCHANGES)}")
     layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)

@@ -82,6 +82,8 @@ def test_plan_shows_the_balance_of_the_layouts(capsys):
         (["--seq-len", "64", "--documents", "1,2"], "the documents add up to 3 positions, but seq_len is 64"),
         (["--exchange", "post"], "exchange 'post' is not one of ring, gather"),
         (["--window", "-1"], "Window left must be at least 0"),
+        (["--max-tiles", "-1"], "--max-tiles must be at least 0, got -1"),
+        (["--seq-len", "64", "--plot", "no/such/folder/plan.png"], "No such file or directory: 'no/such/folder/plan.png'"),
     ],
 )
 def test_plan_refuses_in_words(capsys, args, message):
