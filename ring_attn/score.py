@@ -173,7 +173,9 @@ class ScoreMod(Score):
         return captured(self.fn)
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Score:
-        return ScoreMod(recapture(self.fn, tensors))
+        # In 16 bits a table's gradient, a sum over many cells, would stop growing after a few hundred of them.
+        wide = (x.to(torch.promote_types(x.dtype, torch.float32)) if x.dtype.is_floating_point else x for x in tensors)
+        return ScoreMod(recapture(self.fn, tuple(wide)))
 
     def check_gradients(self) -> None:
         first = torch.zeros((), dtype=torch.int64, device=next((x.device for x in self.tensors()), None))
