@@ -1,6 +1,6 @@
 """The Gluon forward for sm_90: the visit, table and partial of the Triton forward, scheduled by hand over groups of warps.
 
-Note [schedule]: a program owns a block of query rows of one head. A producer warp copies Q, and K and V block by block, into
+Note [schedule]: an item is a block of query rows of one head. A producer warp copies Q, and K and V block by block, into
 shared memory with TMA; two or three consumer warpgroups of 64 rows each attend. A consumer issues Q K' of block i and then P V
 of block i - 1, waits for the first only, and computes the softmax of block i while the tensor cores still work on the second
 (Shah et al., FlashAttention-3, arXiv 2407.08608). Buffers are handed over by mbarriers: `full` counts TMA's bytes, `empty` the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,39 +21,27 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ring_attn.kernels import triton_rows
-from ring_attn.kernels.gluon_attend import (
-    CONSUMER_ROWS,
-    TURN,
-    Shared,
-    Work,
-    attend_overlapped,
-    attend_plainly,
-    place_of,
-    span_of,
-    turn_arrive,
-    walk_of,
-)
+from ring_attn.kernels.gluon_attend import attend_overlapped, attend_plainly, lane_sums
+from ring_attn.kernels.gluon_work import CONSUMER_ROWS, Queue, Shared, item_of, laps_of, place_of, span_of, walk_of, work_of
 from ring_attn.kernels.triton_blocks import Table
 from ring_attn.kernels.triton_forward import positive
 from ring_attn.kernels.triton_rows import LN2, LOG2E, Call, numbers_of, rows_of
 from ring_attn.partial import Partial
 
 at_head = gluon.jit(triton_rows.at_head.fn)
-program_work = gluon.jit(triton_rows.program_work.fn)
 
 
 @dataclass(frozen=True)
 class GluonConfig:
     """One launch: `walk` KV rows are met at a time, in `buffers` buffers, by `consumers` warpgroups, see Note [schedule].
 
-    `ping_pong`: the consumers issue their products in turn, so that one computes its softmax during the other's. `overlap`:
-    products are in flight beside the softmax. `registers`: of each thread of a consumer and of the producer.
+    `overlap`: products are in flight beside the softmax of the same consumer; without it consumers cover each other's waits,
+    in fewer registers. `registers`: of each thread of a consumer and of the producer.
     """
 
     walk: int
     buffers: int
     consumers: int = 2
-    ping_pong: bool = False
     overlap: bool = True
     registers: tuple[int, int] = (240, 24)
 
@@ -63,7 +52,10 @@ class GluonConfig:
 
 
 # Keyed by head dim; tests/kernels/test_gluon_compile.py holds every line to its registers and shared memory.
-_TABLE = {64: GluonConfig(128, 3), 128: GluonConfig(128, 2)}
+_TABLE = {
+    64: GluonConfig(128, 3, consumers=3, overlap=False, registers=(160, 32)),
+    128: GluonConfig(128, 2),
+}
 
 
 def config_for(head_dim: int) -> GluonConfig:
@@ -103,14 +95,22 @@ def forward_call(
         "scale_log2": scale * math.log2(math.e),
         "num_q": q.shape[1],
         "programs": programs,
+        "items": programs * heads,
         "group": heads // groups,
+        "heads": heads,
         "CARRIED": carried is not None,
         "LAST": out is not None,
         "DIM": q.shape[3],
         "CONFIG": config,
         "num_warps": 4,
     }
-    return Call(forward_kernel, programs * heads, arguments)
+    return Call(forward_kernel, min(programs * heads, multiprocessors(q.device)), arguments)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def described(x: Tensor, rows: int) -> TensorDescriptor:
@@ -121,21 +121,28 @@ def described(x: Tensor, rows: int) -> TensorDescriptor:
     if x.numel() == 0:
         # Nothing reads it, but a descriptor has no empty dimension.
         x = x.new_zeros([max(1, size) for size in x.shape])
-    strides = _strides(x)
-    if x.data_ptr() % 16 or any(stride % 8 or not stride for stride in strides):
+    alike = _alike(x.shape, x.stride(), rows, x.dtype)
+    if alike is None or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-        strides = _strides(x)
-    (b, s, h, d), (over_b, over_s, over_h) = x.shape, strides
+        alike = _alike(x.shape, x.stride(), rows, x.dtype)
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(alike.__dict__, base=x)
+    return descriptor
+
+
+@lru_cache(maxsize=1024)
+def _alike(shape: torch.Size, strides: tuple[int, ...], rows: int, dtype: torch.dtype) -> TensorDescriptor | None:
+    """The descriptor of a tensor like that, None where TMA cannot take its strides; kept, as checking it is slow."""
+    # What nothing steps over may have any stride: one that TMA takes.
+    over_b, over_s, over_h = (stride if size > 1 else 8 for size, stride in zip(shape[:3], strides[:3], strict=True))
+    if any(stride % 8 or not stride for stride in (over_b, over_s, over_h)):
+        return None
+    b, s, h, d = shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, [b, h, s, d], [over_b, over_h, over_s, 1], [1, 1, rows, d], layout)
+    return TensorDescriptor(torch.empty(8, dtype=dtype), [b, h, s, d], [over_b, over_h, over_s, 1], [1, 1, rows, d], layout)
 
 
-def _strides(x: Tensor) -> list[int]:
-    """Those of the first three dimensions; of a dimension of size 1, which nothing steps over, one that TMA takes."""
-    return [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-
-
-@gluon.jit(do_not_specialize=["num_q", "programs"])
+@gluon.jit(do_not_specialize=["num_q", "programs", "items"])
 def forward_kernel(
     q,
     k,
@@ -148,7 +155,9 @@ def forward_kernel(
     scale_log2,
     num_q,
     programs,
+    items,
     group,
+    heads,
     CARRIED: gl.constexpr,
     LAST: gl.constexpr,
     DIM: gl.constexpr,
@@ -159,6 +168,7 @@ def forward_kernel(
         gl.allocate_shared_memory(q.dtype, [CONFIG.buffers, 1, 1, CONFIG.walk, DIM], k.layout),
         gl.allocate_shared_memory(q.dtype, [CONFIG.buffers, 1, 1, CONFIG.walk, DIM], v.layout),
         _barriers(CONFIG.consumers, 1),
+        _barriers(CONFIG.consumers, 1),
         _barriers(CONFIG.buffers, 1),
         _barriers(CONFIG.buffers, 1),
         _barriers(CONFIG.buffers, CONFIG.consumers),
@@ -166,21 +176,14 @@ def forward_kernel(
         _barriers(1, CONFIG.consumers),
     )
     fence_async_shared()
-
-    # The query heads of one KV head are neighbours, and KV heads come one after the other: KV stays in L2.
-    kv_head = gl.program_id(0) // (programs * group)
-    place = gl.program_id(0) % (programs * group)
-    block, batch, first, last = program_work(table, place // group)
-    block_start = block * CONFIG.own
-    block_stop = gl.minimum(block_start + CONFIG.own, num_q)
-    work = Work(table, batch, kv_head * group + place % group, kv_head, first, last, block_start, block_stop)
+    queue = Queue(table, num_q, programs, items, group, heads)
     memory = (acc, m, lse, out)
     if CONFIG.consumers == 2:
         gl.warp_specialize(
             [
-                (_consume, (shared, work, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
-                (_consume, (shared, work, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
-                (_produce, (q, k, v, shared, work, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
+                (_produce, (q, k, v, shared, queue, DIM, CONFIG)),
             ],
             [4, 1],
             [CONFIG.registers[0], CONFIG.registers[1]],
@@ -188,10 +191,10 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (shared, work, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
-                (_consume, (shared, work, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
-                (_consume, (shared, work, memory, scale_log2, 2, CARRIED, LAST, DIM, CONFIG)),
-                (_produce, (q, k, v, shared, work, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 2, CARRIED, LAST, DIM, CONFIG)),
+                (_produce, (q, k, v, shared, queue, DIM, CONFIG)),
             ],
             [4, 4, 1],
             [CONFIG.registers[0], CONFIG.registers[0], CONFIG.registers[1]],
@@ -208,29 +211,38 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(q, k, v, shared, work, DIM: gl.constexpr, CONFIG: gl.constexpr):
-    """Copies the program's Q, and the K and V blocks of all its entries in the order in which they are consumed."""
-    CONSUMERS: gl.constexpr = CONFIG.consumers
-    for part in gl.static_range(CONSUMERS):
-        mbarrier.expect(shared.q_full.index(part), CONSUMER_ROWS * DIM * 2)
-        at = [work.batch, work.head, work.block_start + part * CONSUMER_ROWS, 0]
-        tma.async_copy_global_to_shared(q, at, shared.q_full.index(part), shared.q.index(part))
+def _produce(q, k, v, shared, queue, DIM: gl.constexpr, CONFIG: gl.constexpr):
+    """Copies each item's Q, and the K and V blocks of all its entries in the order in which they are consumed."""
     met = 0
-    for entry in range(work.first, work.last, 8):
-        span = span_of(work, entry, work.block_start)
-        walk = walk_of(span, CONFIG.walk)
-        for step in range(walk.count):
-            place, _ = place_of(step, span, walk, CONFIG.walk)
-            at = [work.batch, work.kv_head, place, 0]
-            slot, phase = met % CONFIG.buffers, (met // CONFIG.buffers) & 1
-            _copy(k, at, shared.k.index(slot), shared.k_full.index(slot), shared.k_empty.index(slot), phase, DIM, CONFIG)
-            _copy(v, at, shared.v.index(slot), shared.v_full.index(slot), shared.v_empty.index(slot), phase, DIM, CONFIG)
-            met += 1
+    for lap in range(laps_of(queue)):
+        item = item_of(queue, lap)
+        if item < queue.items:
+            work = work_of(queue, item, CONFIG.own)
+            CONSUMERS: gl.constexpr = CONFIG.consumers
+            for part in gl.static_range(CONSUMERS):
+                # A fresh barrier counts as having completed the phase before its first.
+                mbarrier.wait(shared.q_empty.index(part), (lap & 1) ^ 1)
+                mbarrier.expect(shared.q_full.index(part), CONSUMER_ROWS * DIM * 2)
+                at = [work.batch, work.head, work.block_start + part * CONSUMER_ROWS, 0]
+                tma.async_copy_global_to_shared(q, at, shared.q_full.index(part), shared.q.index(part))
+            for entry in range(work.first, work.last, 8):
+                span = span_of(work, entry, work.block_start)
+                walk = walk_of(span, CONFIG.walk)
+                for step in range(walk.count):
+                    place, _ = place_of(step, span, walk, CONFIG.walk)
+                    at = [work.batch, work.kv_head, place, 0]
+                    slot, phase = met % CONFIG.buffers, (met // CONFIG.buffers) & 1
+                    _copy(
+                        k, at, shared.k.index(slot), shared.k_full.index(slot), shared.k_empty.index(slot), phase, DIM, CONFIG
+                    )
+                    _copy(
+                        v, at, shared.v.index(slot), shared.v_full.index(slot), shared.v_empty.index(slot), phase, DIM, CONFIG
+                    )
+                    met += 1
 
 
 @gluon.jit
 def _copy(x, at, buffer, full, empty, phase, DIM: gl.constexpr, CONFIG: gl.constexpr):
-    # A fresh barrier counts as having completed the phase before its first.
     mbarrier.wait(empty, phase ^ 1)
     mbarrier.expect(full, CONFIG.walk * DIM * 2)
     tma.async_copy_global_to_shared(x, at, full, buffer)
@@ -239,7 +251,7 @@ def _copy(x, at, buffer, full, empty, phase, DIM: gl.constexpr, CONFIG: gl.const
 @gluon.jit
 def _consume(
     shared,
-    work,
+    queue,
     memory,
     scale_log2,
     PART: gl.constexpr,
@@ -248,9 +260,36 @@ def _consume(
     DIM: gl.constexpr,
     CONFIG: gl.constexpr,
 ):
-    """Attends for a consumer's part of the program's query rows, from the carried state to memory."""
+    """Attends for a consumer's part of each item's query rows."""
+    met, cleared = 0, 0
+    for lap in range(laps_of(queue)):
+        item = item_of(queue, lap)
+        if item < queue.items:
+            work = work_of(queue, item, CONFIG.own)
+            met, cleared = _consume_one(
+                shared, work, lap & 1, met, cleared, memory, scale_log2, PART, CARRIED, LAST, DIM, CONFIG
+            )
+
+
+@gluon.jit
+def _consume_one(
+    shared,
+    work,
+    phase,
+    met,
+    cleared,
+    memory,
+    scale_log2,
+    PART: gl.constexpr,
+    CARRIED: gl.constexpr,
+    LAST: gl.constexpr,
+    DIM: gl.constexpr,
+    CONFIG: gl.constexpr,
+):
+    """(met, cleared) after an item, from the carried state to memory."""
     acc, m, lse, out = memory
-    rows_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CONFIG.walk, 16]))
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CONFIG.walk, 16])
+    rows_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     first_row = work.block_start + PART * CONSUMER_ROWS
     rows = first_row + gl.arange(0, CONSUMER_ROWS, rows_layout)
@@ -259,28 +298,31 @@ def _consume(
         m_row = _load_numbers(m, work, rows, live)
         lse_row = _load_numbers(lse, work, rows, live)
         # A row without keys has m = lse = -inf, and its sum is 0.
-        l_row = gl.where(lse_row == float("-inf"), 0.0, gl.exp2((lse_row - m_row) * LOG2E))
+        l_whole = gl.where(lse_row == float("-inf"), 0.0, gl.exp2((lse_row - m_row) * LOG2E))
         m2 = m_row * LOG2E
     else:
         m2 = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, rows_layout)
-        l_row = gl.full([CONSUMER_ROWS], 0.0, gl.float32, rows_layout)
+    # A row's sum is kept in parts, by the four lanes that share the row, and added up once at the end.
+    l_part = lane_sums(gl.full([CONSUMER_ROWS, CONFIG.walk], 0.0, gl.float32, scores_layout))
+    if CARRIED:
+        l_part += gl.convert_layout(l_whole * 0.25, gl.SliceLayout(1, l_part.type.layout))[:, None]
     m2_carried = m2
     total = gl.full([CONSUMER_ROWS, DIM], 0.0, gl.float32, total_layout)
 
-    if CONFIG.ping_pong and (PART + 1) % CONFIG.consumers == 0:
-        turn_arrive(TURN)
-    mbarrier.wait(shared.q_full.index(PART), 0)
-    met, cleared = 0, 0
+    mbarrier.wait(shared.q_full.index(PART), phase)
+    mbarrier.arrive(shared.q_empty.index(PART), pred=work.first >= work.last)
     for entry in range(work.first, work.last, 8):
         span = span_of(work, entry, rows)
+        free_q = entry + 8 >= work.last
         if CONFIG.overlap:
-            m2, l_row, total, met, cleared = attend_overlapped(
-                m2, l_row, total, met, cleared, span, shared, scale_log2, PART, DIM, CONFIG
+            m2, l_part, total, met, cleared = attend_overlapped(
+                m2, l_part, total, met, cleared, span, free_q, shared, scale_log2, PART, CONFIG
             )
         else:
-            m2, l_row, total, met, cleared = attend_plainly(
-                m2, l_row, total, met, cleared, span, shared, scale_log2, PART, DIM, CONFIG
+            m2, l_part, total, met, cleared = attend_plainly(
+                m2, l_part, total, met, cleared, span, free_q, shared, scale_log2, PART, CONFIG
             )
+    l_row = gl.convert_layout(gl.sum(l_part, 1), rows_layout)
 
     across: gl.constexpr = gl.SliceLayout(1, total_layout)
     rows_across = first_row + gl.arange(0, CONSUMER_ROWS, across)
@@ -292,13 +334,16 @@ def _consume(
     divisor = gl.where(l_row == 0.0, 1.0, l_row)
     _store_numbers(lse, work, rows, live, (m2 + gl.log2(divisor)) * LN2)
     if LAST:
-        at, mask = _row_pointers(out, work, rows_across, total_layout, DIM)
+        # By rows, so that neighbouring threads write neighbouring memory.
+        wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+        at, mask = _row_pointers(out, work, first_row + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, wide)), wide, DIM)
         total = total / gl.convert_layout(divisor, across)[:, None]
-        gl.store(at, total.to(out.ptr.dtype.element_ty), mask=mask)
+        gl.store(at, gl.convert_layout(total.to(out.ptr.dtype.element_ty), wide), mask=mask)
     else:
         _store_numbers(m, work, rows, live, m2 * LN2)
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
         gl.store(at, total, mask=mask)
+    return met, cleared
 
 
 @gluon.jit

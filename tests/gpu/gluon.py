@@ -1,8 +1,8 @@
 """The Gluon forward on a Hopper GPU, right and fast: `python -m tests.gpu.gluon [--only WORD]`.
 
 Every launch configuration below is held to the float64 truth and to the Triton kernel, each in a process of its own with a
-time limit, so a hang or a crash hides no other. Then those that ran are timed beside the Triton kernel and cuDNN, in rounds so
-that a clock that drifts meets them all. The tables come last.
+time limit, so a hang or a crash hides no other. Then those that ran are timed beside the Triton kernel, cuDNN and flash-attn 4
+where it is installed, in rounds so that a clock that drifts meets them all. The tables come last.
 """
 
 from __future__ import annotations
@@ -20,29 +20,22 @@ from itertools import cycle
 
 import torch
 
-from ring_attn.kernels import get_kernel
+from ring_attn.kernels import Problem, get_kernel
 from ring_attn.kernels.gluon_forward import GluonConfig
-from ring_attn.kernels.gluon_kernel import KERNELS, GluonKernel
+from ring_attn.kernels.gluon_kernel import GluonKernel
 from ring_attn.mask import Causal, Documents, Full
 from ring_attn.partial import normalize
 from ring_attn.tiles import tiles
 from tests.support import BAND_KINDS, band_tiles, cells_of, poison_memory, random_qkv, rel_error, split_tiles
 
+_THREE = {"consumers": 3, "registers": (160, 32)}
 CONFIGS = {
-    "plain": GluonConfig(128, 2, overlap=False),
-    "128x2": GluonConfig(128, 2),
-    "128x2pp": GluonConfig(128, 2, ping_pong=True),
-    "128x3": GluonConfig(128, 3),
-    "128x3pp": GluonConfig(128, 3, ping_pong=True),
-    "64x4": GluonConfig(64, 4),
-    "64x4pp": GluonConfig(64, 4, ping_pong=True),
-    "64x3c3": GluonConfig(64, 3, consumers=3, registers=(160, 32)),
-    "64x3c3pp": GluonConfig(64, 3, consumers=3, ping_pong=True, registers=(160, 32)),
+    "two": GluonConfig(128, 2),
+    "three": GluonConfig(128, 3, **_THREE),
+    "three-plain": GluonConfig(128, 3, overlap=False, **_THREE),
 }
-BY_DIM = {
-    64: ("plain", "128x2", "128x2pp", "128x3", "128x3pp", "64x4", "64x3c3", "64x3c3pp"),
-    128: ("plain", "128x2", "128x2pp", "64x4", "64x4pp", "64x3c3pp"),
-}
+BY_DIM = {64: ("two", "three", "three-plain"), 128: ("two",)}
+SHIPPED = {64: "three-plain", 128: "two"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = ((515, 643), (643, 260), (131, 70))
 HEADS = ((4, 4), (8, 2), (8, 1))
@@ -81,6 +74,12 @@ def cases() -> Iterator[Case]:
     for visits_ in (1, 2):
         yield Case("gaps", (1003, 1003), (8, 2), visits_, "NaN outside tiles")
         yield Case("gaps", (1003, 1003), (4, 4), visits_, "NaN outside tiles")
+    # More items than a GPU has multiprocessors, several times over: a program does more than one.
+    yield Case("causal", (2300, 2300), (16, 4), 1)
+    yield Case("causal", (2300, 2300), (20, 20), 2)
+    yield Case("window", (2300, 2300), (40, 8), 3)
+    yield Case("gaps", (1003, 1003), (80, 16), 1, "NaN outside tiles")
+    yield Case("gaps", (1003, 1003), (48, 48), 2, "NaN outside tiles")
     for note in ("packed", "heads first", "misaligned"):
         yield Case("causal", (515, 515), (4, 4), 1, note)
     yield Case("nothing", (203, 203), (4, 2), 1)
@@ -116,7 +115,7 @@ def check(name: str, dim: int, dtype_name: str) -> list[str]:
             lines.append(f"{case}: {found}")
     summary = " ".join(f"{key} {value:.3g}" for key, value in worst.items())
     verdict = f"{len(lines)} FAILED" if lines else "ok"
-    return [f"{name:10s} d{dim:<4d} {dtype_name} {count} cases: {summary}  {verdict}", *(f"    {line}" for line in lines[:6])]
+    return [f"{name:12s} d{dim:<4d} {dtype_name} {count} cases: {summary}  {verdict}", *(f"    {line}" for line in lines[:6])]
 
 
 def measure(case: Case, kernel, dim: int, dtype: torch.dtype) -> dict:
@@ -176,18 +175,36 @@ def _arranged(q, k, v, note: str):
     return q, k, v
 
 
-def timing(dim: int, names: list[str]) -> list[str]:
-    """Tables of TFLOP/s full/causal, bf16, 16 heads, medians of CUDA events: configurations, and lengths."""
+def timing(dim: int, names: list[str]) -> Iterator[str]:
+    """Tables of TFLOP/s full/causal by length, bf16, 16 heads, medians of CUDA events."""
     kernels = {name: GluonKernel(CONFIGS[name]) for name in names}
-    kernels |= {"gluon": KERNELS["gluon"], "triton": get_kernel("triton"), "cudnn": get_kernel("cudnn")}
-    lines = [f"d{dim}: TFLOP/s full/causal, bf16, 16 heads; {torch.cuda.get_device_name()}, torch {torch.__version__}"]
-    for length, chosen in ((4096, kernels), (16384, kernels)):
-        lines.append(f"  {length} tokens: " + ", ".join(_speeds(dim, length, chosen)))
+    kernels |= {name: get_kernel(name) for name in ("gluon", "triton", "cudnn")}
+    yield f"d{dim}: TFLOP/s full/causal, bf16, 16 heads; {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    for name in ("gluon", "flash4"):
+        refusal = get_kernel(name).supports(Problem("forward", "cuda", torch.bfloat16, 16, 16, dim, dim))
+        yield f"  {name}: {refusal or 'takes it'}"
+        kernels |= {} if refusal else {name: get_kernel(name)}
     for length in LENGTHS:
-        lines.append(
-            f"  {length} tokens: " + ", ".join(_speeds(dim, length, {n: kernels[n] for n in ("gluon", "triton", "cudnn")}))
-        )
-    return lines
+        yield f"  {length} tokens: " + ", ".join(_speeds(dim, length, kernels))
+    for name in (*names, "triton"):
+        yield carrying(dim, name, kernels[name])
+
+
+def carrying(dim: int, name: str, kernel, length: int = 8192) -> str:
+    """What it costs to carry on from a partial and to leave one, in percent of a full visit that ends in the output."""
+    q, k, v, _ = random_qkv(1, length, length, 16, 16, dim, dtype=torch.bfloat16, device="cuda")
+    plan, out = tuple(tiles((range(length),), [(range(length),)], Full())), torch.empty_like(q)
+    visit = partial(kernel.forward, q, k, v, plan, scale=dim**-0.5)
+    state = visit()
+    visits = {"only": partial(visit, out=out), "first": visit, "middle": partial(visit, into=state)}
+    visits["last"] = partial(visit, into=visit(), out=out)
+    times = {which: [] for which in visits}
+    for _ in range(6):
+        for which, call in visits.items():
+            times[which] += [_ms(call) for _ in range(4)][1:]
+    only = statistics.median(times["only"])
+    costs = [f"{which} {100 * statistics.median(times[which]) / only - 100:+.1f} %" for which in ("first", "middle", "last")]
+    return f"  a visit of {length} x {length}, {name}: {only:.3f} ms, " + ", ".join(costs)
 
 
 def _speeds(dim: int, length: int, kernels: dict) -> list[str]:
@@ -222,7 +239,7 @@ def launch_us(dim: int = 128) -> str:
     """Host time of one forward on a small problem, which the GPU does not fill."""
     q, k, v, _ = random_qkv(1, 256, 256, 2, 2, dim, dtype=torch.bfloat16, device="cuda")
     plan, out, found = tuple(tiles((range(256),), [(range(256),)], Full())), torch.empty_like(q), []
-    for name, kernel in (("gluon", KERNELS["gluon"]), ("triton", get_kernel("triton"))):
+    for name, kernel in ((name, get_kernel(name)) for name in ("gluon", "triton")):
         for repeats in (20, 300):
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -239,11 +256,20 @@ def _in_process(arguments: list[str], limit: float) -> tuple[bool, list[str]]:
         done = subprocess.run(
             [sys.executable, "-m", "tests.gpu.gluon", *arguments], capture_output=True, text=True, timeout=limit, check=False
         )
-    except subprocess.TimeoutExpired:
-        return False, [f"{' '.join(arguments)}: HUNG, or slower than {limit:.0f} s"]
+    except subprocess.TimeoutExpired as error:
+        found = (error.stdout or b"").decode().splitlines()
+        return False, [f"{' '.join(arguments)}: HUNG, or slower than {limit:.0f} s", *found]
     if done.returncode:
-        return False, [f"{' '.join(arguments)}: exit {done.returncode}: {' '.join(done.stderr.split())[-600:]}"]
+        found = done.stdout.splitlines()
+        return False, [f"{' '.join(arguments)}: exit {done.returncode}: {' '.join(done.stderr.split())[-600:]}", *found]
     return True, done.stdout.splitlines()
+
+
+def _checked(request: tuple) -> tuple[bool, list[str]]:
+    """The check of one configuration in a process of its own, printed as soon as it is there."""
+    found = _in_process(["--check", ":".join(map(str, request))], 130)
+    print("\n".join(found[1]), flush=True)
+    return found
 
 
 def main() -> int:
@@ -258,19 +284,22 @@ def main() -> int:
         return 0
     if args.time:
         dim, names = args.time.split(":")
-        print("\n".join([*timing(int(dim), names.split(",")), launch_us(int(dim))]))
+        # Line by line, so that what hangs takes nothing along.
+        print(launch_us(int(dim)), flush=True)
+        for line in timing(int(dim), names.split(",")):
+            print(line, flush=True)
         return 0
     requests = [(n, d, t) for d, names in BY_DIM.items() for n in names for t in DTYPES if args.only in n]
     # In float16 nothing differs but the type of the products.
-    requests = [r for r in requests if r[2] == "bf16" or r[0] == "128x2"]
+    requests = [r for r in requests if r[2] == "bf16" or r[0] == SHIPPED[r[1]]]
     with ThreadPoolExecutor(16) as pool:
-        checked = list(pool.map(lambda r: _in_process(["--check", ":".join(map(str, r))], 130), requests))
+        checked = list(pool.map(_checked, requests))
     failed = [lines for ended, lines in checked if not ended or "FAILED" in lines[0]]
     timed = []
     for dim in (128, 64):
         names = [n for (n, d, t), (ended, _) in zip(requests, checked, strict=True) if d == dim and t == "bf16" and ended]
-        timed += _in_process(["--time", f"{dim}:{','.join(names)}"], 75)[1] if names else []
-    print("\n".join([line for _, lines in checked for line in lines] + timed))
+        timed += _in_process(["--time", f"{dim}:{','.join(names)}"], 100)[1] if names else []
+        print("\n".join(timed[-12:]), flush=True)
     print(f"{len(failed)} of {len(checked)} checks failed" if failed else "all checks ok")
     return 1 if failed else 0
 

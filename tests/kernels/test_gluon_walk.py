@@ -1,4 +1,4 @@
-"""The order in which the Gluon kernel walks an entry: its own functions, on Python's integers. Needs no GPU."""
+"""The order in which the Gluon kernel does its items and walks an entry: its own functions, on Python's integers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import FunctionType, SimpleNamespace
 import pytest
 
 pytest.importorskip("triton.experimental.gluon")
-from ring_attn.kernels import gluon_attend
-from ring_attn.kernels.gluon_attend import Span
+from ring_attn.kernels import gluon_work
+from ring_attn.kernels.gluon_work import Span
 
 
 class Int(int):
@@ -28,10 +28,10 @@ class Int(int):
 def _plain(function):
     """A kernel's function of scalars as one of Python."""
     gl = SimpleNamespace(maximum=max, minimum=min, where=lambda condition, a, b: a if condition else b)
-    return FunctionType(function.fn.__code__, {"gl": gl, "Walk": gluon_attend.Walk})
+    return FunctionType(function.fn.__code__, {"gl": gl, "Walk": gluon_work.Walk})
 
 
-walk_of, place_of = _plain(gluon_attend.walk_of), _plain(gluon_attend.place_of)
+walk_of, place_of = _plain(gluon_work.walk_of), _plain(gluon_work.place_of)
 
 
 def _spans():
@@ -66,3 +66,40 @@ def test_every_row_of_a_span_is_new_once_and_clear_blocks_are_clear(block):
 
 def test_an_empty_span_is_one_masked_block():
     assert walk_of(Span(None, None, Int(7), Int(5), Int(9), Int(9)), 4) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("items", [1, 5, 6, 7, 12, 40])
+@pytest.mark.parametrize("programs", [1, 3, 6])
+def test_laps_do_every_item_once_and_share_the_work(items, programs):
+    queue, done = SimpleNamespace(items=items), []
+    for program in range(min(programs, items)):
+        gl = SimpleNamespace(
+            where=lambda condition, a, b: a if condition else b,
+            program_id=lambda axis, program=program: program,
+            num_programs=lambda axis: min(programs, items),
+        )
+        laps_of, item_of = (FunctionType(f.fn.__code__, {"gl": gl}) for f in (gluon_work.laps_of, gluon_work.item_of))
+        done.append([item for lap in range(laps_of(queue)) if (item := item_of(queue, lap)) < items])
+        # Only the last lap may hold too many, so that a barrier's phase is that of the lap.
+        assert done[-1] == [item_of(queue, lap) for lap in range(len(done[-1]))]
+    assert sorted(item for mine in done for item in mine) == list(range(items))
+    work = [sum(items - item for item in mine) for mine in done]
+    assert max(work) - min(work) <= items
+
+
+def test_every_head_has_every_program():
+    table, found = SimpleNamespace(), []
+    queue = SimpleNamespace(table=table, num_q=100, programs=5, items=40, group=2, heads=8)
+    names = {
+        "gl": SimpleNamespace(minimum=min),
+        "Work": gluon_work.Work,
+        "_program_work": lambda table, program: (program, 0, 0, 8),
+    }
+    work_of = FunctionType(gluon_work.work_of.fn.__code__, names)
+    for item in range(queue.items):
+        work = work_of(queue, item, 32)
+        assert work.kv_head == work.head // 2
+        found.append((work.head, work.block_start // 32))
+    assert sorted(found) == [(head, program) for head in range(8) for program in range(5)]
+    # The heads of one block of rows stand side by side.
+    assert [program for _, program in found[:8]] == [0] * 8
