@@ -71,8 +71,16 @@ class Configs:
 # tests/kernels/test_triton_compile.py holds every line to that and to its spills.
 _TABLE = {
     ("16-bit", "large"): {
-        64: Configs(Config(128, 128, 8, 2), Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
-        128: Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 3)),
+        64: Configs(
+            forward=Config(128, 64, 4, 3),
+            dkdv=Config(64, 64, 4, 2, tma=True, early=True),
+            dq=Config(128, 64, 8, 2, tma=True, registers=128),
+        ),
+        128: Configs(
+            forward=Config(128, 64, 8, 2, registers=128),
+            dkdv=Config(64, 64, 4, 2, tma=True),
+            dq=Config(128, 64, 8, 3, tma=True),
+        ),
         256: Configs(Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 64, 8, 2)),
     },
     ("16-bit", "small"): {
