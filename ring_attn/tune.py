@@ -38,7 +38,7 @@ GATE_ROWS = 1296
 GATE_DOCUMENTS = (1, 2, 67, 129, 63, 300, 255, 7, 401, 33, 38)
 GATES = ("full", "causal", "window", "documents")
 # Floating-point operations a head dimension and allowed cell, without what is computed twice.
-FLOPS = {"forward": 4, "dkdv": 8, "dq": 6, "fused": 10}
+FLOPS = {"forward": 4, "dkdv": 8, "dq": 6}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TuneOptions:
     """Times launch configurations of the Triton kernel and prints the fastest as lines for its table.
 
     Attributes:
-        launches: Of forward, dkdv, dq and fused.
+        launches: Of forward, dkdv and dq.
         cases: Masks and lengths to time, as mask:length; the first two decide.
         heads: Query heads.
         kv_heads: KV heads.
@@ -161,9 +161,8 @@ def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Grads) 
     if launch == "forward":
         target, table = Partial(up.out, up.lse, up.lse), query_table(visit.tiles, visit.q, config.own)
         return [forward_call(*tensors, table, config, scale=visit.scale, carried=None, target=target, out=up.out)]
-    each = Configs(config, config, config, config if launch == "fused" else None)
-    found = list(backward_calls(up, *tensors, visit.tiles, each, scale=visit.scale, into=into))
-    return {"fused": found, "dkdv": found[:-1], "dq": found[-1:]}[launch]
+    found = list(backward_calls(up, *tensors, visit.tiles, Configs(config, config, config), scale=visit.scale, into=into))
+    return found[:-1] if launch == "dkdv" else found[-1:]
 
 
 def timed_apart(
@@ -215,9 +214,7 @@ def _gate(launch: str, config: Config, gate: str, options: TuneOptions) -> str:
     into, out = visit.grads(), visit.out if launch != "forward" else torch.full_like(visit.dout, torch.nan)
     for call in calls(launch, config, visit, Upstream(visit.dout, out, visit.lse.clone()), into):
         call()
-    for number, name in {"forward": [(0, "out")], "dq": [(1, "dq")], "dkdv": [(2, "dk"), (3, "dv")]}.get(
-        launch, [(1, "dq"), (2, "dk"), (3, "dv")]
-    ):
+    for number, name in {"forward": [(0, "out")], "dq": [(1, "dq")], "dkdv": [(2, "dk"), (3, "dv")]}[launch]:
         found = (out, into.dq, into.dk, into.dv)[number]
         ratio = error(found, exact[number]) / error(plain[number], exact[number])
         if not ratio <= (OUT_LIMIT if name == "out" else GRAD_LIMIT):

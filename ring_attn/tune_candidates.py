@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ring_attn.kernels.triton_blocks import Config
 
-LAUNCHES = ("forward", "dkdv", "dq", "fused")
+LAUNCHES = ("forward", "dkdv", "dq")
 
 
 def candidates(launch: str, head_dim: int) -> list[Config]:
@@ -16,22 +16,9 @@ def candidates(launch: str, head_dim: int) -> list[Config]:
 _CANDIDATES = {
     ("forward", 128): [
         Config(128, 64, 8, 3),
-        Config(128, 64, 8, 3, tma=True),
-        Config(128, 64, 8, 2, tma=True),
-        Config(128, 128, 8, 2, tma=True),
-        Config(128, 128, 8, 2, tma=True, held=True),
-        Config(128, 64, 8, 3, tma=True, held=True),
         Config(128, 64, 8, 2, registers=128),
-        Config(128, 64, 8, 2, tma=True, registers=128),
         Config(128, 32, 8, 4, registers=128),
-        Config(128, 32, 8, 4, tma=True, registers=128),
-        Config(128, 32, 4, 4, tma=True),
         Config(64, 64, 4, 2),
-        Config(64, 64, 4, 2, tma=True),
-        Config(64, 64, 4, 3, tma=True),
-        Config(64, 64, 4, 2, tma=True, held=True),
-        Config(64, 128, 4, 1, tma=True),
-        Config(64, 32, 4, 3, tma=True, registers=168),
     ],
     ("dkdv", 128): [
         Config(128, 64, 8, 2),
@@ -51,29 +38,10 @@ _CANDIDATES = {
         Config(64, 64, 4, 2, tma=True),
         Config(64, 128, 4, 1, tma=True),
     ],
-    ("fused", 128): [
-        Config(128, 64, 8, 2, tma=True),
-        Config(128, 64, 8, 3, tma=True),
-        Config(128, 64, 8, 2, tma=True, early=True),
-        Config(128, 64, 8, 2, tma=True, late=True),
-        Config(128, 64, 8, 2, tma=True, early=True, late=True),
-        Config(128, 64, 8, 2, tma=True, reduce=False),
-        Config(128, 64, 8, 2, tma=True, late=True, reduce=False),
-        Config(64, 64, 4, 1, tma=True),
-        Config(64, 64, 4, 2, tma=True),
-        Config(64, 64, 4, 1, tma=True, reduce=False),
-        Config(64, 64, 4, 2, tma=True, reduce=False),
-    ],
     ("forward", 64): [
         Config(128, 128, 8, 2),
-        Config(128, 128, 8, 2, tma=True),
-        Config(128, 128, 8, 3, tma=True),
-        Config(128, 64, 8, 3, tma=True, registers=128),
         Config(128, 64, 8, 3, registers=128),
-        Config(128, 64, 4, 3, tma=True),
         Config(128, 64, 4, 3),
-        Config(64, 128, 4, 2, tma=True),
-        Config(64, 64, 4, 3, tma=True, registers=168),
     ],
     ("dkdv", 64): [
         Config(128, 64, 8, 2),
@@ -87,17 +55,5 @@ _CANDIDATES = {
         Config(128, 64, 8, 2, tma=True, registers=128),
         Config(128, 128, 8, 2, tma=True),
         Config(64, 64, 4, 2, tma=True),
-    ],
-    ("fused", 64): [
-        Config(128, 64, 8, 2, tma=True),
-        Config(128, 64, 8, 3, tma=True),
-        Config(128, 64, 8, 2, tma=True, early=True),
-        Config(128, 64, 8, 2, tma=True, late=True),
-        Config(128, 64, 8, 2, tma=True, reduce=False),
-        Config(128, 128, 8, 2, tma=True),
-        Config(64, 64, 4, 2, tma=True),
-        Config(64, 64, 4, 2, tma=True, early=True),
-        Config(64, 64, 4, 2, tma=True, late=True),
-        Config(64, 64, 4, 2, tma=True, reduce=False),
     ],
 }

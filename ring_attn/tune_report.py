@@ -51,12 +51,11 @@ def report(rows: list[Timed], options: TuneOptions) -> str:
             top = max(mine, key=lambda row: row.tflops.get(case, 0.0) if case else row.score)
             chosen[launch] = top.config if top.tflops else getattr(shipped, launch)
         lines.append(f"  {case or 'the first two':17s} " + ", ".join(f"{name}={brief(x)}" for name, x in chosen.items()))
-    if {"dkdv", "dq", "fused"} <= set(best):
-        lines.append("\nbackward in two launches and in one:")
+    if {"dkdv", "dq"} <= set(best):
+        lines.append("\nbackward, in both launches:")
         for case in options.cases:
-            top = {name: max(row.tflops.get(case, 0.0) for row in best[name]) for name in ("dkdv", "dq", "fused")}
-            split = 10 / (8 / top["dkdv"] + 6 / top["dq"]) if top["dkdv"] and top["dq"] else 0.0
-            lines.append(f"  {case:17s} {split:6.0f} {top['fused']:6.0f}")
+            dkdv, dq = (max(row.tflops.get(case, 0.0) for row in best[name]) for name in ("dkdv", "dq"))
+            lines.append(f"  {case:17s} {10 / (8 / dkdv + 6 / dq) if dkdv and dq else 0.0:6.0f}")
     return "\n".join(lines)
 
 

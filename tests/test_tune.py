@@ -45,7 +45,7 @@ def test_the_report_puts_the_best_first_and_writes_it_as_it_is_made():
         launch: [Timed(launch, GOOD, taken, {"full:16384": 100.0, "causal:16384": 50.0})] for launch in ("forward", *LAUNCHES)
     }
     timed["forward"].append(Timed("forward", Config(64, 64, 4, 2, tma=True), taken, dict.fromkeys(options.cases, 200.0)))
-    timed["fused"].append(Timed("fused", BROKEN, None, {}, "wrong under causal"))
+    timed["dq"].append(Timed("dq", BROKEN, None, {}, "wrong under causal"))
     lines = report([row for rows in timed.values() for row in rows], options).splitlines()
     forward = next(i for i, line in enumerate(lines) if line.startswith("forward"))
     assert "Config(64, 64, 4, 2, tma=True)" in lines[forward + 1]

@@ -1,7 +1,7 @@
-"""The Triton backward: dq in one launch and dk and dv in another, or all three in one.
+"""The Triton backward: dq in one launch and dk and dv in another.
 
-In two launches a program is the only writer of its rows: sums have one order. In one, five products take the place of seven,
-and programs add to dq as they come, so its last bits differ from run to run.
+A program is the only writer of its rows, so sums have one order. One launch for all three takes five products in place of
+seven, but was slower on an H200.
 
 Note [final lse]: p = exp(scale * s - lse) with the lse over all keys, so every visit's gradients simply add. A row that met no
 key anywhere has lse = -inf; it is read as +inf, which makes its p 0. Mathematics and names as in flash attention 2 (Dao,
@@ -35,8 +35,6 @@ from ring_attn.kernels.triton_rows import (
     number_blocks_of,
     numbers_of,
     program_work,
-    row_mask,
-    row_pointers,
     rows_of,
     shifted,
     store_rows,
@@ -48,17 +46,16 @@ from ring_attn.tiles import Tile
 def backward_calls(
     up: Upstream, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], configs: Configs, *, scale: float, into: Grads
 ) -> Iterator[Call]:
-    """The launches of one visit: with `configs.fused` dq is added to in no fixed order."""
-    own_kv, call = (configs.dkdv, dkdv_call) if configs.fused is None else (configs.fused, fused_call)
+    """The launches of one visit."""
+    own_kv = configs.dkdv
     by_tma = own_kv.tma and None not in _walked_queries(up, q, own_kv).values()
     passes = [(own_kv, kv_table(tiles, k, own_kv.own, least=own_kv.walk if by_tma else 0))]
     if by_tma:
         passes.append((configs.short, kv_table(tiles, k, configs.short.own, most=own_kv.walk - 1)))
     for config, table in passes:
         if table.busy:
-            yield call(up, q, k, v, table, config, scale=scale, into=into)
-    if configs.fused is None:
-        yield dq_call(up, q, k, v, query_table(tiles, q, configs.dq.own), configs.dq, scale=scale, into=into)
+            yield dkdv_call(up, q, k, v, table, config, scale=scale, into=into)
+    yield dq_call(up, q, k, v, query_table(tiles, q, configs.dq.own), configs.dq, scale=scale, into=into)
 
 
 def dkdv_call(
@@ -69,19 +66,10 @@ def dkdv_call(
     if None in blocks.values():
         blocks = dict.fromkeys(_WALKED)
     arguments = _shared(up, q, k, v, table, config, scale) | blocks
-    arguments |= {"dq": None, "dq_blocks": None, "dk": rows_of(into.dk), "dv": rows_of(into.dv)}
+    arguments |= {"dk": rows_of(into.dk), "dv": rows_of(into.dv)}
     arguments |= {"num_kv": k.shape[1], "batches": q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
-    arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early, "LATE": config.late}
+    arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early}
     return Call(dkdv_kernel, table.busy * k.shape[2], arguments)
-
-
-def fused_call(
-    up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads
-) -> Call:
-    """The launch that adds into dq, dk and dv; `table` lists blocks of KV rows."""
-    call = dkdv_call(up, q, k, v, table, config, scale=scale, into=into)
-    blocks = blocks_of(into.dq, config.walk) if config.reduce and call.arguments["TMA"] else None
-    return Call(call.kernel, call.grid, call.arguments | {"dq": rows_of(into.dq), "dq_blocks": blocks})
 
 
 def dq_call(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads) -> Call:
@@ -146,12 +134,6 @@ def add_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def add_shared_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Adds value [rows, WIDTH] to the live rows, which other programs add to as well."""
-    tl.atomic_add(row_pointers(at, rows, WIDTH), value, mask=row_mask(live, DIM, WIDTH), sem="relaxed")
-
-
-@triton.jit
 def scores_gradient(
     q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, place, i, partly, low, high, scale_log2,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -182,10 +164,8 @@ def dkdv_kernel(
     dout_blocks,
     lse_blocks,
     delta_blocks,
-    dq_blocks,
     lse,
     delta,
-    dq,
     dk,
     dv,
     table,
@@ -203,13 +183,12 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     TMA: tl.constexpr,
     EARLY: tl.constexpr,
-    LATE: tl.constexpr,
 ):
     kv_head = tl.program_id(0) // programs
     block, batch, first, last = program_work(table, tl.program_id(0) % programs)
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     block_stop = block * BLOCK_N + BLOCK_N
-    # Rows of no entry are not read: they may hold anything, and dq is a sum over all rows.
+    # Rows of no entry are not read: they may hold anything, and 0 * NaN is no 0.
     held = (columns >= tl.load(table + first + 6)) & (columns < tl.load(table + first + 7))
     k_rows = load_rows(at_head(k, batch, kv_head), columns, held, DIM, WIDTH)
     v_rows = load_rows(at_head(v, batch, kv_head), columns, held, V_DIM, V_WIDTH)
@@ -219,7 +198,6 @@ def dkdv_kernel(
     for member in range(group):
         head = kv_head * group + member
         queries = at_head(q, batch, head), at_head(dout, batch, head), at_head(lse, batch, head), at_head(delta, batch, head)
-        dq_at = None if dq is None else at_head(dq, batch, head)
         for entry in range(first, last, 8):
             low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, columns, block * BLOCK_N, block_stop)
             if TMA:
@@ -233,22 +211,12 @@ def dkdv_kernel(
                         q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, place, i, partly, low, high, scale_log2,
                         BLOCK_M, EARLY,
                     )  # fmt: skip
-                    if not LATE:
-                        dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
-                    if dq is not None:
-                        dq_rows = tl.dot(tl.trans(dst), k_rows, input_precision="ieee") * scale
-                        if LATE:
-                            dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
-                        if dq_blocks is not None:
-                            dq_blocks.atomic_add([batch, head, place, 0], tl.reshape(dq_rows, (1, 1, BLOCK_M, WIDTH)))
-                        else:
-                            rows = place + tl.arange(0, BLOCK_M)
-                            add_shared_rows(dq_at, dq_rows, rows, rows >= i, DIM, WIDTH)
+                    dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
             else:
                 for i in tl.range(start, stop, BLOCK_M):
                     partly = (i < clear_start) | (i + BLOCK_M > clear_stop)
                     dk_rows, dv_rows = meet_rows(
-                        queries, dq_at, i, stop, partly, low, high, k_rows, v_rows, dk_rows, dv_rows, scale, scale_log2,
+                        queries, i, stop, partly, low, high, k_rows, v_rows, dk_rows, dv_rows, scale_log2,
                         DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_M, EARLY,
                     )  # fmt: skip
 
@@ -260,7 +228,6 @@ def dkdv_kernel(
 @triton.jit
 def meet_rows(
     queries,
-    dq_at,
     i,
     end,
     partly,
@@ -270,7 +237,6 @@ def meet_rows(
     v_rows,
     dk_rows,
     dv_rows,
-    scale,
     scale_log2,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -279,7 +245,7 @@ def meet_rows(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """(dk, dv) of own KV rows and the query rows [i, end), at most BLOCK, through pointers; adds to their dq where given."""
+    """(dk, dv) of own KV rows and the query rows [i, end), at most BLOCK, through pointers."""
     rows = i + tl.arange(0, BLOCK)
     met = rows < end
     q_rows = load_rows(queries[0], rows, met, DIM, WIDTH)
@@ -289,11 +255,7 @@ def meet_rows(
     dst, dv_rows = scores_gradient(
         q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, i, i, partly, low, high, scale_log2, BLOCK, EARLY
     )
-    dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
-    if dq_at is not None:
-        dq_rows = tl.dot(tl.trans(dst), k_rows, input_precision="ieee") * scale
-        add_shared_rows(dq_at, dq_rows, rows, met, DIM, WIDTH)
-    return dk_rows, dv_rows
+    return tl.dot(dst, q_rows, dk_rows, input_precision="ieee"), dv_rows
 
 
 @triton.jit(do_not_specialize=["num_q", "programs"])

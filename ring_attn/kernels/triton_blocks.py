@@ -29,9 +29,8 @@ PROGRAM = 4
 class Config:
     """One launch: `own` rows stay with a program, `walk` rows are met at a time.
 
-    `tma`: see Note [whole blocks]. `registers`: the most that a thread may use, None for any number. `held`: the forward keeps
-    q in registers. `early`, `late`: the dk, dv kernel has dout v^T before the softmax, and dk after dq. `reduce`: TMA adds to
-    dq.
+    `tma`: the backward's copies, see Note [whole blocks]; the forward has none. `registers`: the most that a thread may use,
+    None for any number. `early`: the dk, dv kernel has dout v^T before the softmax.
     """
 
     own: int
@@ -40,10 +39,7 @@ class Config:
     stages: int
     tma: bool = False
     registers: int | None = None
-    held: bool = False
     early: bool = False
-    late: bool = False
-    reduce: bool = True
 
     @property
     def options(self) -> dict[str, int]:
@@ -54,16 +50,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Configs:
-    """The launches of one problem. `forward` and `dq` own query rows, `dkdv` and `fused` own KV rows.
+    """The launches of one problem. `forward` and `dq` own query rows, `dkdv` owns KV rows.
 
-    `fused`: one launch for dq, dk and dv, which adds to dq in no fixed order; None for two launches, dkdv and dq. `short` takes
-    the tiles of few query rows, see Note [whole blocks].
+    Under TMA `short` takes dkdv's tiles of few query rows, see Note [whole blocks].
     """
 
     forward: Config
     dkdv: Config
     dq: Config
-    fused: Config | None = None
     short: Config = Config(32, 32, 8, 1)
 
 

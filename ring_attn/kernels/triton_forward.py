@@ -19,9 +19,7 @@ from ring_attn.kernels.triton_rows import (
     LOG2E,
     Call,
     at_head,
-    blocks_of,
     entry_span,
-    load_block,
     load_numbers,
     load_rows,
     met_by,
@@ -30,7 +28,6 @@ from ring_attn.kernels.triton_rows import (
     rows_of,
     store_numbers,
     store_rows,
-    whole_block,
 )
 from ring_attn.partial import Partial
 
@@ -55,15 +52,10 @@ def forward_call(
     every_row_counts = carried is None or out is not None
     programs = table.programs if every_row_counts else table.busy
     heads, groups = q.shape[2], k.shape[2]
-    blocks = (blocks_of(k, config.walk), blocks_of(v, config.walk)) if config.tma else (None, None)
-    if None in blocks:
-        blocks = None, None
     arguments = {
         "q": rows_of(q),
         "k": rows_of(k),
         "v": rows_of(v),
-        "k_blocks": blocks[0],
-        "v_blocks": blocks[1],
         "acc": None if carried is None and out is not None else rows_of(target.acc),
         "m": None if carried is None and out is not None else numbers_of(target.m),
         "lse": numbers_of(target.lse),
@@ -81,8 +73,6 @@ def forward_call(
         "V_WIDTH": padded(v.shape[3]),
         "BLOCK_M": config.own,
         "BLOCK_N": config.walk,
-        "TMA": blocks[0] is not None,
-        "HELD": config.held,
         **config.options,
     }
     return Call(forward_kernel, programs * heads, arguments)
@@ -96,12 +86,11 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 @triton.jit
-def attend(q_rows, k_rows, v_rows, j, i, partly, low, high, m2, l_row, total, scale_log2, BLOCK: tl.constexpr):
-    """(m2, l, sum) of the online softmax after the KV rows from `j` on that are at least `i`; `partly`: not every row
-    meets all of them."""
+def attend(q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, BLOCK: tl.constexpr):
+    """(m2, l, sum) of the online softmax after the KV rows from `j` on; `partly`: not every row meets all of them."""
     s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
     if partly:
-        s = tl.where(met_by(j, i, low, high, BLOCK), s, float("-inf"))
+        s = tl.where(met_by(j, j, low, high, BLOCK), s, float("-inf"))
     m2_next = tl.maximum(m2, tl.max(s, 1) * scale_log2)
     base = tl.where(m2_next == float("-inf"), 0.0, m2_next)
     p = tl.exp2(s * scale_log2 - base[:, None])
@@ -115,8 +104,6 @@ def forward_kernel(
     q,
     k,
     v,
-    k_blocks,
-    v_blocks,
     acc,
     m,
     lse,
@@ -134,8 +121,6 @@ def forward_kernel(
     V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    HELD: tl.constexpr,
 ):
     # The query heads of one KV head are neighbours, and KV heads come one after the other: KV stays in L2.
     kv_head = tl.program_id(0) // (programs * group)
@@ -148,9 +133,6 @@ def forward_kernel(
     block_stop = tl.minimum(block * BLOCK_M + BLOCK_M, num_q)
     k_at, v_at = at_head(k, batch, kv_head), at_head(v, batch, kv_head)
     q_rows = load_rows(at_head(q, batch, head), rows, live, DIM, WIDTH)
-    if HELD:
-        # What comes straight from memory goes to shared memory instead.
-        q_rows = tl.where(live[:, None], q_rows, 0.0)
     total = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
     if CARRIED:
         m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
@@ -165,27 +147,13 @@ def forward_kernel(
 
     for entry in range(first, last, 8):
         low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, rows, block * BLOCK_M, block_stop)
-        whole = TMA
-        if TMA:
-            whole = tl.load(table + entry + 3) - tl.load(table + entry + 2) >= BLOCK_N
-            if whole:
-                for i in tl.range(start, stop, BLOCK_N):
-                    j, partly = whole_block(i, table + entry, clear_start, clear_stop, BLOCK_N)
-                    k_rows = load_block(k_blocks, batch, kv_head, j, BLOCK_N, WIDTH)
-                    v_rows = load_block(v_blocks, batch, kv_head, j, BLOCK_N, V_WIDTH)
-                    m2, l_row, total = attend(
-                        q_rows, k_rows, v_rows, j, i, partly, low, high, m2, l_row, total, scale_log2, BLOCK_N
-                    )
-        if not whole:
-            for j in tl.range(start, stop, BLOCK_N, num_stages=1 if TMA else None):
-                columns = j + tl.arange(0, BLOCK_N)
-                # Rows past the entry are not read: they may hold anything, and 0 * NaN is no 0.
-                k_rows = load_rows(k_at, columns, columns < stop, DIM, WIDTH)
-                v_rows = load_rows(v_at, columns, columns < stop, V_DIM, V_WIDTH)
-                partly = (j < clear_start) | (j + BLOCK_N > clear_stop)
-                m2, l_row, total = attend(
-                    q_rows, k_rows, v_rows, j, j, partly, low, high, m2, l_row, total, scale_log2, BLOCK_N
-                )
+        for j in tl.range(start, stop, BLOCK_N):
+            columns = j + tl.arange(0, BLOCK_N)
+            # Rows past the entry are not read: they may hold anything, and 0 * NaN is no 0.
+            k_rows = load_rows(k_at, columns, columns < stop, DIM, WIDTH)
+            v_rows = load_rows(v_at, columns, columns < stop, V_DIM, V_WIDTH)
+            partly = (j < clear_start) | (j + BLOCK_N > clear_stop)
+            m2, l_row, total = attend(q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, BLOCK_N)
 
     if CARRIED:
         # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.

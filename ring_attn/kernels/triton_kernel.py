@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -78,8 +78,6 @@ class TritonKernel:
         from ring_attn.kernels.triton_backward import backward_calls
 
         config = self._configs(q, v)
-        if torch.are_deterministic_algorithms_enabled():
-            config = replace(config, fused=None)
         for call in backward_calls(up, q, k, v, tiles, config, scale=scale, into=into):
             call()
 

@@ -1,7 +1,4 @@
-"""The Triton kernel's copies by TMA and its backward in one launch, against the reference in float64.
-
-On the CPU they run in Triton's interpreter, which has no reduction by TMA: there dq is added to through pointers.
-"""
+"""The Triton backward's copies by TMA, against the reference in float64; on the CPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import pytest
 import torch
 
 from ring_attn.kernels import Grads, Upstream
-from ring_attn.kernels.triton_blocks import Config, Configs, kv_table, query_table
+from ring_attn.kernels.triton_blocks import Config, Configs, kv_table
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
 from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.partial import empty
@@ -28,15 +25,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value:RuntimeWarning"),
 ]
 
-OWN_QUERIES, OWN_KEYS = Config(16, 32, 4, 1, tma=True), Config(32, 16, 4, 1, tma=True, reduce=DEVICE == "cuda")
-SPLIT = Configs(OWN_QUERIES, OWN_KEYS, OWN_QUERIES)
+OWN_QUERIES, OWN_KEYS = Config(16, 32, 4, 1, tma=True), Config(32, 16, 4, 1, tma=True)
 KERNELS = {
-    "split": SPLIT,
-    "fused": replace(SPLIT, fused=OWN_KEYS),
-    "fused, early, late": replace(SPLIT, fused=replace(OWN_KEYS, early=True, late=True, reduce=False)),
-    "fused, pointers": Configs(Config(16, 32, 4, 1), OWN_KEYS, Config(16, 32, 4, 1), Config(32, 16, 4, 1)),
+    "late": Configs(Config(16, 32, 4, 1), OWN_KEYS, OWN_QUERIES),
+    "early": Configs(Config(16, 32, 4, 1), replace(OWN_KEYS, early=True), OWN_QUERIES),
 }
 KERNELS = {name: TritonKernel(configs) for name, configs in KERNELS.items()}
+KERNEL = KERNELS["late"]
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
@@ -53,25 +48,22 @@ def test_carried_over_two_visits(kind, name):
     check(visits, *random_qkv(2, 70, 70, 4, 2, 16, 8, seed=1), kernel=KERNELS[name])
 
 
-@pytest.mark.parametrize("name", ["split", "fused"])
-def test_carried_over_three_visits(name):
-    check(split_tiles(band_tiles("many", 37, 44), 3), *random_qkv(2, 37, 44, 2, 1, 16, seed=2), kernel=KERNELS[name])
+def test_carried_over_three_visits():
+    check(split_tiles(band_tiles("many", 37, 44), 3), *random_qkv(2, 37, 44, 2, 1, 16, seed=2), kernel=KERNEL)
 
 
-@pytest.mark.parametrize("name", ["split", "fused"])
 @pytest.mark.parametrize(("d", "dv"), [(24, 8), (64, 16), (33, 16), (16, 33)])
-def test_head_dims_that_tma_copies_and_others(d, dv, name):
-    check([band_tiles("window", 21, 37)], *random_qkv(1, 21, 37, 2, 1, d, dv, seed=3), kernel=KERNELS[name])
+def test_head_dims_that_tma_copies_and_others(d, dv):
+    check([band_tiles("window", 21, 37)], *random_qkv(1, 21, 37, 2, 1, d, dv, seed=3), kernel=KERNEL)
 
 
-@pytest.mark.parametrize("name", ["split", "fused"])
 @pytest.mark.parametrize(
     "band", [Band(None, hi) for hi in (14, 15, 29, 30, 31, 32)] + [Band(lo, None) for lo in (16, 17, 18, 19)], ids=str
 )
-def test_bands_that_end_near_a_block(band, name):
+def test_bands_that_end_near_a_block(band):
     num_kv = 64 if band.hi is None else 20 + band.hi
     visits = [(Tile(range(20), range(num_kv), band, ((), ())),)]
-    check(visits, *random_qkv(1, 20, num_kv, 1, 1, 16, seed=4), kernel=KERNELS[name])
+    check(visits, *random_qkv(1, 20, num_kv, 1, 1, 16, seed=4), kernel=KERNEL)
 
 
 @every_kernel
@@ -99,35 +91,27 @@ def test_documents_of_every_length(name):
     check(visits, *random_qkv(1, len(rows), len(rows), 2, 2, 16, seed=6), kernel=KERNELS[name])
 
 
-@pytest.mark.parametrize("name", ["split", "fused"])
-def test_a_row_whose_lse_is_minus_infinity_has_no_gradient(name):
+def test_a_row_whose_lse_is_minus_infinity_has_no_gradient():
     q, k, v, dout = (x.to(DEVICE) for x in random_qkv(1, 37, 44, 2, 1, 16, seed=7))
     tile_list, partial = band_tiles("full", 37, 44), empty(q, 16)
-    KERNELS[name].forward(q, k, v, tile_list, scale=0.2, into=partial, out=torch.empty_like(q))
+    KERNEL.forward(q, k, v, tile_list, scale=0.2, into=partial, out=torch.empty_like(q))
     partial.lse[..., 20:] = -torch.inf
     into = Grads(*(torch.zeros_like(x) for x in (q, k, v)))
-    KERNELS[name].backward(Upstream(dout, dout, partial.lse), q, k, v, tile_list, scale=0.2, into=into)
+    KERNEL.backward(Upstream(dout, dout, partial.lse), q, k, v, tile_list, scale=0.2, into=into)
     assert (into.dq[:, 20:] == 0).all()
     assert (into.dq[:, :20] != 0).any()
 
 
 def test_tma_is_used_where_it_can_be():
     from ring_attn.kernels.triton_backward import backward_calls
-    from ring_attn.kernels.triton_forward import forward_call
 
     tile_list = band_tiles("causal", 37, 44)
     # Rows of 17 numbers are no multiple of 16 bytes apart.
     for width, wanted in ((16, True), (17, False)):
         q, k, v, dout = (x.to(DEVICE)[..., :16] for x in random_qkv(1, 37, 44, 2, 1, width, seed=8))
-        partial = empty(q, 16)
-        call = forward_call(
-            q, k, v, query_table(tile_list, q, 16), OWN_QUERIES, scale=0.2, carried=None, target=partial, out=dout
-        )
-        assert call.arguments["TMA"] == wanted
-        up, into = Upstream(dout, dout, partial.lse), Grads(*(torch.zeros_like(x) for x in (q, k, v)))
-        for name, launches in (("split", 2), ("fused", 1)):
-            calls = list(backward_calls(up, q, k, v, tile_list, KERNELS[name].configs, scale=0.2, into=into))
-            assert [call.arguments["TMA"] for call in calls] == [wanted] * launches
+        up, into = Upstream(dout, dout, empty(q, 16).lse), Grads(*(torch.zeros_like(x) for x in (q, k, v)))
+        calls = list(backward_calls(up, q, k, v, tile_list, KERNEL.configs, scale=0.2, into=into))
+        assert [call.arguments["TMA"] for call in calls] == [wanted, wanted]
 
 
 def test_short_tiles_go_through_pointers():
@@ -139,36 +123,15 @@ def test_short_tiles_go_through_pointers():
     assert starts == [{0, 23}, {20, 39, 54}]
 
 
-def test_one_launch_only_where_bits_may_differ(monkeypatch):
-    from ring_attn.kernels import triton_backward
-
-    q, k, v, dout = (x.to(DEVICE) for x in random_qkv(1, 37, 44, 2, 1, 16, seed=9))
-    launched = []
-    monkeypatch.setattr(triton_backward.Call, "__call__", lambda call: launched.append(call.arguments["dq"] is not None))
-    up, into = Upstream(dout, dout, empty(q, 16).lse), Grads(*(torch.zeros_like(x) for x in (q, k, v)))
-    tile_list = band_tiles("causal", 37, 44)
-    KERNELS["fused"].backward(up, q, k, v, tile_list, scale=0.2, into=into)
-    assert launched == [True]
-    launched.clear()
-    torch.use_deterministic_algorithms(True)
-    try:
-        KERNELS["fused"].backward(up, q, k, v, tile_list, scale=0.2, into=into)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert launched == [False, True]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mask", [Causal(), Full(), Window(30, 4)], ids=["causal", "full", "window"])
-@pytest.mark.parametrize("name", ["split", "fused"])
-def test_16_bit_is_what_pointers_give(mask, dtype, name):
+def test_16_bit_is_what_pointers_give(mask, dtype):
     """The same products of the same numbers: only the order of the sums may differ."""
     inputs = [x.to(DEVICE) for x in random_qkv(1, 101, 101, 4, 2, 64, dtype=dtype, seed=10)]
     visits = cut(tiles((range(101),), [(range(101),)], mask), 37)
     own_queries, own_keys = Config(64, 32, 4, 1), Config(32, 64, 4, 1)
     plain = TritonKernel(Configs(own_queries, own_keys, own_queries))
-    by_tma = [replace(config, tma=True, reduce=DEVICE == "cuda") for config in (own_queries, own_keys, own_queries)]
-    configs = Configs(*by_tma, fused=by_tma[1] if name == "fused" else None)
+    configs = Configs(own_queries, *(replace(config, tma=True) for config in (own_keys, own_queries)))
     expected = run_kernel(plain, *inputs, visits, scale=0.125)
     got = run_kernel(TritonKernel(configs), *inputs, visits, scale=0.125)
     for key in expected:

@@ -1,7 +1,7 @@
 """Compiles the launches of the Triton kernel for a CUDA architecture without a GPU, and prints what each one takes as JSON.
 
 Run in a process without TRITON_INTERPRET: `python -m tests.kernels.triton_compile bfloat16:128:large ...`, each argument a
-dtype, a head dim and a device size or `tma`, and after a further colon, if wanted, one launch: `forward last`, `dkdv` or
+dtype, a head dim and a device size, and after a further colon, if wanted, one launch: `forward last`, `dkdv` or
 another name in `calls`. The launches come from the same functions as the real ones, through Triton's own specialisation.
 """
 
@@ -16,30 +16,14 @@ import torch
 
 from ring_attn.kernels import Grads, Upstream
 from ring_attn.kernels.triton_ahead import resources
-from ring_attn.kernels.triton_blocks import Config, Configs, configs, kv_table, query_table
+from ring_attn.kernels.triton_blocks import Configs, configs, kv_table, query_table
 from ring_attn.kernels.triton_rows import Call
 from ring_attn.layout import Contiguous
 from ring_attn.mask import Causal
 from ring_attn.partial import empty
 from ring_attn.tiles import tiles
 
-CAPABILITY = {"large": 90, "small": 80, "tma": 90}
-
-# What TMA can do, whether or not it ships.
-TMA = {
-    64: Configs(
-        Config(128, 128, 8, 2, tma=True),
-        Config(128, 64, 8, 2, tma=True),
-        Config(128, 64, 8, 2, tma=True),
-        Config(64, 64, 4, 2, tma=True),
-    ),
-    128: Configs(
-        Config(128, 64, 8, 3, tma=True),
-        Config(128, 64, 8, 2, tma=True, early=True),
-        Config(128, 64, 8, 3, tma=True),
-        Config(128, 64, 8, 2, tma=True, late=True),
-    ),
-}
+CAPABILITY = {"large": 90, "small": 80}
 
 
 def calls(dtype: torch.dtype, head_dim: int, config: Configs, *, group: int = 4) -> Iterator[tuple[str, Call]]:
@@ -52,12 +36,10 @@ def calls(dtype: torch.dtype, head_dim: int, config: Configs, *, group: int = 4)
     grads = Grads(q.float(), k.float(), k.float())
     up = Upstream(q, q, partial.lse)
     yield from forward_calls(q, k, partial, plan, config)
-    from ring_attn.kernels.triton_backward import dkdv_call, dq_call, fused_call
+    from ring_attn.kernels.triton_backward import dkdv_call, dq_call
 
     yield "dkdv", dkdv_call(up, q, k, k, kv_table(plan, k, config.dkdv.own), config.dkdv, scale=0.1, into=grads)
     yield "dq", dq_call(up, q, k, k, query_table(plan, q, config.dq.own), config.dq, scale=0.1, into=grads)
-    if config.fused:
-        yield "fused", fused_call(up, q, k, k, kv_table(plan, k, config.fused.own), config.fused, scale=0.1, into=grads)
 
 
 def forward_calls(q, k, partial, plan, config) -> Iterator[tuple[str, Call]]:
@@ -76,7 +58,7 @@ def main(requests: list[str]) -> None:
     for request in requests:
         name, head_dim, size, *wanted = request.split(":")
         dtype = getattr(torch, name)
-        config = TMA[int(head_dim)] if size == "tma" else configs(dtype, int(head_dim), int(head_dim), size)
+        config = configs(dtype, int(head_dim), int(head_dim), size)
         for launch, call in calls(dtype, int(head_dim), config):
             if not wanted or launch in wanted:
                 taken = {"request": f"{name}:{head_dim}:{size}:{launch}"} | asdict(resources(call, CAPABILITY[size]))
