@@ -15,15 +15,18 @@ import torch
 
 MEASURED = Path(__file__).with_name("measured.json")
 
+# Where nothing was measured. Where flash-attn 2 is the best there is, that is the Triton forward and flash-attn's backward.
 _FIXED = {
-    "cuda": ("flash4", "cudnn", "gluon", "triton", "flash2", "aten", "reference"),
-    "cpu": ("aten", "reference"),
+    ("cuda", "forward"): ("flash4", "cudnn", "gluon", "triton", "flash2", "aten", "reference"),
+    ("cuda", "backward"): ("flash4", "cudnn", "flash2", "triton", "gluon", "aten", "reference"),
+    ("cpu", "forward"): ("aten", "reference"),
+    ("cpu", "backward"): ("aten", "reference"),
 }
 
 
 def order_for(device: str, direction: str, kind: str, head_dim: int, rows: int) -> tuple[str, ...]:
     """Kernel names, the first to try in front. `kind`: "full", "causal", "window" or "documents"; `rows`: a rank's queries."""
-    fixed = _FIXED.get(device, ("reference",))
+    fixed = _FIXED.get((device, direction), ("reference",))
     capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
     entries = [e for e in _entries(capability) if (e["direction"], e["mask"]) == (direction, kind)]
     if not entries:

@@ -71,7 +71,7 @@ _TABLE = {
             dq=Config(128, 64, 8, 2, tma=True, registers=128),
         ),
         128: Configs(
-            forward=Config(128, 64, 8, 2, registers=128),
+            forward=Config(128, 64, 8, 3),
             dkdv=Config(64, 64, 4, 2, tma=True),
             dq=Config(128, 64, 8, 3, tma=True),
         ),

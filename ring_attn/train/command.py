@@ -23,7 +23,11 @@ def main(argv: Sequence[str]) -> int:
         return 2
     from ring_attn.train.loop import train
 
-    outcome = train(config)
+    try:
+        outcome = train(config)
+    except ValueError as error:
+        print(f"ring-attn train: {error}", file=sys.stderr)
+        return 2
     if leads:
         print(f"step {outcome.step}: held-out loss {outcome.eval_loss:.4f} nats per byte; see {outcome.folder}")
     return 0

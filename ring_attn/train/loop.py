@@ -75,13 +75,16 @@ def run_steps(trainer: Trainer, folder: RunFolder, reporter: Reporter) -> float:
     for step in range(folder.start, steps):
         loss, grad_norm = train_step(trainer, step)
         done = step + 1
+        saves = run.checkpoint_every and _due(done, run.checkpoint_every, steps)
+        if saves:
+            check_finite(trainer, step, loss)
         if _due(done, run.log_every, steps):
             reporter.step(done, **_numbers(trainer, step, loss, grad_norm), tokens_per_s=speed.after(done - folder.start))
         if _due(done, run.eval_every, steps):
             with speed.paused():
                 eval_loss = evaluate(trainer)
             reporter.evaluated(done, eval_loss)
-        if run.checkpoint_every and _due(done, run.checkpoint_every, steps):
+        if saves:
             with speed.paused():
                 checkpoint.save(folder.checkpoints, done, trainer.model, trainer.optimizer, leads=trainer.job.leads)
     return eval_loss
@@ -139,9 +142,14 @@ def evaluate(trainer: Trainer) -> float:
 
 def _numbers(trainer: Trainer, step: int, loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
     """A step in numbers. Raises RuntimeError on every process where the loss is not finite."""
+    check_finite(trainer, step, loss)
+    return {"loss": loss.item(), "lr": learning_rate(step, trainer.config.optim), "grad_norm": grad_norm.item()}
+
+
+def check_finite(trainer: Trainer, step: int, loss: Tensor) -> None:
+    """Raises RuntimeError on every process where the loss is not finite: nothing of such a step is saved."""
     value = loss.item()
     if not math.isfinite(value):
         raise RuntimeError(
             f"the loss is {value} at step {step + 1}; lower optim.lr = {trainer.config.optim.lr} or raise optim.warmup_steps"
         )
-    return {"loss": value, "lr": learning_rate(step, trainer.config.optim), "grad_norm": grad_norm.item()}
