@@ -1,6 +1,7 @@
 """Exact attention over sequences too long for one device. The public names; everything else is behind them."""
 
 from ring_attn.attention import ring_attention
+from ring_attn.capabilities import capabilities
 from ring_attn.kernels import KernelUnavailable
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, MaskMod, Window
 from ring_attn.module import RingSelfAttention
@@ -25,6 +26,7 @@ __all__ = [
     "Sinks",
     "SoftCap",
     "Window",
+    "capabilities",
     "global_token_loss",
     "pad_to",
     "ring_attention",

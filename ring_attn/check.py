@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.attention import ring_attention
+from ring_attn.capabilities import capabilities, report
 from ring_attn.exchange import EXCHANGES
 from ring_attn.kernels import KERNEL_NAMES, KernelUnavailable
 from ring_attn.layout import LAYOUTS
@@ -40,6 +41,7 @@ class CheckOptions:
         seed: Of the random inputs.
         kernels: Which kernels to check.
         dtypes: Which dtypes to check.
+        capabilities: Only print which masks, scores, dtypes and head dims each kernel takes on this machine, and why not.
     """
 
     ring_size: int = 4
@@ -49,6 +51,7 @@ class CheckOptions:
     seed: int = 0
     kernels: tuple[str, ...] = KERNEL_NAMES
     dtypes: tuple[Literal["float64", "float32", "bfloat16", "float16"], ...] = ("float64", "float32", "bfloat16", "float16")
+    capabilities: bool = False
 
 
 @dataclass
@@ -80,6 +83,9 @@ def main(argv: Sequence[str]) -> int:
     import tyro
 
     options = tyro.cli(CheckOptions, args=list(argv), prog="ring-attn check")
+    if options.capabilities:
+        print("\n\n".join(report(device, table) for device, table in capabilities().items()))
+        return 0
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     print(f"simulated ring of {options.ring_size}, {options.seq_len} positions, against one dense softmax in float64")
     if "cuda" not in devices:

@@ -25,7 +25,7 @@ LEVELS = [
     {"attention"},
     {"sharding"},
     {"ring"},
-    {"module"},
+    {"module", "capabilities"},
     {"models", "integrations"},
     {"train"},
     {"plan_plot", "check"},
