@@ -7,6 +7,7 @@ single-device flash backward serves a ring (Liu et al., arXiv 2310.01889; Dao et
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -54,6 +55,11 @@ def ring_attention(
         if softmax_scale is not None:
             raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
         q, k, scale = cosine.prepare(q, k)
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale of scores must be finite, got {scale}")
+    if scale <= 0:
+        # Libraries scale scores that they have masked with -inf, which such a factor makes inf or NaN.
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     if torch.compiler.is_compiling():
         name = name_kept(ring, mask, scale, *listed(score))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import ring_attn as ra
 from ring_attn import call
 from ring_attn.kernels import KernelUnavailable, get_kernel, resolve
-from tests.scores import MASKS, SINGLE, Sizes, pieces_of
+from tests.scores import MASKS, SINGLE, Sizes, pieces_of, plain, seen_cells
 from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT, random_qkv, rel_error
 
 WHOLE = Sizes()
@@ -257,6 +257,24 @@ def test_a_wrong_score_is_named(score, error, message):
 def test_cosine_similarity_has_a_scale_of_its_own():
     with pytest.raises(ValueError, match=r"CosineSim has a scale of its own; leave softmax_scale=0\.5 out"):
         ra.ring_attention(*inputs(), ring=ra.Ring.simulated(2), score=ra.CosineSim(1.0), softmax_scale=0.5)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "aten"])
+@pytest.mark.parametrize("scale", [-1.0, -0.0, 0.0, 0.3])
+def test_a_scale_of_any_sign(kernel, scale):
+    """PyTorch's CPU attention alone gives NaN for a scale that is not above 0 under a mask."""
+    n, ring, mask = Sizes(dv=6), ra.Ring.simulated(2, "zigzag", kernel=kernel), ra.Causal() & ra.Window(7)
+    leaves = inputs(n)
+    found = ring.unshard(ra.ring_attention(*map(ring.shard, leaves), ring=ring, mask=mask, softmax_scale=scale))
+    ref, _ = plain(*leaves, seen_cells(mask, n), [], scale)
+    grads = [torch.autograd.grad(x.sin().sum(), leaves) for x in (found, ref)]
+    assert all(rel_error(x, y) < FLOAT64_LIMIT for x, y in zip((found, *grads[0]), (ref, *grads[1]), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"softmax_scale": float("nan")}, {"score": ra.CosineSim(float("inf"))}])
+def test_a_scale_that_is_not_finite_is_named(options):
+    with pytest.raises(ValueError, match=r"the scale of scores must be finite, got (nan|inf)"):
+        ra.ring_attention(*inputs(), ring=ra.Ring.simulated(2), **options)
 
 
 def test_a_tensor_that_begins_to_need_a_gradient_is_refused_at_the_next_call():
