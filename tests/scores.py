@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import and_
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,9 +34,9 @@ class Sizes:
     seed: int = 0
 
     def tensor(self, *shape: int, name: str = "", add: float = 0.0) -> Tensor:
-        """A random leaf in float64; what it holds depends on the seed, the shape and `name` alone."""
+        """A random leaf in float64, of numbers that `dtype` holds; they depend on the seed, the shape and `name` alone."""
         gen = torch.Generator().manual_seed(hash((self.seed, shape, *map(ord, name))) % 2**31)
-        return (torch.randn(shape, generator=gen, dtype=torch.float64) + add).requires_grad_()
+        return (torch.randn(shape, generator=gen, dtype=torch.float64) + add).to(self.dtype).double().requires_grad_()
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,21 @@ def dropout(p: float, seed: int) -> Callable[[Sizes], Piece]:
     return lambda n: Piece(lambda x, ring: ra.Dropout(p, seed), keep=kept(p, seed, n.b, n.h, n.t))
 
 
-@lru_cache
+@lru_cache(maxsize=32)
 def kept(p: float, seed: int, b: int, h: int, t: int) -> Tensor:
-    """Dropout's factors [b, h, t, t], cell by cell in Python's integers."""
-    cells = torch.zeros(b, h, t, t, dtype=torch.float64)
-    start = reduce(mix, (seed >> 32 & 0xFFFFFFFF,), seed & 0xFFFFFFFF)
-    for bi in range(b):
-        for hi in range(h):
-            for i in range(t):
-                row = reduce(mix, (bi, hi, i), start)
-                cells[bi, hi, i] = torch.tensor([mix(row, j) >= round(p * 2**32) for j in range(t)]).double()
-    return cells / (1 - p)
+    """Dropout's factors [b, h, t, t], of a hash in numpy's 64-bit integers."""
+    axes = np.ix_(*(np.arange(size, dtype=np.uint64) for size in (b, h, t, t)))
+    state = reduce(mix, (np.uint64(seed >> 32), *axes), np.uint64(seed % 2**32))
+    return torch.from_numpy(np.broadcast_to(state >= round(p * 2**32), (b, h, t, t)) / (1 - p))
 
 
-def mix(state: int, value: int) -> int:
+def mix(state: np.ndarray, value: np.ndarray) -> np.ndarray:
     """murmur3's finaliser of a state and a value, 32 bits."""
-    x = (state ^ (value * 0x9E3779B1 + 0x7F4A7C15)) % 2**32
-    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
-    x = (x ^ x >> 16) * 0xC2B2AE35 % 2**32
-    return x ^ x >> 16
+    low = np.uint64(2**32 - 1)
+    x = (state ^ (value * np.uint64(0x9E3779B1) + np.uint64(0x7F4A7C15))) & low
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        x = (x ^ x >> np.uint64(16)) * np.uint64(factor) & low
+    return x ^ x >> np.uint64(16)
 
 
 SINGLE: dict[str, Callable[[Sizes], Piece]] = {
@@ -225,9 +222,11 @@ def seen_cells(mask: Mask, n: Sizes) -> Tensor:
     return reduce(and_, found).expand(n.b, n.h, n.t, n.t)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, pieces: Sequence[Piece], scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(out [b, t, h, dv], lse [b, h, t]): scores, each piece in order, one softmax; a row without keys gives 0 and -inf."""
-    scale, group = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
+    scale, group = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[2] // k.shape[2]
     for piece in pieces:
         if piece.cosine is not None:
             factor, parts = piece.cosine
@@ -256,23 +255,38 @@ def of_unit_norm(x: Tensor, groups: int) -> Tensor:
 
 
 def errors(ring: ra.Ring, n: Sizes, mask: Mask, pieces: Sequence[Piece]) -> dict[str, float]:
-    """Relative errors of out, lse and the gradient of q, k, v and every leaf of the scores; for a ring in any processes."""
+    """Relative errors of out, lse and the gradient of q, k, v and every leaf of the scores."""
+    return {name: rel_error(x, ref) for name, (x, ref) in compared(ring, n, mask, pieces).items()}
+
+
+def compared(
+    ring: ra.Ring,
+    n: Sizes,
+    mask: Mask,
+    pieces: Sequence[Piece],
+    *,
+    scale: float | None = None,
+    lse_grad: bool = True,
+    strided: bool = False,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """out, lse and every gradient from a ring in any processes, each beside the plain one."""
     q, k, v, dout = random_qkv(n.b, n.t, n.t, n.h, n.g, n.d, n.dv, dtype=n.dtype, seed=n.seed)
     leaves = [x.double().requires_grad_() for x in (q, k, v)] + [x for piece in pieces for x in piece.leaves]
-    out, lse = plain(*leaves[:3], seen_cells(mask, n), pieces)
-    dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(n.seed), dtype=torch.float64).to(n.dtype)
-    up = [dout.double(), dlse.double()]
-    truth = [out, lse, *torch.autograd.grad([out, lse], leaves, up, allow_unused=True, materialize_grads=True)]
+    want = plain(*leaves[:3], seen_cells(mask, n), pieces, scale)
+    dlse = torch.randn(want[1].shape, generator=torch.Generator().manual_seed(n.seed), dtype=torch.float64).to(n.dtype)
+    asked = slice(2 if lse_grad else 1)
+    options = {"allow_unused": True, "materialize_grads": True}
+    want = [*want, *torch.autograd.grad(want[asked], leaves, [dout.double(), dlse.double()][asked], **options)]
 
     mine = [x.detach().to(n.dtype).requires_grad_() for x in leaves]
-    rest, scores = iter(mine[3:]), []
-    for piece in pieces:
-        scores.append(piece.make([next(rest) for _ in piece.leaves], ring))
+    rest = iter(mine[3:])
+    scores = [piece.make([next(rest) for _ in piece.leaves], ring) for piece in pieces]
     local = [ring.shard(x) for x in mine[:3]]
-    out, lse = ra.ring_attention(*local, ring=ring, mask=mask, score=scores or None, return_lse=True)
-    got = [ring.unshard(out), ring.unshard(lse, 2)]
-    grads = list(torch.autograd.grad(got, mine, [dout, dlse], allow_unused=True, materialize_grads=True))
+    local = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in local] if strided else local
+    found = ra.ring_attention(*local, ring=ring, mask=mask, score=scores or None, softmax_scale=scale, return_lse=True)
+    got = [ring.unshard(found[0]), ring.unshard(found[1], 2)]
+    grads = torch.autograd.grad(got[asked], mine, [dout, dlse][asked], **options)
     sharded = [True] * 3 + [piece.sharded for piece in pieces for _ in piece.leaves]
     grads = [grad if whole else ring.sum_over_processes(grad) for grad, whole in zip(grads, sharded, strict=True)]
     names = ["out", "lse", "dq", "dk", "dv", *(f"gradient of tensor {i}" for i in range(len(mine) - 3))]
-    return {name: rel_error(x, ref) for name, x, ref in zip(names, [*got, *grads], truth, strict=True)}
+    return dict(zip(names, zip([*got, *grads], want, strict=True), strict=True))

@@ -1,0 +1,191 @@
+"""The space of attention calls, each a `case(...)` of plain values: against the dense truth, or refused in words.
+
+`case` runs one and returns "right" or "refused"; a failure's message is the line that runs it again. `cases` is the hypothesis
+strategy over all of them.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import and_
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ring_attn as ra
+from ring_attn.call import Call
+from ring_attn.kernels import KernelUnavailable, get_kernel
+from ring_attn.mask import Mask
+from tests.scores import (
+    Piece,
+    Sizes,
+    alibi,
+    bias,
+    closure_mod,
+    compared,
+    constant_mod,
+    cosine,
+    dropout,
+    global_mod,
+    learned_cosine,
+    sinks,
+    softcap,
+)
+from tests.support import rel_error
+
+LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+KERNELS = ("reference", "auto", "aten", "cudnn")
+FUNCTIONS = {
+    "dilated": lambda n: lambda b, h, q, k: (q - k) % n == 0,
+    "prefix": lambda n: lambda b, h, q, k: (k < n) | (k <= q),
+    "blocks": lambda n: lambda b, h, q, k: (q // n == k // n) | (k % n == 0),
+    "heads": lambda n: lambda b, h, q, k: (q + k * (h + 1) + b) % (n + 1) > 0,
+    "table": lambda n: _by_table(torch.rand(41, 41, generator=torch.Generator().manual_seed(n)) < 0.4),
+}
+
+
+def _by_table(table: Tensor):
+    return lambda b, h, q, k: table[q, k]
+
+
+SCORES = {
+    "softcap": lambda cap: lambda n: softcap(n, cap),
+    "alibi": lambda: alibi,
+    "bias": bias,
+    "closure mod": lambda: closure_mod,
+    "global mod": lambda: global_mod,
+    "constant mod": lambda: constant_mod,
+    "sinks": lambda: sinks,
+    "cosine": cosine,
+    "learned cosine": learned_cosine,
+    "dropout": dropout,
+}
+
+
+def mask_of(parts: tuple[tuple, ...]) -> Mask:
+    """("Window", 3, None) is ra.Window(3, None); ("MaskMod", name, n) one of FUNCTIONS; several are joined."""
+    masks = [ra.MaskMod(FUNCTIONS[x[0]](x[1])) if kind == "MaskMod" else getattr(ra, kind)(*x) for kind, *x in parts]
+    return reduce(and_, masks, ra.Full())
+
+
+def case(
+    ring: int = 1,
+    layout: str = "contiguous",
+    exchange: str = "ring",
+    kernel: str = "reference",
+    t: int = 8,
+    b: int = 1,
+    heads: tuple[int, int] = (1, 1),
+    dims: tuple[int, int] = (4, 4),
+    dtype: str = "float64",
+    mask: tuple = (("Causal",),),
+    scores: tuple = (),
+    scale: float | None = None,
+    lse_grad: bool = True,
+    strided: bool = False,
+    seed: int = 0,
+) -> str:
+    """ "right", or "refused" by a kernel named that says it cannot. Raises AssertionError with the line that runs it again."""
+    line = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
+    (h, g), (d, dv) = heads, dims
+    n = Sizes(b, t, h, g, d, dv, getattr(torch, dtype), seed)
+    simulated = ra.Ring.simulated(ring, layout, exchange=exchange, kernel=kernel, hostile=True)
+    made, pieces = mask_of(mask), [SCORES[kind](*options)(n) for kind, *options in scores]
+    reason = refusal(simulated, n, made, pieces, lse_grad)
+    try:
+        found = compared(simulated, n, made, pieces, scale=scale, lse_grad=lse_grad, strided=strided)
+    except KernelUnavailable as unavailable:
+        if reason is None or reason not in str(unavailable):
+            raise AssertionError(f"refused against its word ({unavailable}): {line}") from unavailable
+        return "refused"
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}: {line}") from error
+    assert reason is None, f"done against its word ({reason}): {line}"
+    # Terms of q, k and v's sums are about 1; those of a score's tensor carry a distance, up to t, and dropout's factor, up to 10.
+    size = {name: 10 * t if "tensor" in name else 1 for name in found}
+    wrong = {name: e for name, (x, ref) in found.items() if not (e := error_of(x, ref, size[name])) <= LIMITS[n.dtype]}
+    assert not wrong, f"{wrong}: {line}"
+    return "right"
+
+
+def refusal(ring: ra.Ring, n: Sizes, mask: Mask, pieces: list[Piece], lse_grad: bool) -> str | None:
+    """Why the kernel named says it cannot do this, or None."""
+    if ring.kernel == "auto":
+        return None
+    q, k, v = (torch.empty(n.b, n.t, *x, dtype=n.dtype) for x in ((n.h, n.d), (n.g, n.d), (n.g, n.dv)))
+    call = Call.make(ring, mask, [piece.make(piece.leaves, ring) for piece in pieces], 1.0)
+    problems = call.problem(q, k, v, "forward"), call.problem(q, k, v, "backward", lse_grad)
+    return next((reason for p in problems if (reason := get_kernel(ring.kernel).supports(p))), None)
+
+
+def error_of(x: Tensor, ref: Tensor, size: float) -> float:
+    """The relative error; where the truth all but cancels, relative to entries of `size`, as the terms of its sums are."""
+    norm = ref.masked_fill(ref == -torch.inf, 0).detach().double().norm().item()
+    floor = size * ref.numel() ** 0.5
+    return rel_error(x, ref) * min(1.0, (norm or 1.0) / floor)
+
+
+@st.composite
+def partitions(draw, t: int) -> tuple[int, ...]:
+    """Lengths, some of them 0, that add up to t."""
+    cuts = sorted(draw(st.lists(st.integers(0, t), max_size=4)))
+    return tuple(stop - start for start, stop in zip([0, *cuts], [*cuts, t], strict=True))
+
+
+def masks(t: int, b: int) -> st.SearchStrategy:
+    side = st.none() | st.integers(0, t)
+    by_row = st.lists(partitions(t), min_size=b, max_size=b).map(tuple)
+    one = st.one_of(
+        st.just(("Causal",)),
+        st.just(("Full",)),
+        st.tuples(st.just("Window"), side, side),
+        st.tuples(st.just("Documents"), partitions(t) | by_row),
+        st.tuples(st.just("KeyPadding"), st.lists(st.integers(0, t), min_size=b, max_size=b).map(tuple)),
+        st.tuples(st.just("MaskMod"), st.sampled_from(sorted(FUNCTIONS)), st.integers(1, 9)),
+    )
+    return st.lists(one, max_size=3).map(tuple)
+
+
+def scores(d: int, dtype: str) -> st.SearchStrategy:
+    # The gradient of a norm over one or two numbers all but cancels: float32 keeps no digits of it.
+    smallest = 1 if dtype == "float64" else 3
+    groups = st.sampled_from([n for n in range(1, d + 1) if d % n == 0 and d // n >= smallest])
+    one = st.one_of(
+        st.tuples(st.just("softcap"), st.sampled_from([0.5, 2.0, 30.0])),
+        st.sampled_from([("alibi",), ("closure mod",), ("global mod",), ("constant mod",), ("sinks",)]),
+        st.sampled_from([("bias", *x) for x in ("tt", "1tt", "htt", "11tt", "1htt", "b1tt", "bhtt")]),
+        st.tuples(st.just("cosine"), st.sampled_from([1.0, 10.0]), groups),
+        st.tuples(st.just("learned cosine"), groups),
+        st.tuples(st.just("dropout"), st.sampled_from([0.0, 0.2, 0.9]), st.integers(0, 2**64 - 1)),
+    )
+    only_once = lambda x: "cosine" if "cosine" in x[0] else x[0] if x[0] in ("sinks", "dropout", "global mod") else x  # noqa: E731
+    return st.lists(one, max_size=4, unique_by=only_once).map(tuple)
+
+
+@st.composite
+def cases(draw) -> dict:
+    """The arguments of a case."""
+    ring, layout = draw(st.integers(1, 7)), draw(st.sampled_from(["contiguous", "striped", "zigzag"]))
+    multiple = ring * (2 if layout == "zigzag" else 1)
+    t, b = multiple * draw(st.integers(1, max(1, 40 // multiple))), draw(st.integers(1, 3))
+    dtype = draw(st.sampled_from(["float64", "float64", "float32"]))
+    g, d = draw(st.integers(1, 3)), draw(st.integers(1 if dtype == "float64" else 3, 9))
+    scored = draw(scores(d, dtype) if draw(st.integers(0, 3)) else st.just(()))
+    return {
+        "ring": ring,
+        "layout": layout,
+        "exchange": draw(st.sampled_from(["ring", "gather"])),
+        "kernel": draw(st.sampled_from(KERNELS)),
+        "t": t,
+        "b": b,
+        "heads": (g * draw(st.integers(1, 3)), g),
+        "dims": (d, draw(st.just(d) | st.integers(1, 9))),
+        "dtype": dtype,
+        "mask": draw(masks(t, b)),
+        "scores": scored,
+        "scale": None if any("cosine" in x[0] for x in scored) else draw(st.sampled_from([None, None, 0.3, -1.0, 0.0])),
+        "lse_grad": draw(st.booleans()),
+        "strided": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**31)),
+    }
