@@ -102,7 +102,7 @@ def case(
     except Exception as error:
         raise AssertionError(f"{type(error).__name__}: {error}: {line}") from error
     assert reason is None, f"done against its word ({reason}): {line}"
-    # Terms of q, k and v's sums are about 1; those of a score's tensor carry a distance up to t and a factor of dropout up to 10.
+    # Terms of q's, k's and v's sums are about 1; a score tensor's carry a distance up to t and a factor of dropout up to 10.
     size = {name: 10 * t if "tensor" in name else 1 for name in found}
     wrong = {name: e for name, (x, ref) in found.items() if not (e := error_of(x, ref, size[name])) <= LIMITS[n.dtype]}
     assert not wrong, f"{wrong}: {line}"
