@@ -35,20 +35,27 @@ def ring_attention(
     score: Score | Sequence[Score] | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    kv_layout: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention output [b, s, h, dv] of this process's query rows over the keys of all ranks, in q's dtype.
 
     q [b, s, h, d], k [b, s, g, d], v [b, s, g, dv]: the rows this process hosts, sharded as `ring.shard` does; h a multiple of
-    g, and query head i reads KV head i // (h // g). `mask` and `score` (one, or a list applied in order) hold in global
+    g, and query head i reads KV head i // (h // g). Inputs of three dimensions have one head: all three, where batch and heads
+    are merged into [b * h, s, d], or k and v alone. `mask` and `score` (one, or a list applied in order) hold in global
     positions. `softmax_scale` defaults to d ** -0.5. With `return_lse`, also lse [b, h, s] (natural log; fp32, float64 for
     float64 inputs), differentiable. A row that sees no key has output 0, lse -inf and zero gradients. Every process of the ring
     must make the same calls in the same order. Under torch.compile, make masks and scores outside the compiled function.
+
+    `kv_layout`: for cross-attention, the layout by which k and v [b, skv, g, ...] are sharded, `ring.shard(k, layout=...)`;
+    only where it is named may they come from a sequence of another length than the queries'.
 
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, KernelUnavailable (a ValueError) where a kernel
     asked for by name cannot do it, RuntimeError where a transfer failed.
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
+    merged = q.dim() == 3
+    q, k, v = (x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v))
     cosine, modifiers, sinks = sort_scores(score)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if cosine is not None:
@@ -62,20 +69,21 @@ def ring_attention(
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     if torch.compiler.is_compiling():
-        name = name_kept(ring, mask, scale, *listed(score))
+        name = name_kept(ring, mask, scale, kv_layout, *listed(score))
     else:
-        name, call = named(Call.make(ring, mask, score, scale))
+        name, call = named(Call.make(ring, mask, score, scale, kv_layout))
         validate(q, k, v, tensors, call)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
             resolve(ring.kernel, call.problem(q, k, v, "backward"))
     out, lse = _forward_op(q, k, v, tensors, name)
+    out, lse = (out.squeeze(2), lse.squeeze(1)) if merged else (out, lse)
     return (out, lse) if return_lse else out
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
     of_modifiers, sinks = call.split(tensors)
     validate(q, k, v, tensors, call)
-    ring, plan = call.ring, call.plan(q)
+    ring, plan = call.ring, call.plan(q, k)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "forward"))
     out = q.new_empty(*q.shape[:3], v.shape[3])
     queries, outs = call.hosted(q), call.hosted(out)
@@ -99,7 +107,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 def _backward(
     up: Upstream, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    ring, plan = call.ring, call.plan(q)
+    ring, plan = call.ring, call.plan(q, k)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "backward", up.dlse is not None))
     queries = call.hosted(q)
     dq = torch.zeros(q.shape, dtype=up.lse.dtype, device=q.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Problem, resolve
+from ring_attn.layout import Layout
 from ring_attn.mask import Mask
 from ring_attn.score import Score, Scores, Sinks, sort_scores
 from ring_attn.tiles import Plan, make_plan
@@ -34,23 +35,31 @@ class Call:
     modifiers: Scores
     sinks: bool
     scale: float
+    kv_layout: str | None = None
 
     @classmethod
-    def make(cls, ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float) -> Call:
+    def make(
+        cls, ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float, kv_layout: str | None = None
+    ) -> Call:
         _, modifiers, sinks = sort_scores(score)
         if torch.is_grad_enabled():
             for step in modifiers.steps:
                 step.check_gradients()
-        return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale)
+        return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout)
 
-    def plan(self, q: Tensor) -> Plan:
-        layout = self.ring.layout(self.ring.seq_len(q.shape[1]))
-        return make_plan(layout, self.mask, self.ring.exchange.meets(self.ring.size))
+    def plan(self, q: Tensor, k: Tensor) -> Plan:
+        layout, kv_layout = self.layouts(q, k)
+        return make_plan(layout, self.mask, self.ring.exchange.meets(self.ring.size), kv_layout)
+
+    def layouts(self, q: Tensor, k: Tensor) -> tuple[Layout, Layout]:
+        """Of the queries and of the keys."""
+        ring = self.ring
+        return ring.layout(ring.seq_len(q.shape[1])), ring.layout(ring.seq_len(k.shape[1]), self.kv_layout)
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor, direction: str, lse_grad: bool = False) -> Problem:
         rules = self.mask.rules()
         left_bounded = any(rule.left is not None for rule in rules)
-        documents = any(rule.document_ends is not None for rule in rules)
+        documents = any(rule.documents for rule in rules)
         full = all(rule.right is None for rule in rules)
         return Problem(
             direction,
@@ -72,7 +81,7 @@ class Call:
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
         """What must be alike on every rank: the three shapes, then everything else."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
-        ring = self.ring.layout_name, self.ring.exchange.name
+        ring = self.ring.layout_name, self.kv_layout, self.ring.exchange.name
         return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale, ring)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
@@ -105,9 +114,9 @@ def named(call: Call) -> tuple[str, Call]:
     return name, call
 
 
-def name_kept(ring: Ring, mask: Mask, scale: float, *scores: Score) -> str:
+def name_kept(ring: Ring, mask: Mask, scale: float, kv_layout: str | None, *scores: Score) -> str:
     """The name of a call that a compiled graph may use at any later time. Runs while compiling, which takes no list."""
-    name, call = named(Call.make(ring, mask, scores, scale))
+    name, call = named(Call.make(ring, mask, scores, scale, kv_layout))
     _kept.append(call)
     return name
 
@@ -138,36 +147,40 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
     """Raises ValueError for a call that cannot be done, naming the rule and the values."""
     _check_inputs(q, k, v)
-    seq_len = call.ring.seq_len(q.shape[1])
-    call.mask.check(seq_len, q.shape[0])
-    call.ring.layout(seq_len)
+    if call.kv_layout is None and k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} rows here and k {k.shape[1]}; shard both with the same ring, or, for cross-attention, name "
+            f"the layout of the keys, such as kv_layout={call.ring.layout_name!r}"
+        )
+    layout, kv_layout = call.layouts(q, k)
+    call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])
     of_modifiers, sinks = call.split(tensors)
     for score in (*call.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
-        score.check(q.shape[2], q.shape[0], q.shape[1], seq_len)
+        score.check(q.shape[2], q.shape[0], q.shape[1], kv_layout.seq_len)
     resolve(call.ring.kernel, call.problem(q, k, v, "forward"))
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"{name} must be [batch, rows, heads, head_dim], got shape {tuple(x.shape)}")
+            raise ValueError(f"{name} must be [batch, rows, heads, head_dim] or [batch, rows, head_dim], got {tuple(x.shape)}")
         if not x.dtype.is_floating_point:
             raise ValueError(f"{name} must have a floating dtype, got {x.dtype}")
     if len({x.dtype for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
     if len({x.device for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    (b, s, h, d), g = q.shape, k.shape[2]
-    if k.shape[:2] != (b, s) or v.shape[:2] != (b, s):
+    (b, s, h, d), (_, skv, g, _) = q.shape, k.shape
+    if k.shape[0] != b or v.shape[:2] != (b, skv):
         raise ValueError(
-            f"q, k and v must have the same batch and rows, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            f"shard all three with the same ring"
+            f"q, k and v must have the same batch, and k and v the same rows, got {tuple(q.shape)}, {tuple(k.shape)}, "
+            f"{tuple(v.shape)}; shard all three with the same ring"
         )
     if k.shape[3] != d or v.shape[2] != g:
         raise ValueError(
             f"k must share q's head_dim and v must share k's heads, got k {tuple(k.shape)}, q head_dim {d}, v {tuple(v.shape)}"
         )
-    if min(b, s, h, g, d, v.shape[3]) < 1:
+    if min(b, s, skv, h, g, d, v.shape[3]) < 1:
         raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if h % g:
         raise ValueError(f"num_heads {h} must be a multiple of num_kv_heads {g}: query head i reads KV head i // (h // g)")

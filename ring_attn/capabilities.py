@@ -17,7 +17,7 @@ from ring_attn.call import Call
 from ring_attn.kernels import KERNEL_NAMES, Problem, get_kernel
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Mask, MaskMod, Window
 from ring_attn.ring import Ring
-from ring_attn.score import Alibi, Bias, CosineSim, Dropout, Score, ScoreMod, Sinks, SoftCap
+from ring_attn.score import Alibi, Bias, CosineSim, Dropout, RelativeBias, Score, ScoreMod, Sinks, SoftCap
 
 YES = "yes"
 FORWARD_ONLY = "forward only: "
@@ -81,6 +81,7 @@ FEATURES = (
     Feature("MaskMod", Causal() & MaskMod(lambda b, h, q, k: (q - k) % 3 == 0)),
     Feature("SoftCap", score=lambda ring: SoftCap(2.0)),
     Feature("Alibi", score=lambda ring: Alibi(_per_head(ring))),
+    Feature("RelativeBias", score=lambda ring: RelativeBias(torch.linspace(-1.0, 1.0, NUM_HEADS * 7).cos().view(NUM_HEADS, 7))),
     Feature("Bias", score=lambda ring: Bias(_bias(ring))),
     Feature("ScoreMod", score=lambda ring: ScoreMod(lambda score, b, h, q, k: score - 0.1 * (h + 1) * (q - k))),
     Feature("CosineSim", score=lambda ring: CosineSim(8.0, groups=2)),
@@ -97,6 +98,7 @@ FEATURES = (
     Feature("head_dim 256", head_dim=256, v_head_dim=256),
     Feature("head_dim 320", head_dim=320, v_head_dim=320),
     Feature("v_head_dim 32, head_dim 64", v_head_dim=32),
+    Feature("v_head_dim 128, head_dim 192", head_dim=192, v_head_dim=128),
     Feature("gradients through lse", lse_grad=True),
     Feature("deterministic", deterministic=True),
 )

@@ -213,8 +213,8 @@ def allowed(mask: Mask, seq_len: int, device: str) -> Tensor:
         seen &= k <= q + rule.right
     if rule.num_keys is not None:
         seen &= k < rule.num_keys
-    if rule.document_ends is not None:
-        document = torch.bucketize(k, torch.tensor(rule.document_ends, device=device), right=True)
+    for ends, _ in rule.documents:
+        document = torch.bucketize(k, torch.tensor(ends, device=device), right=True)
         seen &= document.unsqueeze(1) == document
     return seen
 

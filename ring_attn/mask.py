@@ -1,9 +1,12 @@
 """Who may attend to whom, in global positions; masks are combined with `&`.
 
 Every mask here reduces, for one batch row, to one `Rule`: a band on `q_pos - kv_pos`, the ends of packed documents, and a
-count of valid keys. The rules of two masks intersect into a rule, so kernels and loops never learn which masks were asked for.
+range of valid keys. The rules of two masks intersect into a rule, so kernels and loops never learn which masks were asked for.
 A key-padding or document mask may differ between batch rows; then there is one rule a row. What is no band (`MaskMod`) stays a
 predicate beside it.
+
+In cross-attention queries and keys count their positions each from the start of their own sequence: `Causal` lines up the
+starts, and `Window(None, kv_len - q_len)` the ends, as flash-attn does.
 """
 
 from __future__ import annotations
@@ -12,29 +15,31 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+Ends = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Rule:
-    """One batch row's mask: query i sees key j iff `i - left <= j <= i + right`, both lie in one document, and `j < num_keys`.
+    """One batch row's mask: query i sees key j iff `i - left <= j <= i + right`, both lie in one document of every packing, and
+    `first_key <= j < num_keys`.
 
-    `left`, `right`: None leaves that side open. `document_ends`: the cumulated ends, or None. `num_keys`: None means all.
-    `predicates`: functions (b, h, i, j) that must all hold as well.
+    `left`, `right`: None leaves that side open. `documents`: packings, each the cumulated ends of the queries' documents and of
+    the keys'. `num_keys`: None means all. `predicates`: functions (b, h, i, j) that must all hold as well.
     """
 
     left: int | None = None
     right: int | None = None
-    document_ends: tuple[int, ...] | None = None
+    documents: tuple[tuple[Ends, Ends], ...] = ()
+    first_key: int = 0
     num_keys: int | None = None
     predicates: tuple[Callable, ...] = ()
 
     def __and__(self, other: Rule) -> Rule:
-        ends = self.document_ends
-        if other.document_ends is not None:
-            ends = other.document_ends if ends is None else tuple(sorted({*ends, *other.document_ends}))
         return Rule(
             _smaller(self.left, other.left),
             _smaller(self.right, other.right),
-            ends,
+            tuple(dict.fromkeys((*self.documents, *other.documents))),
+            max(self.first_key, other.first_key),
             _smaller(self.num_keys, other.num_keys),
             tuple(dict.fromkeys((*self.predicates, *other.predicates))),
         )
@@ -51,8 +56,8 @@ class Mask:
         """One rule for every batch row alike, or one rule a batch row."""
         raise NotImplementedError
 
-    def check(self, seq_len: int, batch: int) -> None:
-        """Raises ValueError where this mask does not fit a [batch, seq_len] input."""
+    def check(self, seq_len: int, kv_len: int, batch: int) -> None:
+        """Raises ValueError where this mask does not fit `batch` rows of seq_len queries and kv_len keys."""
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
@@ -106,56 +111,79 @@ class Documents(Mask):
     """Packed documents: query and key must lie in the same one.
 
     Pass `lengths=[5, 9, 2]`, or `cu_seqlens=[0, 5, 14, 16]` as varlen kernels take it, or one such list a batch row. The
-    lengths of a row must add up to the sequence length. Sequences of ints and integer tensors are both taken.
+    lengths of a row must add up to the sequence length. Sequences of ints and integer tensors are both taken. In
+    cross-attention `kv_lengths` (or `kv_cu_seqlens`) are those of the keys: query document n sees key document n.
     """
 
-    ends: tuple[tuple[int, ...], ...]
+    ends: tuple[Ends, ...]
+    kv_ends: tuple[Ends, ...]
 
-    def __init__(self, lengths: Sequence | None = None, *, cu_seqlens: Sequence | None = None) -> None:
+    def __init__(
+        self,
+        lengths: Sequence | None = None,
+        *,
+        cu_seqlens: Sequence | None = None,
+        kv_lengths: Sequence | None = None,
+        kv_cu_seqlens: Sequence | None = None,
+    ) -> None:
         if (lengths is None) == (cu_seqlens is None):
             raise ValueError("Documents takes exactly one of lengths=... and cu_seqlens=...")
-        rows = _rows_of_ints("Documents", cu_seqlens if lengths is None else lengths)
-        ends = tuple(_ends_from_lengths(row) if lengths is not None else _ends_from_cu_seqlens(row) for row in rows)
+        if kv_lengths is not None and kv_cu_seqlens is not None:
+            raise ValueError("Documents takes at most one of kv_lengths=... and kv_cu_seqlens=...")
+        ends = kv_ends = _ends(lengths, cu_seqlens)
+        if kv_lengths is not None or kv_cu_seqlens is not None:
+            kv_ends = _ends(kv_lengths, kv_cu_seqlens)
+            counts = [len(row) for row in ends], [len(row) for row in kv_ends]
+            if counts[0] != counts[1]:
+                raise ValueError(f"every document needs queries and keys, of 0 rows at least, got {counts[0]} and {counts[1]}")
         object.__setattr__(self, "ends", ends)
+        object.__setattr__(self, "kv_ends", kv_ends)
 
     def rules(self) -> tuple[Rule, ...]:
-        return tuple(Rule(document_ends=row) for row in self.ends)
+        return tuple(Rule(documents=(pair,)) for pair in zip(self.ends, self.kv_ends, strict=True))
 
-    def check(self, seq_len: int, batch: int) -> None:
+    def check(self, seq_len: int, kv_len: int, batch: int) -> None:
         _check_rows("Documents", len(self.ends), batch)
-        for row in self.ends:
-            total = row[-1] if row else 0
-            if total != seq_len:
-                raise ValueError(
-                    f"the documents add up to {total} positions, but seq_len is {seq_len}; "
-                    f"count padding as one more document, or leave it out of the sequence"
-                )
+        for name, length, rows in (("seq_len", seq_len, self.ends), ("the keys' length", kv_len, self.kv_ends)):
+            for row in rows:
+                total = row[-1] if row else 0
+                if total != length:
+                    raise ValueError(
+                        f"the documents add up to {total} positions, but {name} is {length}; count padding as one more "
+                        f"document, or leave it out of the sequence; keys of another length than queries need kv_lengths"
+                    )
 
 
 @dataclass(frozen=True, init=False)
 class KeyPadding(Mask):
-    """Keys at positions >= lengths[row] are padding that no query of that batch row sees.
+    """Keys before starts[row] (padding on the left) and from lengths[row] on (on the right) are seen by no query of that row.
 
-    `lengths`: one int a batch row (or a single one for all rows), an integer tensor is taken too.
+    Both count from position 0: a row of 3 valid keys behind 5 of padding is `starts=[5]`. Each is one int a batch row, or a
+    single one for all rows; an integer tensor is taken too.
     """
 
-    lengths: tuple[int, ...]
+    lengths: Ends | None
+    starts: Ends | None
 
-    def __init__(self, lengths: Sequence[int] | int) -> None:
-        counts, *more = _rows_of_ints("KeyPadding", lengths)
-        if more or not counts:
-            raise ValueError(f"KeyPadding takes one length a batch row, such as [5, 9], or one for all, got {lengths}")
-        if any(count < 0 for count in counts):
-            raise ValueError(f"KeyPadding lengths must be at least 0, got {list(counts)}")
-        object.__setattr__(self, "lengths", counts)
+    def __init__(self, lengths: Sequence[int] | int | None = None, *, starts: Sequence[int] | int | None = None) -> None:
+        if lengths is None and starts is None:
+            raise ValueError("KeyPadding takes lengths=... (padding on the right), starts=... (on the left), or both")
+        for name, given in (("lengths", lengths), ("starts", starts)):
+            object.__setattr__(self, name, None if given is None else _counts(name, given))
+        if None not in (self.lengths, self.starts) and len(self.lengths) != len(self.starts):
+            raise ValueError(f"KeyPadding needs as many starts as lengths, got {len(self.starts)} and {len(self.lengths)}")
 
     def rules(self) -> tuple[Rule, ...]:
-        return tuple(Rule(num_keys=count) for count in self.lengths)
+        rows = len(self.lengths or self.starts)
+        starts, lengths = self.starts or (0,) * rows, self.lengths or (None,) * rows
+        return tuple(Rule(first_key=start, num_keys=length) for start, length in zip(starts, lengths, strict=True))
 
-    def check(self, seq_len: int, batch: int) -> None:
-        _check_rows("KeyPadding", len(self.lengths), batch)
-        if max(self.lengths, default=0) > seq_len:
-            raise ValueError(f"KeyPadding lengths {list(self.lengths)} must not exceed seq_len {seq_len}")
+    def check(self, seq_len: int, kv_len: int, batch: int) -> None:
+        for name, counts in (("lengths", self.lengths), ("starts", self.starts)):
+            if counts is not None:
+                _check_rows("KeyPadding", len(counts), batch)
+                if max(counts) > kv_len:
+                    raise ValueError(f"KeyPadding {name} {list(counts)} must not exceed the number of keys, {kv_len}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -190,9 +218,9 @@ class All(Mask):
             merged = tuple(merged[i % len(merged)] & rules[i % len(rules)] for i in range(rows))
         return merged
 
-    def check(self, seq_len: int, batch: int) -> None:
+    def check(self, seq_len: int, kv_len: int, batch: int) -> None:
         for mask in self.masks:
-            mask.check(seq_len, batch)
+            mask.check(seq_len, kv_len, batch)
 
 
 def _rows_of_ints(name: str, values) -> tuple[tuple[int, ...], ...]:
@@ -212,6 +240,22 @@ def _whole(name: str, value) -> int:
     if not isinstance(number, int) or isinstance(number, bool):
         raise ValueError(f"{name} takes whole numbers, got {value!r}")
     return number
+
+
+def _ends(lengths: Sequence | None, cu_seqlens: Sequence | None) -> tuple[Ends, ...]:
+    """The cumulated ends of the documents, a tuple a batch row, from the one of the two that is given."""
+    if lengths is not None:
+        return tuple(map(_ends_from_lengths, _rows_of_ints("Documents", lengths)))
+    return tuple(map(_ends_from_cu_seqlens, _rows_of_ints("Documents", cu_seqlens)))
+
+
+def _counts(name: str, values: Sequence[int] | int) -> Ends:
+    counts, *more = _rows_of_ints("KeyPadding", values)
+    if more or not counts:
+        raise ValueError(f"KeyPadding {name} are one int a batch row, such as [5, 9], or one for all rows, got {values}")
+    if any(count < 0 for count in counts):
+        raise ValueError(f"KeyPadding {name} must be at least 0, got {list(counts)}")
+    return counts
 
 
 def _ends_from_lengths(lengths: tuple[int, ...]) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def plan_of(options: PlanOptions) -> Plan:
         raise ValueError(f"exchange {options.exchange!r} is not one of {', '.join(EXCHANGES)}")
     layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
     mask = mask_of(options)
-    mask.check(options.seq_len, 1)
+    mask.check(options.seq_len, options.seq_len, 1)
     return make_plan(layout, mask, EXCHANGES[options.exchange].meets(options.ring_size))
 
 

@@ -104,28 +104,31 @@ class Ring:
             raise ValueError(f"{rows} rows cannot be the equal shards of {len(self.hosted)} hosted ranks; use ring.shard")
         return rows // len(self.hosted) * self.size
 
-    def layout(self, seq_len: int) -> Layout:
-        """The layout of a sequence. Raises ValueError where it does not divide."""
-        return self.layout_class(seq_len, self.size)
+    def layout(self, seq_len: int, name: str | None = None) -> Layout:
+        """The layout of a sequence, the ring's own or the one of that name. Raises ValueError where it does not divide."""
+        return (self.layout_class if name is None else _choose("layout", name, LAYOUTS))(seq_len, self.size)
 
     @typed
-    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Rows of a whole `x` along `dim` that this process hosts. Differentiable: every process gets all of the gradient."""
-        return sharding.shard(x, self.layout(x.shape[dim]), self.transport, dim)
+    def shard(self, x: Tensor, dim: int = 1, *, layout: str | None = None) -> Tensor:
+        """Rows of a whole `x` along `dim` that this process hosts. Differentiable: every process gets all of the gradient.
+
+        `layout`: one to use in place of the ring's, for the keys of cross-attention.
+        """
+        return sharding.shard(x, self.layout(x.shape[dim], layout), self.transport, dim)
 
     @typed
-    def unshard(self, x: Tensor, dim: int = 1, *, grad: str = "replicated") -> Tensor:
+    def unshard(self, x: Tensor, dim: int = 1, *, grad: str = "replicated", layout: str | None = None) -> Tensor:
         """The whole tensor, in global order and on every process, from hosted rows: the inverse of `shard`. Differentiable.
 
         grad="replicated": every process computes the same from the result, so this process's rows of its gradient are the
         answer; "partial": each goes on differently and losses add up, so gradients are summed over the processes.
         """
-        return sharding.unshard(x, self.layout(self.seq_len(x.shape[dim])), self.transport, dim, grad)
+        return sharding.unshard(x, self.layout(self.seq_len(x.shape[dim]), layout), self.transport, dim, grad)
 
     @typed
-    def positions(self, seq_len: int, device: torch.device | str | None = None) -> Tensor:
+    def positions(self, seq_len: int, device: torch.device | str | None = None, *, layout: str | None = None) -> Tensor:
         """Global positions of the hosted rows, int64 [rows]: for rotary embeddings and the like."""
-        return sharding.positions(self.layout(seq_len), self.hosted, device)
+        return sharding.positions(self.layout(seq_len, layout), self.hosted, device)
 
     def has_agreed(self, signature: tuple) -> bool:
         """Whether a call of this signature has been found good and alike on every rank."""

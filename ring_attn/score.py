@@ -1,8 +1,9 @@
 """What happens to a score before the softmax, and beside it: a list of scores is applied in order, in global positions.
 
 Note [where a score acts]: `CosineSim` changes q and k before any rank meets another, so it is done outside the loops.
-`SoftCap`, `Alibi`, `Bias` and `ScoreMod` change each score at its (batch row, head, query and key position). `Dropout` acts
-on the probabilities that multiply v. `Sinks` is one more key with a given score and v = 0: the partial every row starts from.
+`SoftCap`, `Alibi`, `RelativeBias`, `Bias` and `ScoreMod` change each score at its (batch row, head, query and key position).
+`Dropout` acts on the probabilities that multiply v. `Sinks` is one more key with a given score and v = 0: the partial every
+row starts from.
 
 Note [tensors]: the tensors of a score (slopes, bias, captured ones) get gradients, so they enter the custom op as inputs of
 their own. `without_tensors` is the rest of a score, hashable; `with_tensors` puts them back.
@@ -58,7 +59,7 @@ class Score:
         """Scores [b, h, i, j] after this one; differentiable in the scores and in `tensors()`."""
         return scores
 
-    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
         """Raises ValueError where its tensors do not fit a call."""
 
     def check_gradients(self) -> None:
@@ -118,9 +119,29 @@ class Alibi(_WithTensor):
         slopes = self.tensor[cells.heads].to(scores.dtype)
         return scores - slopes[:, None, None] * cells.distance.abs()
 
-    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
         if tuple(self.tensor.shape) != (num_heads,):
             raise ValueError(f"Alibi slopes must be [num_heads] = [{num_heads}], got {tuple(self.tensor.shape)}")
+
+
+class RelativeBias(_WithTensor):
+    """score + tensor[h, reach + distance] of distance = q_pos - kv_pos, beyond `reach` as at it. `tensor` [h, 2 * reach + 1].
+
+    The buckets of T5 are a tensor made from a smaller table: `table[:, bucket(distances)]`, where gradients flow on.
+    """
+
+    kind = "relative_bias"
+
+    def apply(self, scores: Tensor, cells: Cells) -> Tensor:
+        reach = self.tensor.shape[1] // 2
+        # In the dtype of scores: a gradient is a sum over many cells.
+        by_distance = self.tensor.to(scores.dtype)[cells.heads]
+        return scores + by_distance[:, cells.distance.clamp(-reach, reach) + reach]
+
+    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
+        shape = tuple(self.tensor.shape)
+        if len(shape) != 2 or shape[0] != num_heads or shape[1] % 2 == 0:
+            raise ValueError(f"RelativeBias must be [num_heads, 2 * reach + 1] = [{num_heads}, an odd number], got {shape}")
 
 
 class Bias(_WithTensor):
@@ -139,7 +160,7 @@ class Bias(_WithTensor):
         bias = bias[:, cells.heads] if bias.shape[1] > 1 else bias
         return scores + bias[:, :, cells.q_rows][..., cells.kv_pos].to(scores.dtype)
 
-    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
         shape = tuple(self.tensor.shape)
         full = (1,) * (4 - len(shape)) + shape
         if (
@@ -147,10 +168,10 @@ class Bias(_WithTensor):
             or len(shape) < 2
             or full[0] not in (1, batch)
             or full[1] not in (1, num_heads)
-            or full[2:] != (rows, seq_len)
+            or full[2:] != (rows, kv_len)
         ):
             raise ValueError(
-                f"Bias must be [{batch} or 1, {num_heads} or 1, rows {rows}, seq_len {seq_len}], leading dimensions may be "
+                f"Bias must be [{batch} or 1, {num_heads} or 1, rows {rows}, keys {kv_len}], leading dimensions may be "
                 f"left out, got {shape}; shard the whole bias with ring.shard(bias, dim=-2)"
             )
 
@@ -197,7 +218,7 @@ class Sinks(_WithTensor):
 
     kind = "sinks"
 
-    def check(self, num_heads: int, batch: int, rows: int, seq_len: int) -> None:
+    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
         if tuple(self.tensor.shape) != (num_heads,):
             raise ValueError(f"Sinks logits must be [num_heads] = [{num_heads}], got {tuple(self.tensor.shape)}")
 

@@ -6,6 +6,9 @@ are cut at their ends first and only equal documents are paired.
 
 Note [trimming]: a tile keeps only rows and columns with an allowed cell. So no row of a tile is fully masked, and its band is
 flash-attention's bottom-right window, `left = Sk - Sq - lo` and `right = hi - (Sk - Sq)`, both at least 0.
+
+Note [two steps]: a query range and a KV range with different steps, as in cross-attention between layouts, have no common band:
+the bounds are stairs. The denser range is cut where a bound moves on, and each run of it becomes an open tile.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 from ring_attn.layout import Layout, Shard
-from ring_attn.mask import Mask, Rule
+from ring_attn.mask import Ends, Mask, Rule
 
 
 class Band(NamedTuple):
@@ -61,7 +65,7 @@ class Tile:
 def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile, ...]:
     """The tiles that cover exactly the allowed cells of a query shard against KV shards joined in the order given.
 
-    Tiles are disjoint, trimmed and coalesced. Raises NotImplementedError where a query and a KV range have different steps.
+    Tiles are disjoint, trimmed and coalesced.
     """
     queries, keys = _pieces(q_shard), _pieces(r for shard in kv_shards for r in shard)
     rules = mask.rules()
@@ -69,8 +73,8 @@ def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile,
     found: list[Tile] = []
     for row in rows:
         rule = rules[row or 0]
-        raw = (_tile(q, kv, rule, row) for q, kv in _pairs(queries, keys, rule))
-        merged = _coalesce([tile for tile in raw if tile is not None], queries, keys)
+        raw = [tile for q, kv in _pairs(queries, keys, rule) for tile in _tiles_of(q, kv, rule, row)]
+        merged = _coalesce(raw, queries, keys)
         found += [replace(tile, predicates=rule.predicates) for tile in merged] if rule.predicates else merged
     return tuple(found)
 
@@ -80,6 +84,7 @@ class Plan:
     """The tiles of every visit of a tour. `meets[step][rank]` lists the sources whose KV the rank sees at that step."""
 
     layout: Layout
+    kv_layout: Layout
     mask: Mask
     meets: tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -87,7 +92,7 @@ class Plan:
         cached = self._cache.get(rank_step)
         if cached is None:
             rank, step = rank_step
-            kv_shards = [self.layout.shard(source) for source in self.meets[step][rank]]
+            kv_shards = [self.kv_layout.shard(source) for source in self.meets[step][rank]]
             cached = self._cache[rank_step] = tiles(self.layout.shard(rank), kv_shards, self.mask)
         return cached
 
@@ -107,9 +112,14 @@ class Plan:
 
 
 @lru_cache(maxsize=128)
-def make_plan(layout: Layout, mask: Mask, meets: tuple[tuple[tuple[int, ...], ...], ...]) -> Plan:
-    """The plan for these arguments, made once and kept: plans fill lazily and are shared between layers and passes."""
-    return Plan(layout, mask, meets)
+def make_plan(
+    layout: Layout, mask: Mask, meets: tuple[tuple[tuple[int, ...], ...], ...], kv_layout: Layout | None = None
+) -> Plan:
+    """The plan for these arguments, made once and kept: plans fill lazily and are shared between layers and passes.
+
+    `kv_layout`: that of the keys where it is not `layout`, in cross-attention.
+    """
+    return Plan(layout, layout if kv_layout is None else kv_layout, mask, meets)
 
 
 def count_cells(num_q: int, num_kv: int, band: Band) -> int:
@@ -154,36 +164,73 @@ def _cut(piece: _Piece, start: int, stop: int) -> _Piece:
     return _Piece(piece.row + start, piece.positions[start:stop])
 
 
-def _by_document(pieces: list[_Piece], ends: tuple[int, ...] | None) -> Iterator[tuple[int, _Piece]]:
+def _by_document(pieces: list[_Piece], packings: list[Ends]) -> Iterator[tuple[tuple[int, ...], _Piece]]:
+    """The pieces cut at the ends of documents, and for each the number of its document in every packing."""
     for piece in pieces:
         start, length = 0, len(piece.positions)
         while start < length:
-            document = 0 if ends is None else bisect_right(ends, piece.positions[start])
-            stop = length if ends is None else bisect_left(piece.positions, ends[document])
-            yield document, _cut(piece, start, stop)
+            documents = tuple(bisect_right(ends, piece.positions[start]) for ends in packings)
+            stops = (bisect_left(piece.positions, ends[n]) for ends, n in zip(packings, documents, strict=True))
+            stop = min(stops, default=length)
+            yield documents, _cut(piece, start, stop)
             start = stop
 
 
 def _pairs(queries: list[_Piece], keys: list[_Piece], rule: Rule) -> Iterator[tuple[_Piece, _Piece]]:
-    if rule.num_keys is not None:
-        keys = [_cut(piece, 0, bisect_left(piece.positions, rule.num_keys)) for piece in keys]
-    documents: dict[int, list[_Piece]] = defaultdict(list)
-    for document, piece in _by_document(keys, rule.document_ends):
-        documents[document].append(piece)
-    for document, q in _by_document(queries, rule.document_ends):
-        for kv in documents.get(document, ()):
+    keys = [_cut(piece, *_between(piece.positions, rule.first_key, rule.num_keys)) for piece in keys]
+    met: dict[tuple[int, ...], list[_Piece]] = defaultdict(list)
+    for documents, piece in _by_document(keys, [ends for _, ends in rule.documents]):
+        met[documents].append(piece)
+    for documents, q in _by_document(queries, [ends for ends, _ in rule.documents]):
+        for kv in met.get(documents, ()):
             yield q, kv
+
+
+def _between(positions: range, start: int, stop: int | None) -> tuple[int, int]:
+    """Where in a range the positions from `start` to below `stop` stand."""
+    return bisect_left(positions, start), len(positions) if stop is None else bisect_left(positions, stop)
+
+
+def _tiles_of(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Iterator[Tile]:
+    """The trimmed tiles of two pieces: one or none, or many where their steps differ, see Note [two steps]."""
+    if len(_steps(q, kv)) > 1 and (rule.left is not None or rule.right is not None):
+        yield from _stairs(q, kv, rule, batch)
+        return
+    tile = _tile(q, kv, rule, batch)
+    if tile is not None:
+        yield tile
+
+
+def _stairs(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Iterator[Tile]:
+    """The open tiles of two pieces with different steps."""
+    dense, sparse = sorted((q, kv), key=lambda piece: piece.positions.step)
+    # A query at x sees keys from x - left up to x + right; a key at x is seen from query x - right up to x + left.
+    below, above = (rule.left, rule.right) if dense is q else (rule.right, rule.left)
+    step, length = sparse.positions.step, len(sparse.positions)
+
+    def met(position: int) -> tuple[int, int]:
+        """Which rows of the sparse piece a position of the dense one meets."""
+        x = position - sparse.positions[0]
+        start = 0 if below is None else max(0, -((below - x) // step))
+        return start, length if above is None else min(length, (x + above) // step + 1)
+
+    row = dense.row
+    for (start, stop), run in groupby(dense.positions, key=met):
+        rows, row = row, row + sum(1 for _ in run)
+        if start < stop:
+            sides = (rows, row), (sparse.row + start, sparse.row + stop)
+            (q0, q1), (k0, k1) = sides if dense is q else reversed(sides)
+            yield _with_band(q0, q1, k0, k1, q0 - q1 + 1, k1 - k0 - 1, batch)
+
+
+def _steps(q: _Piece, kv: _Piece) -> set[int]:
+    return {piece.positions.step for piece in (q, kv) if len(piece.positions) > 1}
 
 
 def _tile(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Tile | None:
     """The trimmed tile of two pieces, or None where no cell is allowed."""
-    steps = {piece.positions.step for piece in (q, kv) if len(piece.positions) > 1}
-    if len(steps) > 1:
-        raise NotImplementedError(
-            f"query positions {q.positions} and KV positions {kv.positions} have different steps; "
-            f"shard both with the same layout and ring size"
-        )
-    step = steps.pop() if steps else 1
+    # Without bounds the step does not matter; with them the two are alike.
+    step = max(_steps(q, kv), default=1)
     num_q, num_kv = len(q.positions), len(kv.positions)
     distance = q.positions[0] - kv.positions[0]
     lo = -(num_q - 1) if rule.left is None else max(-((rule.left - distance) // step), -(num_q - 1))

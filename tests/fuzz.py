@@ -7,6 +7,7 @@ strategy over all of them.
 from __future__ import annotations
 
 from functools import reduce
+from itertools import pairwise
 from operator import and_
 
 import torch
@@ -29,19 +30,28 @@ from tests.scores import (
     dropout,
     global_mod,
     learned_cosine,
+    relative,
     sinks,
     softcap,
 )
 from tests.support import rel_error
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+LAYOUTS = ("contiguous", "striped", "zigzag")
 KERNELS = ("reference", "auto", "aten", "cudnn")
 FUNCTIONS = {
     "dilated": lambda n: lambda b, h, q, k: (q - k) % n == 0,
     "prefix": lambda n: lambda b, h, q, k: (k < n) | (k <= q),
     "blocks": lambda n: lambda b, h, q, k: (q // n == k // n) | (k % n == 0),
     "heads": lambda n: lambda b, h, q, k: (q + k * (h + 1) + b) % (n + 1) > 0,
-    "table": lambda n: _by_table(torch.rand(41, 41, generator=torch.Generator().manual_seed(n)) < 0.4),
+    "table": lambda n: _by_table(torch.rand(42, 42, generator=torch.Generator().manual_seed(n)) < 0.4),
+}
+
+
+MASKS = {
+    "MaskMod": lambda name, n: ra.MaskMod(FUNCTIONS[name](n)),
+    "Documents": lambda lengths, kv_lengths=None: ra.Documents(lengths, kv_lengths=kv_lengths),
+    "KeyPadding": lambda lengths, starts=None: ra.KeyPadding(lengths, starts=starts),
 }
 
 
@@ -52,6 +62,7 @@ def _by_table(table: Tensor):
 SCORES = {
     "softcap": lambda cap: lambda n: softcap(n, cap),
     "alibi": lambda: alibi,
+    "relative": relative,
     "bias": bias,
     "closure mod": lambda: closure_mod,
     "global mod": lambda: global_mod,
@@ -64,9 +75,8 @@ SCORES = {
 
 
 def mask_of(parts: tuple[tuple, ...]) -> Mask:
-    """("Window", 3, None) is ra.Window(3, None); ("MaskMod", name, n) one of FUNCTIONS; several are joined."""
-    masks = [ra.MaskMod(FUNCTIONS[x[0]](x[1])) if kind == "MaskMod" else getattr(ra, kind)(*x) for kind, *x in parts]
-    return reduce(and_, masks, ra.Full())
+    """("Window", 3, None) is ra.Window(3, None); several are joined, each made as MASKS says."""
+    return reduce(and_, (MASKS.get(kind, getattr(ra, kind))(*x) for kind, *x in parts), ra.Full())
 
 
 def case(
@@ -76,6 +86,7 @@ def case(
     kernel: str = "reference",
     t: int = 8,
     b: int = 1,
+    kv: tuple[str, int] | None = None,
     heads: tuple[int, int] = (1, 1),
     dims: tuple[int, int] = (4, 4),
     dtype: str = "float64",
@@ -89,7 +100,8 @@ def case(
     """ "right", or "refused" by a kernel named that says it cannot. Raises AssertionError with the line that runs it again."""
     line = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
     (h, g), (d, dv) = heads, dims
-    n = Sizes(b, t, h, g, d, dv, getattr(torch, dtype), seed)
+    kv_layout, kv_len = kv or (None, None)
+    n = Sizes(b, t, h, g, d, dv, getattr(torch, dtype), seed, kv_len, kv_layout)
     simulated = ra.Ring.simulated(ring, layout, exchange=exchange, kernel=kernel, hostile=True)
     made, pieces = mask_of(mask), [SCORES[kind](*options)(n) for kind, *options in scores]
     reason = refusal(simulated, n, made, pieces, lse_grad)
@@ -103,7 +115,7 @@ def case(
         raise AssertionError(f"{type(error).__name__}: {error}: {line}") from error
     assert reason is None, f"done against its word ({reason}): {line}"
     # Terms of q's, k's and v's sums are about 1; a score tensor's carry a distance up to t and a factor of dropout up to 10.
-    size = {name: 10 * t if "tensor" in name else 1 for name in found}
+    size = {name: 10 * max(t, n.keys) if "tensor" in name else 1 for name in found}
     wrong = {name: e for name, (x, ref) in found.items() if not (e := error_of(x, ref, size[name])) <= LIMITS[n.dtype]}
     assert not wrong, f"{wrong}: {line}"
     return "right"
@@ -113,7 +125,8 @@ def refusal(ring: ra.Ring, n: Sizes, mask: Mask, pieces: list[Piece], lse_grad: 
     """Why the kernel named says it cannot do this, or None."""
     if ring.kernel == "auto":
         return None
-    q, k, v = (torch.empty(n.b, n.t, *x, dtype=n.dtype) for x in ((n.h, n.d), (n.g, n.d), (n.g, n.dv)))
+    shapes = (n.t, n.h, n.d), (n.keys, n.g, n.d), (n.keys, n.g, n.dv)
+    q, k, v = (torch.empty(n.b, *shape, dtype=n.dtype) for shape in shapes)
     call = Call.make(ring, mask, [piece.make(piece.leaves, ring) for piece in pieces], 1.0)
     problems = call.problem(q, k, v, "forward"), call.problem(q, k, v, "backward", lse_grad)
     return next((reason for p in problems if (reason := get_kernel(ring.kernel).supports(p))), None)
@@ -127,21 +140,27 @@ def error_of(x: Tensor, ref: Tensor, size: float) -> float:
 
 
 @st.composite
-def partitions(draw, t: int) -> tuple[int, ...]:
-    """Lengths, some of them 0, that add up to t."""
-    cuts = sorted(draw(st.lists(st.integers(0, t), max_size=4)))
-    return tuple(stop - start for start, stop in zip([0, *cuts], [*cuts, t], strict=True))
+def partitions(draw, *totals: int, rows: int | None) -> tuple:
+    """Lengths, some of them 0, that add up to each of the totals, as many for each; `rows` such tuples, or one."""
+    if rows is not None:
+        by_row = [draw(partitions(*totals, rows=None)) for _ in range(rows)]
+        return tuple(zip(*by_row, strict=True))
+    places = draw(st.lists(st.tuples(*(st.integers(0, total) for total in totals)), max_size=4))
+    cuts = [sorted(side) for side in zip(*places, strict=True)] or [[] for _ in totals]
+    lengths = ([b - a for a, b in pairwise([0, *side, total])] for side, total in zip(cuts, totals, strict=True))
+    return tuple(map(tuple, lengths))
 
 
-def masks(t: int, b: int) -> st.SearchStrategy:
-    side = st.none() | st.integers(0, t)
-    by_row = st.lists(partitions(t), min_size=b, max_size=b).map(tuple)
+def masks(t: int, keys: int | None, b: int) -> st.SearchStrategy:
+    """Masks of t queries and, in cross-attention, `keys` keys."""
+    side, totals = st.none() | st.integers(0, t), (t,) if keys is None else (t, keys)
+    counts = st.lists(st.integers(0, keys or t), min_size=b, max_size=b).map(tuple)
     one = st.one_of(
         st.just(("Causal",)),
         st.just(("Full",)),
         st.tuples(st.just("Window"), side, side),
-        st.tuples(st.just("Documents"), partitions(t) | by_row),
-        st.tuples(st.just("KeyPadding"), st.lists(st.integers(0, t), min_size=b, max_size=b).map(tuple)),
+        st.sampled_from([None, b]).flatmap(lambda rows: partitions(*totals, rows=rows)).map(lambda x: ("Documents", *x)),
+        st.tuples(st.just("KeyPadding"), counts) | st.tuples(st.just("KeyPadding"), counts, counts),
         st.tuples(st.just("MaskMod"), st.sampled_from(sorted(FUNCTIONS)), st.integers(1, 9)),
     )
     return st.lists(one, max_size=3).map(tuple)
@@ -154,6 +173,7 @@ def scores(d: int, dtype: str) -> st.SearchStrategy:
     one = st.one_of(
         st.tuples(st.just("softcap"), st.sampled_from([0.5, 2.0, 30.0])),
         st.sampled_from([("alibi",), ("closure mod",), ("global mod",), ("constant mod",), ("sinks",)]),
+        st.tuples(st.just("relative"), st.integers(0, 9)),
         st.sampled_from([("bias", *x) for x in ("tt", "1tt", "htt", "11tt", "1htt", "b1tt", "bhtt")]),
         st.tuples(st.just("cosine"), st.sampled_from([1.0, 10.0]), groups),
         st.tuples(st.just("learned cosine"), groups),
@@ -166,9 +186,13 @@ def scores(d: int, dtype: str) -> st.SearchStrategy:
 @st.composite
 def cases(draw) -> dict:
     """The arguments of a case."""
-    ring, layout = draw(st.integers(1, 7)), draw(st.sampled_from(["contiguous", "striped", "zigzag"]))
+    ring, layout = draw(st.integers(1, 7)), draw(st.sampled_from(LAYOUTS))
     multiple = ring * (2 if layout == "zigzag" else 1)
-    t, b = multiple * draw(st.integers(1, max(1, 40 // multiple))), draw(st.integers(1, 3))
+    t, b, kv = multiple * draw(st.integers(1, max(1, 40 // multiple))), draw(st.integers(1, 3)), None
+    if not draw(st.integers(0, 3)):
+        kv_layout = draw(st.sampled_from(LAYOUTS))
+        multiple = ring * (2 if kv_layout == "zigzag" else 1)
+        kv = kv_layout, multiple * draw(st.integers(1, max(1, 40 // multiple)))
     dtype = draw(st.sampled_from(["float64", "float64", "float32"]))
     g, d = draw(st.integers(1, 3)), draw(st.integers(1 if dtype == "float64" else 3, 9))
     scored = draw(scores(d, dtype) if draw(st.integers(0, 3)) else st.just(()))
@@ -179,10 +203,11 @@ def cases(draw) -> dict:
         "kernel": draw(st.sampled_from(KERNELS)),
         "t": t,
         "b": b,
+        "kv": kv,
         "heads": (g * draw(st.integers(1, 3)), g),
         "dims": (d, draw(st.just(d) | st.integers(1, 9))),
         "dtype": dtype,
-        "mask": draw(masks(t, b)),
+        "mask": draw(masks(t, kv and kv[1], b)),
         "scores": scored,
         "scale": None if any("cosine" in x[0] for x in scored) else draw(st.sampled_from([None, None, 0.3, -1.0, 0.0])),
         "lse_grad": draw(st.booleans()),

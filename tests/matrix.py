@@ -26,6 +26,7 @@ MASKS: dict[str, Callable[[int], Mask]] = {
     "causal documents": lambda t: ra.Causal() & ra.Documents(lengths=[t // 3, 1, 0, t - t // 3 - 1]),
     "documents by row": lambda t: ra.Documents(lengths=[[t // 3, t - t // 3], [t - 2, 2]]),
     "padding": lambda t: ra.KeyPadding([t - 3, t // 4]),
+    "left padding": lambda t: ra.KeyPadding([t, t - 2], starts=[3, t // 2]),
     "causal padding": lambda t: ra.Causal() & ra.KeyPadding([0, t - 1]),
 }
 

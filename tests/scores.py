@@ -22,7 +22,7 @@ from tests.support import allowed, random_qkv, rel_error
 
 @dataclass(frozen=True)
 class Sizes:
-    """b, t, h, g, d, dv of a problem, its dtype and the seed of everything random in it."""
+    """b, t, h, g, d, dv of a problem, its dtype and the seed of everything random in it; in cross-attention the keys' too."""
 
     b: int = 2
     t: int = 24
@@ -32,6 +32,12 @@ class Sizes:
     dv: int = 5
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    kv_len: int | None = None
+    kv_layout: str | None = None
+
+    @property
+    def keys(self) -> int:
+        return self.t if self.kv_len is None else self.kv_len
 
     def tensor(self, *shape: int, name: str = "", add: float = 0.0) -> Tensor:
         """A random leaf in float64, of numbers that `dtype` holds; they depend on the seed, the shape and `name` alone."""
@@ -45,16 +51,16 @@ class Piece:
 
     make: Callable[[Sequence[Tensor], ra.Ring], Score]
     leaves: tuple[Tensor, ...] = ()
-    step: Callable[[Tensor], Tensor] | None = None  # scores [b, h, t, t] -> scores
+    step: Callable[[Tensor], Tensor] | None = None  # scores [b, h, t, keys] -> scores
     sinks: Tensor | None = None  # [h]
-    keep: Tensor | None = None  # [b, h, t, t]: 0 or 1 / (1 - p)
+    keep: Tensor | None = None  # [b, h, t, keys]: 0 or 1 / (1 - p)
     cosine: tuple[float | Tensor, int] | None = None  # scale, groups
     sharded: bool = False  # leaves enter through ring.shard, whose gradient is whole on every process
 
 
-def positions(t: int) -> tuple[Tensor, Tensor]:
-    """Query positions [t, 1] and key positions [t]."""
-    return torch.arange(t).unsqueeze(1), torch.arange(t)
+def positions(n: Sizes) -> tuple[Tensor, Tensor]:
+    """Query positions [t, 1] and key positions [keys]."""
+    return torch.arange(n.t).unsqueeze(1), torch.arange(n.keys)
 
 
 def softcap(n: Sizes, cap: float = 1.5) -> Piece:
@@ -62,15 +68,26 @@ def softcap(n: Sizes, cap: float = 1.5) -> Piece:
 
 
 def alibi(n: Sizes) -> Piece:
-    slopes, (i, j) = n.tensor(n.h, name="alibi"), positions(n.t)
+    slopes, (i, j) = n.tensor(n.h, name="alibi"), positions(n)
     return Piece(lambda x, ring: ra.Alibi(x[0]), (slopes,), lambda s: s - 0.1 * (10 * slopes[:, None, None]) * (i - j).abs())
 
 
-def bias(*shape: str) -> Callable[[Sizes], Piece]:
-    """A bias of dimensions such as "h", "t", "t"; "1" is one."""
+def relative(reach: int) -> Callable[[Sizes], Piece]:
+    """A table by distance, which beyond `reach` goes on as at it."""
 
     def piece(n: Sizes) -> Piece:
-        tensor = n.tensor(*(1 if x == "1" else getattr(n, x) for x in shape), name="bias")
+        table, (i, j) = n.tensor(n.h, 2 * reach + 1, name="relative"), positions(n)
+        far = torch.where(i - j > reach, reach, torch.where(j - i > reach, -reach, i - j))
+        return Piece(lambda x, ring: ra.RelativeBias(x[0]), (table,), lambda s: s + table[:, far + reach])
+
+    return piece
+
+
+def bias(*shape: str) -> Callable[[Sizes], Piece]:
+    """A bias of dimensions such as "h", "t", "t"; "1" is one, and the last is the keys'."""
+
+    def piece(n: Sizes) -> Piece:
+        tensor = n.tensor(*(1 if x == "1" else getattr(n, x) for x in shape[:-1]), n.keys, name="bias")
         return Piece(lambda x, ring: ra.Bias(ring.shard(x[0], -2)), (tensor,), lambda s: s + tensor, sharded=True)
 
     return piece
@@ -78,19 +95,19 @@ def bias(*shape: str) -> Callable[[Sizes], Piece]:
 
 def closure_mod(n: Sizes) -> Piece:
     """Three captured tensors: by head, by distance, and integers by position."""
-    by_head, by_distance, (i, j) = n.tensor(n.h, name="head"), n.tensor(2 * n.t, name="far"), positions(n.t)
-    group = torch.arange(n.t) // 5
+    by_head, by_distance, (i, j) = n.tensor(n.h, name="head"), n.tensor(n.t + n.keys, name="far"), positions(n)
+    group = torch.arange(max(n.t, n.keys)) // 5
 
     def make(x: Sequence[Tensor], ring: ra.Ring) -> Score:
         head, far = x
 
         def mod(score, b, h, q, k):
-            return score * torch.cos(head[h]) + far[q - k + n.t] * (group[q] == group[k])
+            return score * torch.cos(head[h]) + far[q - k + n.keys] * (group[q] == group[k])
 
         return ra.ScoreMod(mod)
 
-    same = group[:, None] == group
-    return Piece(make, (by_head, by_distance), lambda s: s * by_head.cos()[:, None, None] + by_distance[i - j + n.t] * same)
+    same = group[i] == group[j]
+    return Piece(make, (by_head, by_distance), lambda s: s * by_head.cos()[:, None, None] + by_distance[i - j + n.keys] * same)
 
 
 SHIFT = torch.zeros(())  # set by `global_mod`: a global of the function below, which has no closure
@@ -101,7 +118,7 @@ def _shifted(score, b, h, q, k):
 
 
 def global_mod(n: Sizes) -> Piece:
-    shift, (i, j) = n.tensor(n.b, n.h, name="shift"), positions(n.t)
+    shift, (i, j) = n.tensor(n.b, n.h, name="shift"), positions(n)
 
     def make(x: Sequence[Tensor], ring: ra.Ring) -> Score:
         globals()["SHIFT"] = x[0]
@@ -112,7 +129,7 @@ def global_mod(n: Sizes) -> Piece:
 
 def constant_mod(n: Sizes) -> Piece:
     """A score that forgets q and k."""
-    slope, (i, j) = n.tensor(n.h, name="constant"), positions(n.t)
+    slope, (i, j) = n.tensor(n.h, name="constant"), positions(n)
 
     def make(x: Sequence[Tensor], ring: ra.Ring) -> Score:
         (tensor,) = x
@@ -139,15 +156,15 @@ def learned_cosine(groups: int) -> Callable[[Sizes], Piece]:
 
 
 def dropout(p: float, seed: int) -> Callable[[Sizes], Piece]:
-    return lambda n: Piece(lambda x, ring: ra.Dropout(p, seed), keep=kept(p, seed, n.b, n.h, n.t))
+    return lambda n: Piece(lambda x, ring: ra.Dropout(p, seed), keep=kept(p, seed, n.b, n.h, n.t, n.keys))
 
 
 @lru_cache(maxsize=32)
-def kept(p: float, seed: int, b: int, h: int, t: int) -> Tensor:
-    """Dropout's factors [b, h, t, t], of a hash in numpy's 64-bit integers."""
-    axes = np.ix_(*(np.arange(size, dtype=np.uint64) for size in (b, h, t, t)))
+def kept(p: float, seed: int, b: int, h: int, t: int, keys: int) -> Tensor:
+    """Dropout's factors [b, h, t, keys], of a hash in numpy's 64-bit integers."""
+    axes = np.ix_(*(np.arange(size, dtype=np.uint64) for size in (b, h, t, keys)))
     state = reduce(mix, (np.uint64(seed >> 32), *axes), np.uint64(seed % 2**32))
-    return torch.from_numpy(np.broadcast_to(state >= round(p * 2**32), (b, h, t, t)) / (1 - p))
+    return torch.from_numpy(np.broadcast_to(state >= round(p * 2**32), (b, h, t, keys)) / (1 - p))
 
 
 def mix(state: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -162,6 +179,8 @@ def mix(state: np.ndarray, value: np.ndarray) -> np.ndarray:
 SINGLE: dict[str, Callable[[Sizes], Piece]] = {
     "softcap": softcap,
     "alibi": alibi,
+    "relative bias": relative(4),
+    "relative bias of one": relative(0),
     "bias tt": bias("t", "t"),
     "bias 1tt": bias("1", "t", "t"),
     "bias htt": bias("h", "t", "t"),
@@ -185,7 +204,7 @@ COMPOSED = {
     "closure mod, bias htt, softcap": ("closure mod", "bias htt", "softcap"),
     "global mod, closure mod, sinks": ("global mod", "closure mod", "sinks"),
     "learned cosine groups, softcap, sinks": ("learned cosine groups", "softcap", "sinks"),
-    "all": ("dropout", "alibi", "softcap", "bias b1tt", "sinks", "cosine groups", "global mod"),
+    "all": ("dropout", "alibi", "softcap", "relative bias", "bias b1tt", "sinks", "cosine groups", "global mod"),
 }
 SCORES = {name: (name,) for name in SINGLE} | COMPOSED
 
@@ -213,13 +232,13 @@ MASKS: dict[str, Callable[[int], Mask]] = {
 
 
 def seen_cells(mask: Mask, n: Sizes) -> Tensor:
-    """[b, h, t, t] bool: which cells a mask allows; functions are asked about all cells at once."""
+    """[b, h, t, keys] bool: which cells a mask allows; functions are asked about all cells at once."""
     b, h, q, k = (
-        torch.arange(size).view([-1 if d == dim else 1 for d in range(4)]) for dim, size in enumerate((n.b, n.h, n.t, n.t))
+        torch.arange(size).view([-1 if d == dim else 1 for d in range(4)]) for dim, size in enumerate((n.b, n.h, n.t, n.keys))
     )
     parts = mask.masks if isinstance(mask, All) else (mask,)
-    found = [p.fn(b, h, q, k) if isinstance(p, ra.MaskMod) else allowed(p, n.t, n.b).unsqueeze(1) for p in parts]
-    return reduce(and_, found).expand(n.b, n.h, n.t, n.t)
+    found = [p.fn(b, h, q, k) if isinstance(p, ra.MaskMod) else allowed(p, n.t, n.b, kv_len=n.keys).unsqueeze(1) for p in parts]
+    return reduce(and_, found).expand(n.b, n.h, n.t, n.keys)
 
 
 def plain(
@@ -270,22 +289,24 @@ def compared(
     strided: bool = False,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """out, lse and every gradient from a ring in any processes, each beside the plain one."""
-    q, k, v, dout = random_qkv(n.b, n.t, n.t, n.h, n.g, n.d, n.dv, dtype=n.dtype, seed=n.seed)
+    q, k, v, dout = random_qkv(n.b, n.t, n.keys, n.h, n.g, n.d, n.dv, dtype=n.dtype, seed=n.seed)
     leaves = [x.double().requires_grad_() for x in (q, k, v)] + [x for piece in pieces for x in piece.leaves]
     want = plain(*leaves[:3], seen_cells(mask, n), pieces, scale)
     dlse = torch.randn(want[1].shape, generator=torch.Generator().manual_seed(n.seed), dtype=torch.float64).to(n.dtype)
     asked = slice(2 if lse_grad else 1)
-    options = {"allow_unused": True, "materialize_grads": True}
-    want = [*want, *torch.autograd.grad(want[asked], leaves, [dout.double(), dlse.double()][asked], **options)]
+    unused = {"allow_unused": True, "materialize_grads": True}
+    want = [*want, *torch.autograd.grad(want[asked], leaves, [dout.double(), dlse.double()][asked], **unused)]
 
     mine = [x.detach().to(n.dtype).requires_grad_() for x in leaves]
     rest = iter(mine[3:])
     scores = [piece.make([next(rest) for _ in piece.leaves], ring) for piece in pieces]
-    local = [ring.shard(x) for x in mine[:3]]
+    layouts = None, n.kv_layout, n.kv_layout
+    local = [ring.shard(x, layout=layout) for x, layout in zip(mine, layouts, strict=False)]
     local = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in local] if strided else local
-    found = ra.ring_attention(*local, ring=ring, mask=mask, score=scores or None, softmax_scale=scale, return_lse=True)
+    options = {"softmax_scale": scale, "return_lse": True, "kv_layout": n.kv_layout}
+    found = ra.ring_attention(*local, ring=ring, mask=mask, score=scores or None, **options)
     got = [ring.unshard(found[0]), ring.unshard(found[1], 2)]
-    grads = torch.autograd.grad(got[asked], mine, [dout, dlse][asked], **options)
+    grads = torch.autograd.grad(got[asked], mine, [dout, dlse][asked], **unused)
     sharded = [True] * 3 + [piece.sharded for piece in pieces for _ in piece.leaves]
     grads = [grad if whole else ring.sum_over_processes(grad) for grad, whole in zip(grads, sharded, strict=True)]
     names = ["out", "lse", "dq", "dk", "dv", *(f"gradient of tensor {i}" for i in range(len(mine) - 3))]

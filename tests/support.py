@@ -30,13 +30,14 @@ def rel_error(x: Tensor, ref: Tensor) -> float:
     return error if norm == 0 else error / norm
 
 
-def allowed(mask: Mask, seq_len: int, batch: int, device="cpu") -> Tensor:
-    """[b, t, t] bool, straight from what each mask promises and not from the rules the package works with."""
-    q, k = torch.arange(seq_len, device=device).unsqueeze(1), torch.arange(seq_len, device=device)
-    everything = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device)
+def allowed(mask: Mask, seq_len: int, batch: int, device="cpu", kv_len: int | None = None) -> Tensor:
+    """[b, t, t_kv] bool, straight from what each mask promises and not from the rules the package works with."""
+    kv_len = seq_len if kv_len is None else kv_len
+    q, k = torch.arange(seq_len, device=device).unsqueeze(1), torch.arange(kv_len, device=device)
+    everything = torch.ones(seq_len, kv_len, dtype=torch.bool, device=device)
     match mask:
         case All(masks):
-            return torch.stack([allowed(part, seq_len, batch, device) for part in masks]).all(0)
+            return torch.stack([allowed(part, seq_len, batch, device, kv_len) for part in masks]).all(0)
         case Full():
             rows = [everything]
         case Causal():
@@ -45,18 +46,24 @@ def allowed(mask: Mask, seq_len: int, batch: int, device="cpu") -> Tensor:
             rows = [everything if left is None else k >= q - left]
             rows = [rows[0] if right is None else rows[0] & (k <= q + right)]
         case Documents():
-            rows = [_same_document(ends, device) for ends in mask.ends]
-        case KeyPadding():
-            rows = [everything & (k < length) for length in mask.lengths]
+            rows = [_same_document(*ends, device) for ends in zip(mask.ends, mask.kv_ends, strict=True)]
+        case KeyPadding(lengths, starts):
+            starts, lengths = starts or (0,) * batch, lengths or (kv_len,) * batch
+            rows = [everything & (k >= start) & (k < stop) for start, stop in zip(starts, lengths, strict=False)]
         case _:
             raise AssertionError(mask)
     return torch.stack([rows[b % len(rows)] for b in range(batch)])
 
 
-def _same_document(ends: tuple[int, ...], device) -> Tensor:
-    lengths = torch.tensor([b - a for a, b in zip((0, *ends), ends, strict=False)], device=device)
-    document = torch.repeat_interleave(torch.arange(len(ends), device=device), lengths)
-    return document.unsqueeze(1) == document
+def _same_document(q_ends: tuple[int, ...], kv_ends: tuple[int, ...], device) -> Tensor:
+    q, kv = (
+        torch.repeat_interleave(
+            torch.arange(len(ends), device=device),
+            torch.tensor([b - a for a, b in zip((0, *ends), ends, strict=False)], device=device, dtype=torch.int64),
+        )
+        for ends in (q_ends, kv_ends)
+    )
+    return q.unsqueeze(1) == kv
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,7 @@ def broken(**change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": lambda q: q[0]}, r"q must be \[batch, rows, heads, head_dim\], got shape \(8, 4, 4\)"),
+        ({"q": lambda q: q[0, 0]}, r"q must be \[batch, rows, heads, head_dim\] or \[batch, rows, head_dim\], got \(4, 4\)"),
         (
             {"q": lambda q: q.float()},
             r"q, k and v must share one dtype, got torch.float32, torch.float64, torch.float64; cast them",
@@ -150,7 +150,11 @@ def broken(**change):
         ({"q": lambda q: q[:, :, :3]}, r"num_heads 3 must be a multiple of num_kv_heads 2"),
         (
             {"k": lambda k: k[:, :6], "v": lambda v: v[:, :6]},
-            r"must have the same batch and rows.*shard all three with the same ring",
+            r"q has 8 rows here and k 6; shard both with the same ring",
+        ),
+        (
+            {"k": lambda k: k[:, :6]},
+            r"k and v the same rows, got \(1, 8, 4, 4\), \(1, 6, 2, 4\).*shard all three with the same ring",
         ),
         ({"k": lambda k: k[..., :3]}, r"k must share q's head_dim"),
         ({"v": lambda v: v[:, :, :1]}, r"v must share k's heads"),

@@ -50,16 +50,20 @@ def deterministically():
 
 def plain_scores(feature):
     """What the feature's score means, written the plain way."""
-    (i, j), slopes = positions(SEQ_LEN), torch.linspace(0.1, 1.0, NUM_HEADS)[:, None, None]
+    (i, j), slopes = positions(Sizes(t=SEQ_LEN)), torch.linspace(0.1, 1.0, NUM_HEADS)[:, None, None]
     bias = torch.linspace(-1.0, 1.0, SEQ_LEN**2).sin().view(SEQ_LEN, SEQ_LEN)
     pieces = {
         "SoftCap": Piece(None, step=lambda s: 2 * torch.tanh(s / 2)),
         "Alibi": Piece(None, step=lambda s: s - slopes * (i - j).abs()),
+        "RelativeBias": Piece(
+            None,
+            step=lambda s: s + torch.linspace(-1.0, 1.0, NUM_HEADS * 7).cos().view(NUM_HEADS, 7)[:, (i - j).clamp(-3, 3) + 3],
+        ),
         "Bias": Piece(None, step=lambda s: s + bias),
         "ScoreMod": Piece(None, step=lambda s: s - 0.1 * (torch.arange(NUM_HEADS)[:, None, None] + 1) * (i - j)),
         "CosineSim": Piece(None, cosine=(8.0, 2)),
         "Sinks": Piece(None, sinks=slopes.flatten()),
-        "Dropout": Piece(None, keep=kept(0.3, 1, BATCH, NUM_HEADS, SEQ_LEN)),
+        "Dropout": Piece(None, keep=kept(0.3, 1, BATCH, NUM_HEADS, SEQ_LEN, SEQ_LEN)),
     }
     return [] if feature.score is None else [pieces[feature.name]]
 
@@ -111,7 +115,7 @@ def test_every_mask_and_score_is_a_feature():
         *(kind for base in ra.score.Score.__subclasses__() for kind in (base, *base.__subclasses__())),
     }
     public = {kind.__name__ for kind in kinds} & set(ra.__all__)
-    assert len(public) == 13
+    assert len(public) == 14
     assert [name for name in sorted(public) if not re.search(rf"\b{name}\b", names)] == []
 
 

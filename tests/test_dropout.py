@@ -28,7 +28,7 @@ def test_cells_are_those_of_the_seed_in_any_layout_ring_and_exchange(seed):
     whole = dropped_cells(ra.Ring.simulated(1), None, seed)
     for size, layout, exchange in product((1, 2, 3, 4), ("contiguous", "striped", "zigzag"), ("ring", "gather")):
         found = dropped_cells(ra.Ring.simulated(size, layout, exchange=exchange, hostile=True), 0.4, seed)
-        assert torch.allclose(found, whole * kept(0.4, seed, B, H, T), rtol=1e-12, atol=0)
+        assert torch.allclose(found, whole * kept(0.4, seed, B, H, T, T), rtol=1e-12, atol=0)
 
 
 def test_forward_and_backward_drop_the_same():

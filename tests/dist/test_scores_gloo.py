@@ -9,20 +9,21 @@ from tests.scores import MASKS, Sizes, errors, pieces_of
 from tests.support import FLOAT64_LIMIT, random_qkv
 
 CELLS = [
-    ("bias bhtt", "causal", "zigzag", "ring"),
-    ("bias tt", "documents", "striped", "gather"),
-    ("closure mod, bias htt, softcap", "window", "contiguous", "ring"),
-    ("global mod, closure mod, sinks", "function", "zigzag", "gather"),
-    ("learned cosine groups, softcap, sinks", "padding", "striped", "ring"),
-    ("all", "blind rows", "zigzag", "ring"),
-    ("all", "function, documents, window", "striped", "gather"),
-    ("dropout", "causal", "contiguous", "gather"),
+    ("bias bhtt", "causal", "zigzag", "ring", Sizes()),
+    ("bias tt", "documents", "striped", "gather", Sizes()),
+    ("closure mod, bias htt, softcap", "window", "contiguous", "ring", Sizes()),
+    ("global mod, closure mod, sinks", "function", "zigzag", "gather", Sizes()),
+    ("learned cosine groups, softcap, sinks", "padding", "striped", "ring", Sizes()),
+    ("all", "blind rows", "zigzag", "ring", Sizes()),
+    ("all", "function, documents, window", "striped", "gather", Sizes()),
+    ("dropout", "causal", "contiguous", "gather", Sizes()),
+    ("closure mod, bias htt, softcap", "window", "zigzag", "ring", Sizes(kv_len=36, kv_layout="striped")),
+    ("bias 1htt", "function", "striped", "gather", Sizes(kv_len=12, kv_layout="contiguous")),
 ]
 
 
 def _cells(rank: int, ranks_per_process: int) -> None:
-    n = Sizes()
-    for score, mask, layout, exchange in CELLS:
+    for score, mask, layout, exchange, n in CELLS:
         ring = ra.Ring.from_group(None, layout, exchange=exchange, kernel="reference", ranks_per_process=ranks_per_process)
         found = errors(ring, n, MASKS[mask](n.t), pieces_of(score, n))
         assert max(found.values()) <= FLOAT64_LIMIT, (score, mask, layout, exchange, found)
@@ -45,7 +46,7 @@ def _unequal(rank: int) -> None:
         with pytest.raises(ValueError, match="every rank must call with the same shapes"):
             ra.ring_attention(q, k, v, ring=ring, score=mine)
     whole = torch.zeros(16, 16)
-    with pytest.raises(ValueError, match=r"rows 8, seq_len 16\].*got \(16, 16\); shard the whole bias with ring.shard"):
+    with pytest.raises(ValueError, match=r"rows 8, keys 16\].*got \(16, 16\); shard the whole bias with ring.shard"):
         ra.ring_attention(q, k, v, ring=ring, score=ra.Bias(whole))
     ra.ring_attention(q, k, v, ring=ring, score=ra.Bias(ring.shard(whole, -2)))
 
