@@ -90,7 +90,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     partials = [None if sinks is None else only_sinks(query, v.shape[3], sinks) for query in queries]
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
-    for visit in ring.exchange.tour(ring.transport, kv, plan.steps, what=f"{ring.exchange.name} forward"):
+    for visit in ring.exchange.tour(ring.transport, kv, plan, what=f"{ring.exchange.name} forward"):
         for i, rank in enumerate(ring.hosted):
             partials[i] = kernel.forward(
                 queries[i],
@@ -118,8 +118,8 @@ def _backward(
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) for x in of_modifiers]
     score_grads = [part.tensors() for part in call.hosted_modifiers(totals, queries[0].shape[1])]
-    homeward = ring.exchange.homeward(ring.transport, plan.steps, up.lse.dtype)
-    for visit in ring.exchange.tour(ring.transport, kv, plan.steps, what=f"{ring.exchange.name} backward"):
+    homeward = ring.exchange.homeward(ring.transport, plan, up.lse.dtype)
+    for visit in ring.exchange.tour(ring.transport, kv, plan, what=f"{ring.exchange.name} backward"):
         buffers = homeward.buffers(visit)
         for i, rank in enumerate(ring.hosted):
             kernel.backward(

@@ -16,11 +16,12 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ring_attn.exchange import make_plan
 from ring_attn.kernels import Problem, resolve
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
 from ring_attn.score import Score, Scores, Sinks, sort_scores
-from ring_attn.tiles import Plan, make_plan
+from ring_attn.tiles import Plan
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
@@ -48,8 +49,7 @@ class Call:
         return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout)
 
     def plan(self, q: Tensor, k: Tensor) -> Plan:
-        layout, kv_layout = self.layouts(q, k)
-        return make_plan(layout, self.mask, self.ring.exchange.meets(self.ring.size), kv_layout)
+        return make_plan(self.ring.exchange, self.mask, *self.layouts(q, k))
 
     def layouts(self, q: Tensor, k: Tensor) -> tuple[Layout, Layout]:
         """Of the queries and of the keys."""

@@ -7,9 +7,16 @@ the layout (permutations, rotary positions, masks, label order) is derived from 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Shard = tuple[range, ...]
+
+
+class Part(NamedTuple):
+    """Some rows of a rank's shard, counted from its first."""
+
+    rank: int
+    rows: range
 
 
 class Layout(Protocol):
@@ -17,6 +24,9 @@ class Layout(Protocol):
 
     seq_len: int
     ring_size: int
+
+    @property
+    def shard_len(self) -> int: ...
 
     def shard(self, rank: int) -> Shard: ...
 

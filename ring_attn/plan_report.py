@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ring_attn.exchange import EXCHANGES
+from ring_attn.exchange import EXCHANGES, make_plan
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
-from ring_attn.tiles import Plan, Tile, make_plan
+from ring_attn.tiles import Plan, Tile
 
 MASKS = {"causal": Causal, "full": Full}
 
@@ -70,7 +70,7 @@ def plan_of(options: PlanOptions) -> Plan:
     layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
     mask = mask_of(options)
     mask.check(options.seq_len, options.seq_len, 1)
-    return make_plan(layout, mask, EXCHANGES[options.exchange].meets(options.ring_size))
+    return make_plan(EXCHANGES[options.exchange], mask, layout)
 
 
 def mask_of(options: PlanOptions) -> Mask:
@@ -118,7 +118,7 @@ def _positions(positions: range) -> str:
 
 
 def _visit(plan: Plan, rank: int, step: int, max_tiles: int) -> list[str]:
-    sources = ", ".join(map(str, plan.meets[step][rank]))
+    sources = ", ".join(map(str, sorted({part.rank for part in plan.meets[step][rank]}))) or "nobody"
     found = plan[rank, step]
     head = f"  rank {rank} meets {sources}: {plan.cells(rank, step):>{_width(plan)},} cells"
     lines = [f"{head} in {len(found)} tile{'s' * (len(found) != 1)}"]

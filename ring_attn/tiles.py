@@ -17,11 +17,11 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
-from ring_attn.layout import Layout, Shard
+from ring_attn.layout import Layout, Part, Shard
 from ring_attn.mask import Ends, Mask, Rule
 
 
@@ -79,20 +79,23 @@ def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile,
     return tuple(found)
 
 
+Meets = tuple[tuple[tuple[Part, ...], ...], ...]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of every visit of a tour. `meets[step][rank]` lists the sources whose KV the rank sees at that step."""
+    """The tiles of every visit of a tour. `meets[step][rank]` lists the KV rows that the rank sees at that step, in order."""
 
     layout: Layout
     kv_layout: Layout
     mask: Mask
-    meets: tuple[tuple[tuple[int, ...], ...], ...]
+    meets: Meets
 
     def __getitem__(self, rank_step: tuple[int, int]) -> tuple[Tile, ...]:
         cached = self._cache.get(rank_step)
         if cached is None:
             rank, step = rank_step
-            kv_shards = [self.kv_layout.shard(source) for source in self.meets[step][rank]]
+            kv_shards = [part_positions(self.kv_layout, part) for part in self.meets[step][rank]]
             cached = self._cache[rank_step] = tiles(self.layout.shard(rank), kv_shards, self.mask)
         return cached
 
@@ -111,15 +114,9 @@ class Plan:
         return {}
 
 
-@lru_cache(maxsize=128)
-def make_plan(
-    layout: Layout, mask: Mask, meets: tuple[tuple[tuple[int, ...], ...], ...], kv_layout: Layout | None = None
-) -> Plan:
-    """The plan for these arguments, made once and kept: plans fill lazily and are shared between layers and passes.
-
-    `kv_layout`: that of the keys where it is not `layout`, in cross-attention.
-    """
-    return Plan(layout, layout if kv_layout is None else kv_layout, mask, meets)
+def part_positions(layout: Layout, part: Part) -> Shard:
+    """The global positions of some rows of a shard."""
+    return _positions(_pieces(layout.shard(part.rank)), part.rows)
 
 
 def count_cells(num_q: int, num_kv: int, band: Band) -> int:

@@ -199,7 +199,7 @@ def cases(draw) -> dict:
     return {
         "ring": ring,
         "layout": layout,
-        "exchange": draw(st.sampled_from(["ring", "gather"])),
+        "exchange": draw(st.sampled_from(["ring", "gather", "pull"])),
         "kernel": draw(st.sampled_from(KERNELS)),
         "t": t,
         "b": b,

@@ -16,7 +16,7 @@ from ring_attn.mask import Mask
 from tests.support import FLOAT64_LIMIT, allowed, dense, random_qkv, rel_error
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
-EXCHANGES = ("ring", "gather")
+EXCHANGES = ("ring", "gather", "pull")
 
 MASKS: dict[str, Callable[[int], Mask]] = {
     "full": lambda t: ra.Full(),

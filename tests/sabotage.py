@@ -21,8 +21,8 @@ from tests.matrix import Case, cases, check, simulated
 def skip_a_visit(direction: str) -> AbstractContextManager:
     tour = exchange.RingExchange.tour
 
-    def broken(self, transport, kv, steps, *, what):
-        for visit in tour(self, transport, kv, steps, what=what):
+    def broken(self, transport, kv, plan, *, what):
+        for visit in tour(self, transport, kv, plan, what=what):
             if direction in what and visit.step == 1 and not visit.last:
                 continue
             yield visit
@@ -33,9 +33,9 @@ def skip_a_visit(direction: str) -> AbstractContextManager:
 def swap_two_sources() -> AbstractContextManager:
     meets = exchange.RingExchange.meets
 
-    def broken(self, ring_size):
-        steps = [list(step) for step in meets(self, ring_size)]
-        if ring_size > 2:
+    def broken(self, layout, *rest):
+        steps = [list(step) for step in meets(self, layout, *rest)]
+        if layout.ring_size > 2:
             steps[1][0], steps[1][1] = steps[1][1], steps[1][0]
         return tuple(tuple(step) for step in steps)
 
@@ -71,20 +71,47 @@ def scatter_gradients_one_rank_too_far() -> AbstractContextManager:
     return patch.object(LocalTransport, "reduce_scatter", broken)
 
 
+def pull_from_the_next_rank() -> AbstractContextManager:
+    pull = LocalTransport.pull
+
+    def broken(self, shards, parts, *, what="pull"):
+        return pull(self, [*shards[1:], shards[0]], parts, what=what)
+
+    return patch.object(LocalTransport, "pull", broken)
+
+
+def pull_a_row_too_late() -> AbstractContextManager:
+    pull = LocalTransport.pull
+
+    def broken(self, shards, parts, *, what="pull"):
+        return pull(self, [x.roll(-1, 1) for x in shards], parts, what=what)
+
+    return patch.object(LocalTransport, "pull", broken)
+
+
+def push_to_the_next_rank() -> AbstractContextManager:
+    push = LocalTransport.push
+
+    def broken(self, grads, parts, rows, *, what="push"):
+        moved = [[part._replace(rank=(part.rank + 1) % self.ring_size) for part in row] for row in parts]
+        return push(self, grads, moved, rows, what=what)
+
+    return patch.object(LocalTransport, "push", broken)
+
+
 def forget_a_wait() -> AbstractContextManager:
     return patch.object(Pending, "wait", lambda self: self.received)
 
 
 def write_into_what_was_sent() -> AbstractContextManager:
-    pack = exchange._pack
-    return patch.object(exchange, "_pack", lambda pair: pack(pair) if pair[0].numel() > 10**9 else _aliased(pair))
+    pack = exchange.pack
 
+    def aliased(pair):
+        """A message that shares memory with the first message of this call, as a buffer reused too early does."""
+        rows = pack(pair)
+        return _SHARED.setdefault((rows.shape, rows.dtype), rows.clone()).copy_(rows)
 
-def _aliased(pair):
-    """A message that shares memory with the first message of this call, as a buffer reused too early does."""
-    flat = exchange.torch.cat([x.reshape(-1) for x in pair])
-    shared = _SHARED.setdefault((flat.numel(), flat.dtype), flat.clone())
-    return shared.copy_(flat)
+    return patch.object(exchange, "pack", aliased)
 
 
 _SHARED: dict = {}
@@ -122,22 +149,22 @@ def forget_the_gradient_of_lse() -> AbstractContextManager:
 
 
 def swap_dk_and_dv() -> AbstractContextManager:
-    unpack = exchange._unpack
+    unpack = exchange.Widths.unpack
 
-    def broken(flat, shapes):
-        k, v = unpack(flat, shapes)
-        return (v, k) if shapes[0] == shapes[1] else (k + 0, v * 2)
+    def broken(self, rows):
+        k, v = unpack(self, rows)
+        return (v, k) if self.d == self.dv else (k, v * 2)
 
-    return patch.object(exchange, "_unpack", broken)
+    return patch.object(exchange.Widths, "unpack", broken)
 
 
 def forget_documents() -> AbstractContextManager:
     by_document = tiles._by_document
-    return patch.object(tiles, "_by_document", lambda pieces, ends: by_document(pieces, None))
+    return patch.object(tiles, "_by_document", lambda pieces, packings: by_document(pieces, []))
 
 
 def forget_padding() -> AbstractContextManager:
-    return patch.object(mask.KeyPadding, "rules", lambda self: (mask.Rule(),) * len(self.lengths))
+    return patch.object(mask.KeyPadding, "rules", lambda self: (mask.Rule(),) * len(self.lengths or self.starts))
 
 
 def window_one_too_wide() -> AbstractContextManager:
@@ -171,6 +198,9 @@ SABOTAGES: dict[str, Callable[[], AbstractContextManager]] = {
     "swap two gathered sources": swap_gathered_sources,
     "send gradients one rank too far": send_gradients_one_rank_too_far,
     "scatter gradients one rank too far": scatter_gradients_one_rank_too_far,
+    "pull from the next rank": pull_from_the_next_rank,
+    "pull a row too late": pull_a_row_too_late,
+    "push to the next rank": push_to_the_next_rank,
     "forget a wait": forget_a_wait,
     "reuse a buffer that is under way": write_into_what_was_sent,
     "lse in base 2": lse_in_base_2,
@@ -188,7 +218,7 @@ SABOTAGES: dict[str, Callable[[], AbstractContextManager]] = {
 
 def red_cases(sabotage: Callable[[], AbstractContextManager] | None, ring_size: int = 3) -> Iterator[Case]:
     """The cases of the matrix whose check fails under a sabotage; only a wrong number counts, not a crash."""
-    tiles.make_plan.cache_clear()
+    exchange.make_plan.cache_clear()
     try:
         with sabotage() if sabotage else nullcontext():
             for case in cases():
@@ -197,7 +227,7 @@ def red_cases(sabotage: Callable[[], AbstractContextManager] | None, ring_size: 
                 except AssertionError:
                     yield case
     finally:
-        tiles.make_plan.cache_clear()
+        exchange.make_plan.cache_clear()
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def test_no_import_runs_upward(path, room):
         if runs and module.startswith("torch.distributed") and not module.startswith("torch.distributed.tensor"):
             assert room in MAY_NAME_DISTRIBUTED, f"{path.name} imports {module}"
         if room == "comm":
-            assert other in (None, "comm", "__init__"), f"a transport knows no {module}"
+            assert other in (None, "comm", "layout", "__init__"), f"a transport knows shards and parts of them, no {module}"
         if room == "kernels":
             assert other not in ("comm", "exchange", "layout"), f"a kernel knows no {module}"
 

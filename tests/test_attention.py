@@ -14,7 +14,7 @@ def qkv(t=8, h=2, g=1, d=4, dv=None, dtype=torch.float64, b=1):
     return [x.requires_grad_() for x in random_qkv(b, t, t, h, g, d, dv, dtype=dtype)[:3]]
 
 
-@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("exchange", ["ring", "gather", "pull"])
 @pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
 def test_gradcheck_through_out_and_lse(layout, exchange):
     ring = ra.Ring.simulated(2, layout, exchange=exchange)
@@ -63,7 +63,7 @@ def test_autocast_changes_nothing(kernel, dtype):
     assert all(torch.equal(x, ref) for x, ref in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("exchange", ["ring", "gather", "pull"])
 @pytest.mark.parametrize("kernel", ["reference", "aten"])
 def test_any_strides(kernel, exchange):
     ring = ra.Ring.simulated(2, exchange=exchange, kernel=kernel)
@@ -197,7 +197,7 @@ def test_types_and_unbuilt_combinations_are_refused():
     ("options", "message"),
     [
         ({"layout": "spiral"}, r"layout 'spiral' is not one of contiguous, striped, zigzag"),
-        ({"exchange": "pull"}, r"exchange 'pull' is not one of auto, ring, gather"),
+        ({"exchange": "push"}, r"exchange 'push' is not one of auto, ring, gather, pull"),
         ({"kernel": "flash3"}, r"kernel 'flash3' is not one of auto, reference, triton, .*nor a pair"),
         ({"ring_size": 0}, r"ring_size must be at least 1, got 0"),
     ],

@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 
 from ring_attn import cli
-from ring_attn.exchange import EXCHANGES
+from ring_attn.exchange import EXCHANGES, make_plan
 from ring_attn.kernels import get_kernel
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import Causal, Documents, Window
 from ring_attn.plan_plot import paint
 from ring_attn.plan_report import balance_of
-from ring_attn.tiles import make_plan
 from ring_attn.train.metrics import read
 from tests.train.runs import write_text
 
-CELLS = re.compile(r"rank (\d+) meets ([\d, ]+): +([\d,]+) cells in (\d+) tiles?")
+CELLS = re.compile(r"rank (\d+) meets ([\d, ]+|nobody): +([\d,]+) cells in (\d+) tiles?")
 
 
 def visits(text: str) -> list[tuple]:
     """(rank, sources, cells, tiles) of every visit that a report prints, in order."""
     found = CELLS.findall(text)
-    return [(int(r), tuple(map(int, s.split(", "))), int(c.replace(",", "")), int(n)) for r, s, c, n in found]
+    sources = [() if s == "nobody" else tuple(map(int, s.split(", "))) for _, s, _, _ in found]
+    return [(int(r), s, int(c.replace(",", "")), int(n)) for (r, _, c, n), s in zip(found, sources, strict=True)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -37,7 +37,8 @@ def test_plan_prints_every_visit_and_all_cells(capsys, layout, exchange):
     found = visits(capsys.readouterr().out)
     assert sum(cells for _, _, cells, _ in found) == 64 * 65 // 2
     met = sorted((rank, source) for rank, sources, _, _ in found for source in sources)
-    assert met == [(rank, source) for rank in range(4) for source in range(4)]
+    needed = [(rank, source) for rank in range(4) for source in range(4) if layout != "contiguous" or source <= rank]
+    assert met == (needed if exchange == "pull" else [(rank, source) for rank in range(4) for source in range(4)])
 
 
 def test_plan_counts_windows_and_documents(capsys):
@@ -62,7 +63,7 @@ def test_plan_names_steps_that_nobody_needs_and_the_kinds_of_tiles(capsys):
 
 def test_plan_shows_the_balance_of_the_layouts(capsys):
     def efficiency(layout):
-        plan = make_plan(LAYOUTS[layout](4096, 8), Causal(), EXCHANGES["ring"].meets(8))
+        plan = make_plan(EXCHANGES["ring"], Causal(), LAYOUTS[layout](4096, 8))
         return balance_of(plan).efficiency
 
     assert efficiency("zigzag") > 0.99
@@ -80,7 +81,7 @@ def test_plan_shows_the_balance_of_the_layouts(capsys):
         (["--seq-len", "63"], "seq_len 63 must be a multiple of 2 * ring_size = 8 for the zigzag layout"),
         (["--documents", "1,x"], "--documents takes whole numbers"),
         (["--seq-len", "64", "--documents", "1,2"], "the documents add up to 3 positions, but seq_len is 64"),
-        (["--exchange", "post"], "exchange 'post' is not one of ring, gather"),
+        (["--exchange", "post"], "exchange 'post' is not one of ring, gather, pull"),
         (["--window", "-1"], "Window left must be at least 0"),
         (["--max-tiles", "-1"], "--max-tiles must be at least 0, got -1"),
         (["--seq-len", "64", "--plot", "no/such/folder/plan.png"], "No such file or directory: 'no/such/folder/plan.png'"),
@@ -95,14 +96,14 @@ def test_the_picture_of_a_plan_is_its_mask(tmp_path):
     mask = Causal() & Window(9) & Documents(lengths=[20, 12])
     for layout in LAYOUTS.values():
         for exchange in EXCHANGES.values():
-            plan = make_plan(layout(32, 4), mask, exchange.meets(4))
+            plan = make_plan(exchange, mask, layout(32, 4))
             by_step, by_rank = paint(plan)
             owner = {p: rank for rank in range(4) for r in plan.layout.shard(rank) for p in r}
             for q, k in np.ndindex(32, 32):
                 seen = k <= q <= k + 9 and (q < 20) == (k < 20)
                 assert by_rank[q, k] == (owner[q] if seen else -1)
-                assert by_step[q, k] == -1 or owner[k] in plan.meets[by_step[q, k]][owner[q]]
-    rows = paint(make_plan(LAYOUTS["striped"](4096, 4), Causal(), EXCHANGES["ring"].meets(4)), samples=64)[1]
+                assert by_step[q, k] == -1 or owner[k] in {part.rank for part in plan.meets[by_step[q, k]][owner[q]]}
+    rows = paint(make_plan(EXCHANGES["ring"], Causal(), LAYOUTS["striped"](4096, 4)), samples=64)[1]
     assert set(rows[:, 0]) == {0, 1, 2, 3}, "a sampled picture shows every rank"
 
 

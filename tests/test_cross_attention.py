@@ -29,7 +29,7 @@ def cells():
     for number, (layout, kv_layout, mask) in enumerate(product(LAYOUTS, LAYOUTS, CROSS_MASKS)):
         ring_size, chunks = ((3, (4, 7)), (4, (3, 1)), (2, (3, 8)), (1, (12, 5)))[number % 4]
         n = Sizes(t=ring_size * 2 * chunks[0], kv_len=ring_size * 2 * chunks[1], kv_layout=kv_layout, seed=number)
-        yield layout, ("ring", "gather")[number // 4 % 2], ring_size, mask, n
+        yield layout, ("ring", "gather", "pull")[number // 4 % 3], ring_size, mask, n
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -83,7 +83,7 @@ def test_other_lengths_and_layouts_are_never_guessed():
         ra.ring_attention(q, k, v, ring=ring, score=ra.Bias(torch.zeros(8, 8)), kv_layout="contiguous")
 
 
-@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("exchange", ["ring", "gather", "pull"])
 def test_merged_batch_and_heads_and_a_single_kv_head(exchange):
     """[b * h, s, d] is b * h batch rows of one head; k and v [b, s, d] are one head for all query heads."""
     ring = ra.Ring.simulated(3, "zigzag", exchange=exchange, hostile=True)

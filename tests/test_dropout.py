@@ -26,7 +26,7 @@ def dropped_cells(ring, p, seed, mask=None):
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, 2**64 - 1])
 def test_cells_are_those_of_the_seed_in_any_layout_ring_and_exchange(seed):
     whole = dropped_cells(ra.Ring.simulated(1), None, seed)
-    for size, layout, exchange in product((1, 2, 3, 4), ("contiguous", "striped", "zigzag"), ("ring", "gather")):
+    for size, layout, exchange in product((1, 2, 3, 4), ("contiguous", "striped", "zigzag"), ("ring", "gather", "pull")):
         found = dropped_cells(ra.Ring.simulated(size, layout, exchange=exchange, hostile=True), 0.4, seed)
         assert torch.allclose(found, whole * kept(0.4, seed, B, H, T, T), rtol=1e-12, atol=0)
 

@@ -6,9 +6,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ring_attn.layout import LAYOUTS, Contiguous, Striped, Zigzag
+from ring_attn.layout import LAYOUTS, Contiguous, Part, Striped, Zigzag
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
-from ring_attn.tiles import Band, count_cells, make_plan, tiles
+from ring_attn.tiles import Band, Plan, count_cells, tiles
 
 TWO_SECONDS = 2.0
 
@@ -147,21 +147,26 @@ def test_known_striped_schedule():
             assert (tile.q_rows, tile.kv_rows, tile.band) == (*rows, Band(None, 0))
 
 
+def around(layout, mask):
+    """The plan of a ring: whole shards, one source a step."""
+    size, everything = layout.ring_size, range(layout.shard_len)
+    meets = tuple(tuple((Part((rank - step) % size, everything),) for rank in range(size)) for step in range(size))
+    return Plan(layout, layout, mask, meets)
+
+
 def test_zigzag_and_striped_balance_causal_work():
-    meets = tuple(tuple(((r - step) % 4,) for r in range(4)) for step in range(4))
     for layout, spread in ((Zigzag(256, 4), 0), (Striped(256, 4), 64), (Contiguous(256, 4), 64 * 64)):
-        plan = make_plan(layout, Causal(), meets)
+        plan = around(layout, Causal())
         for step in (1, 2, 3):
             work = [plan.cells(rank, step) for rank in range(4)]
             assert max(work) - min(work) == spread, (layout, step, work)
 
 
 def test_windows_shorten_the_tour():
-    meets = tuple(tuple(((r - step) % 8,) for r in range(8)) for step in range(8))
-    steps = {left: make_plan(Contiguous(128, 8), Window(left), meets).steps for left in (0, 1, 16, 17, 127)}
+    steps = {left: around(Contiguous(128, 8), Window(left)).steps for left in (0, 1, 16, 17, 127)}
     assert steps == {0: (0,), 1: (0, 1), 16: (0, 1), 17: (0, 1, 2), 127: tuple(range(8))}
-    assert make_plan(Zigzag(128, 8), Window(4), meets).steps == (0, 1, 7)
-    assert make_plan(Contiguous(128, 8), Documents(lengths=[16] * 8), meets).steps == (0,)
+    assert around(Zigzag(128, 8), Window(4)).steps == (0, 1, 7)
+    assert around(Contiguous(128, 8), Documents(lengths=[16] * 8)).steps == (0,)
 
 
 def test_count_cells_against_brute_force():

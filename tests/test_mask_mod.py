@@ -81,7 +81,7 @@ def test_a_function_and_its_companions(name, companion):
     truth = [out := out.squeeze(3).movedim(0, 2), *torch.autograd.grad(out, leaves, dout)]
     number = list(EXAMPLES).index(name) + list(COMPANIONS).index(companion)
     ring = ra.Ring.simulated(
-        3 + number % 2, list(LAYOUTS)[number % 3], exchange=("ring", "gather")[number // 2 % 2], hostile=True
+        3 + number % 2, list(LAYOUTS)[number % 3], exchange=("ring", "gather", "pull")[number // 2 % 3], hostile=True
     )
     both = ra.MaskMod(fn) & mask if number % 2 else mask & ra.MaskMod(fn)
     with blocks_of(*((5, 4), (64, 64))[number % 2]):

@@ -12,7 +12,7 @@ from tests.score_sabotage import SABOTAGES
 from tests.scores import MASKS, SCORES, Sizes, errors, pieces_of
 from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT
 
-LAYOUTS, EXCHANGES = ("contiguous", "striped", "zigzag"), ("ring", "gather")
+LAYOUTS, EXCHANGES = ("contiguous", "striped", "zigzag"), ("ring", "gather", "pull")
 WAYS = list(product((3, 4), EXCHANGES, LAYOUTS))
 SIZES = (Sizes(), Sizes(h=3, g=1, seed=1), Sizes(b=1, h=2, g=2, dv=6, seed=2), Sizes(b=3, h=6, g=3, dv=2, seed=3))
 

@@ -7,6 +7,7 @@ import torch
 
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport
+from ring_attn.layout import Part
 from tests.dist.harness import run_processes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
@@ -40,8 +41,35 @@ def conform(transport, device="cpu"):
             got = transport.reduce_scatter(parts).wait()
             sums = [sum(payload(src, salt=r, dtype=dtype) for src in range(size)) for r in hosted]
             assert all(torch.equal(x, want) for x, want in zip(got, sums, strict=True))
+    parts_of_rows(transport, device)
     several_under_way(transport, payload)
     misuse(transport, payload)
+
+
+def parts_of_rows(transport, device):
+    """Pulls some rows of some ranks, none for one of them, and pushes numbers back, for one batch row and for two."""
+    size, hosted, rows = transport.ring_size, transport.hosted, 7
+    gen = torch.Generator().manual_seed(size)
+    parts = []
+    for rank in range(size):
+        wanted = [(source, *sorted(torch.randint(0, rows + 1, (2,), generator=gen).tolist())) for source in range(size)] * 2
+        kept = [Part(source, range(a, b)) for source, a, b in wanted if source != rank and a < b]
+        parts.append([kept[n] for n in torch.randperm(len(kept), generator=gen)] if rank != 1 else [])
+    for b, dtype in ((1, torch.float64), (2, torch.float32), (3, torch.bfloat16)):
+        shards = [torch.randint(-99, 99, (b, rows, 3), generator=gen).to(device, dtype) for _ in range(size)]
+        kept = [x.clone() for x in shards]
+        got = transport.pull([shards[r] for r in hosted], parts).wait()
+        for rank, x in zip(hosted, got, strict=True):
+            want = [shards[part.rank][:, part.rows.start : part.rows.stop] for part in parts[rank]]
+            assert torch.equal(x, torch.cat([x.new_empty(b, 0, 3), *want], 1))
+        assert all(map(torch.equal, shards, kept)), "what is pulled stays with its owner"
+        sent = [torch.randint(-9, 9, (b, sum(len(p.rows) for p in own), 3), generator=gen).to(device, dtype) for own in parts]
+        sums = [torch.zeros(b, rows, 3, device=device, dtype=dtype) for _ in range(size)]
+        for own, x in zip(parts, sent, strict=True):
+            for part, piece in zip(own, x.split([len(p.rows) for p in own], 1) if own else (), strict=True):
+                sums[part.rank][:, part.rows.start : part.rows.stop] += piece
+        got = transport.push([sent[r].clone() for r in hosted], parts, rows).wait()
+        assert all(torch.equal(x, sums[rank]) for rank, x in zip(hosted, got, strict=True))
 
 
 def several_under_way(transport, payload):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ring_attn.comm.transport import Pending, check_parts, check_payloads
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, places, total_rows
 
 
 class LocalTransport:
@@ -46,18 +46,56 @@ class LocalTransport:
         grid = [flat.received[i * self.ring_size : (i + 1) * self.ring_size] for i in self.hosted]
         return Pending(grid, lambda: flat.wait() and None, what)
 
-    def _hand_over(self, sources: list[Tensor], sent: Sequence[Tensor], what: str) -> Pending[list[Tensor]]:
+    def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+        check_payloads(self, shards, what)
+        received = [x.new_empty(x.shape[0], total_rows(parts[rank]), x.shape[2]) for rank, x in enumerate(shards)]
+
+        def copy() -> None:
+            for rank, target in enumerate(received):
+                for part, place in places(parts[rank]):
+                    target[:, place] = shards[part.rank][:, part.rows.start : part.rows.stop]
+
+        return self._by(copy, received, (), what)
+
+    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
+        sums = [x.new_empty(x.shape[0], rows, x.shape[2]) for x in grads]
+
+        def add() -> None:
+            for x in sums:
+                x.zero_()
+            for rank, x in enumerate(grads):
+                for part, place in places(parts[rank]):
+                    sums[part.rank][:, part.rows.start : part.rows.stop] += x[:, place]
+
+        return self._by(add, sums, grads, what)
+
+    def _by(
+        self, transfer: Callable[[], None], received: list[Tensor], sent: Sequence[Tensor], what: str
+    ) -> Pending[list[Tensor]]:
+        """Fills `received` by `transfer`: at once, or, where hostile, as late as `wait()`."""
         if not self.hostile:
-            return Pending(sources, lambda: None, what)
-        received = [_poisoned(torch.empty_like(x)) for x in sources]
+            transfer()
+            return Pending(received, lambda: None, what)
+        for x in received:
+            _poisoned(x)
 
         def finish() -> None:
-            for target, source in zip(received, sources, strict=True):
-                target.copy_(source)
+            transfer()
             for x in sent:
                 _poisoned(x)
 
         return Pending(received, finish, what)
+
+    def _hand_over(self, sources: list[Tensor], sent: Sequence[Tensor], what: str) -> Pending[list[Tensor]]:
+        if not self.hostile:
+            return Pending(sources, lambda: None, what)
+        received = [torch.empty_like(x) for x in sources]
+
+        def copy() -> None:
+            for target, source in zip(received, sources, strict=True):
+                target.copy_(source)
+
+        return self._by(copy, received, sent, what)
 
 
 def _poisoned(x: Tensor) -> Tensor:

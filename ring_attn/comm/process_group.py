@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.transport import Pending, check_parts, check_payloads
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, places, total_rows
 from ring_attn.comm.watch import watch
 
 # torch 2.13 renamed these two and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class _Message(NamedTuple):
+    """One tensor from a rank to another: what this process sends, and where to it receives; None where it does not."""
+
+    source: int
+    target: int
+    send: Tensor | None
+    receive: Tensor | None
 
 
 class ProcessGroupTransport:
@@ -40,28 +50,86 @@ class ProcessGroupTransport:
 
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
-        received: list[Tensor] = []
-        peers: dict[str, list[int]] = {"from": [], "to": []}
-        ops = []
-        for i, rank in enumerate(self.hosted):
-            source, target = (rank - offset) % self.ring_size, (rank + offset) % self.ring_size
-            if source in self.hosted:
-                received.append(shards[source - self.hosted[0]])
-            else:
-                received.append(torch.empty_like(shards[i]))
-                ops.append(
-                    (source, dist.P2POp(dist.irecv, received[i], self._global(source), self.group, self._tag_of(source)))
-                )
-                peers["from"].append(source)
-            if target not in self.hosted:
-                ops.append((rank, dist.P2POp(dist.isend, shards[i], self._global(target), self.group, self._tag_of(rank))))
-                peers["to"].append(target)
-        self._tag += self.ring_size
-        # Both ends of a pair list its messages by the rank that sends, so they match in order where tags are ignored.
-        ops.sort(key=lambda pair: pair[0])
-        what = f"{what}, from rank {peers['from']} to rank {peers['to']}"
-        works = self._guarded(lambda: dist.batch_isend_irecv([op for _, op in ops]) if ops else [], what)
-        return self._pending(received, works, what, keep=shards)
+        received: list[Tensor] = [None] * len(shards)
+        messages = []
+        for source in range(self.ring_size):
+            target = (source + offset) % self.ring_size
+            send, receive = self._own(shards, source), None
+            if target in self.hosted:
+                receive = send if send is not None else torch.empty_like(shards[0])
+                received[target - self.hosted[0]] = receive
+            messages.append(_Message(source, target, send, receive))
+        return self._deliver(messages, received, what, keep=shards)
+
+    def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+        check_payloads(self, shards, what)
+        b, _, e = shards[0].shape
+        received = [shards[0].new_empty(b, total_rows(parts[rank]), e) for rank in self.hosted]
+        messages = []
+        for target in range(self.ring_size):
+            into = self._own(received, target)
+            for part, place in places(parts[target]):
+                source = self._own(shards, part.rank)
+                send = None if source is None else source[:, part.rows.start : part.rows.stop]
+                messages.append(_Message(part.rank, target, send, None if into is None else into[:, place]))
+        return self._deliver(messages, received, what, keep=shards)
+
+    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
+        b, _, e = grads[0].shape
+        sums = [grads[0].new_zeros(b, rows, e) for _ in self.hosted]
+        messages, arrivals = [], []
+        for source in range(self.ring_size):
+            rank_grads = self._own(grads, source)
+            for part, place in places(parts[source]):
+                send, receive = None if rank_grads is None else rank_grads[:, place], None
+                total = self._own(sums, part.rank)
+                if total is not None:
+                    receive = send if send is not None else grads[0].new_empty(b, len(part.rows), e)
+                    arrivals.append((total[:, part.rows.start : part.rows.stop], receive))
+                messages.append(_Message(source, part.rank, send, receive))
+
+        def add_up() -> None:
+            for total, arrived in arrivals:
+                total += arrived
+
+        return self._deliver(messages, sums, what, keep=grads, after=add_up)
+
+    def _own(self, tensors: Sequence[Tensor], rank: int) -> Tensor | None:
+        """A hosted rank's tensor, None for a rank that lives elsewhere."""
+        return tensors[rank - self.hosted[0]] if rank in self.hosted else None
+
+    def _deliver(
+        self, messages: Sequence[_Message], received: list[Tensor], what: str, *, keep, after: Callable[[], None] | None = None
+    ) -> Pending[list[Tensor]]:
+        """Posts the messages that this process sends or receives, out of all the ring's, which every process lists alike."""
+        ops, copies = [], []
+        peers: dict[str, set[int]] = {"from": set(), "to": set()}
+        for number, (source, target, send, receive) in enumerate(messages):
+            tag = (self._tag + number) % (1 << 30)
+            if send is not None and receive is not None:
+                if send is not receive:
+                    receive.copy_(send)
+            elif send is not None:
+                ops.append(dist.P2POp(dist.isend, send.contiguous(), self._global(target), self.group, tag))
+                peers["to"].add(target)
+            elif receive is not None:
+                buffer = receive
+                if not receive.is_contiguous():
+                    buffer = receive.new_empty(receive.shape)
+                    copies.append((receive, buffer))
+                ops.append(dist.P2POp(dist.irecv, buffer, self._global(source), self.group, tag))
+                peers["from"].add(source)
+        self._tag += len(messages)
+        what = f"{what}, from rank {sorted(peers['from'])} to rank {sorted(peers['to'])}"
+        works = self._guarded(lambda: dist.batch_isend_irecv(ops) if ops else [], what)
+
+        def finish() -> None:
+            for target, buffer in copies:
+                target.copy_(buffer)
+            if after is not None:
+                after()
+
+        return self._pending(received, works, what, keep=(keep, ops), after=finish)
 
     def all_gather(self, shards: Sequence[Tensor], *, what: str = "all-gather") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
@@ -109,9 +177,6 @@ class ProcessGroupTransport:
 
     def _global(self, rank: int) -> int:
         return dist.get_global_rank(self.group, rank // self.ranks_per_process)
-
-    def _tag_of(self, source: int) -> int:
-        return (self._tag + source) % (1 << 30)
 
     def _guarded(self, post: Callable, what: str):
         """`post()`, with a failure named; backends raise RuntimeError or its subclass DistBackendError."""

@@ -5,17 +5,22 @@ loops above are the same for both. A payload is one contiguous tensor a hosted r
 
 Contract. Every process calls the same operations in the same order with the same offsets. What is sent belongs to the transport
 from the call until `wait()` has returned, and its content is undefined afterwards (it may serve as the next receive buffer).
-What is received may be read only after `wait()`. No operation synchronises the host with a device or holds all ranks at a
+What is received may be read only after `wait()`. `pull` alone leaves what it reads with its owner, who may go on reading it but
+not write to it before `wait()`. No operation synchronises the host with a device or holds all ranks at a
 barrier.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from ring_attn.layout import Part
+
+Parts = Sequence[Sequence[Part]]
 T = TypeVar("T")
 
 
@@ -53,6 +58,27 @@ class Transport(Protocol):
 
     def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
         """`parts[i][r]`: what hosted rank i sends to rank r. Returns `[i][r]`: what hosted rank i got from rank r."""
+
+    def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+        """`parts[rank]`: which rows of others each rank of the ring wants, the same on every process. Returns them for each
+        hosted rank, [b, n, e] in the order of its parts, out of the shards [b, s, e].
+        """
+
+    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
+        """The way back of `pull`: every part of `grads[i]`, which is [b, n, e] in the order of hosted rank i's parts, is added
+        to the rows that it came from. Returns [b, rows, e] for each hosted rank, 0 where nothing was added; sums go by rank.
+        """
+
+
+def places(parts: Sequence[Part]) -> list[tuple[Part, slice]]:
+    """Every part, and where it lies in rows that hold them in order."""
+    stops = list(accumulate(len(part.rows) for part in parts))
+    return [(part, slice(stop - len(part.rows), stop)) for part, stop in zip(parts, stops, strict=True)]
+
+
+def total_rows(parts: Sequence[Part]) -> int:
+    """How many rows the parts have together."""
+    return sum(len(part.rows) for part in parts)
 
 
 def check_payloads(transport: Transport, shards: Sequence[Tensor], what: str) -> None:

@@ -81,7 +81,7 @@ def _a_rank_dies(rank, exchange):
     os._exit(0)  # the group is broken: nothing more can be agreed on
 
 
-@pytest.mark.parametrize("exchange", ["ring", "gather"])
+@pytest.mark.parametrize("exchange", ["ring", "gather", "pull"])
 def test_a_rank_that_dies_is_named(exchange):
     run_processes(_a_rank_dies, 3, exchange, timeout_s=10)
 

@@ -10,11 +10,11 @@ from tests.support import FLOAT64_LIMIT, random_qkv
 
 CELLS = [
     ("bias bhtt", "causal", "zigzag", "ring", Sizes()),
-    ("bias tt", "documents", "striped", "gather", Sizes()),
+    ("bias tt", "documents", "striped", "pull", Sizes()),
     ("closure mod, bias htt, softcap", "window", "contiguous", "ring", Sizes()),
     ("global mod, closure mod, sinks", "function", "zigzag", "gather", Sizes()),
     ("learned cosine groups, softcap, sinks", "padding", "striped", "ring", Sizes()),
-    ("all", "blind rows", "zigzag", "ring", Sizes()),
+    ("all", "blind rows", "zigzag", "pull", Sizes()),
     ("all", "function, documents, window", "striped", "gather", Sizes()),
     ("dropout", "causal", "contiguous", "gather", Sizes()),
     ("closure mod, bias htt, softcap", "window", "zigzag", "ring", Sizes(kv_len=36, kv_layout="striped")),
