@@ -83,7 +83,7 @@ def ring_attention(
 def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
     of_modifiers, sinks = call.split(tensors)
     validate(q, k, v, tensors, call)
-    ring, plan = call.ring, call.plan(q, k)
+    ring, plan = call.ring, call.plan(q, k, v)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "forward"))
     out = q.new_empty(*q.shape[:3], v.shape[3])
     queries, outs = call.hosted(q), call.hosted(out)
@@ -107,7 +107,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 def _backward(
     up: Upstream, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    ring, plan = call.ring, call.plan(q, k)
+    ring, plan = call.ring, call.plan(q, k, v)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "backward", up.dlse is not None))
     queries = call.hosted(q)
     dq = torch.zeros(q.shape, dtype=up.lse.dtype, device=q.device)

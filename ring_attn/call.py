@@ -48,8 +48,17 @@ class Call:
                 step.check_gradients()
         return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout)
 
-    def plan(self, q: Tensor, k: Tensor) -> Plan:
-        return make_plan(self.ring.exchange, self.mask, *self.layouts(q, k))
+    def plan(self, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+        return make_plan(self.ring.exchange, self.mask, *self.layouts(q, k), self._max_rows(k, v))
+
+    def _max_rows(self, k: Tensor, v: Tensor) -> int | None:
+        """How many KV rows a visit may hold while as many for the next are under way."""
+        if self.ring.kv_memory is None:
+            return None
+        row = 2 * sum(x.shape[0] * x.shape[2] * x.shape[3] * x.element_size() for x in (k, v))
+        if self.ring.kv_memory < row:
+            raise ValueError(f"kv_memory {self.ring.kv_memory} is below the {row} bytes that one KV row at a time takes")
+        return self.ring.kv_memory // row
 
     def layouts(self, q: Tensor, k: Tensor) -> tuple[Layout, Layout]:
         """Of the queries and of the keys."""
@@ -81,7 +90,7 @@ class Call:
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
         """What must be alike on every rank: the three shapes, then everything else."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
-        ring = self.ring.layout_name, self.kv_layout, self.ring.exchange.name
+        ring = self.ring.layout_name, self.kv_layout, self.ring.exchange.name, self.ring.kv_memory
         return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale, ring)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
@@ -154,6 +163,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
         )
     layout, kv_layout = call.layouts(q, k)
     call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])
+    call.plan(q, k, v)
     of_modifiers, sinks = call.split(tensors)
     for score in (*call.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
         score.check(q.shape[2], q.shape[0], q.shape[1], kv_layout.seq_len)

@@ -10,7 +10,7 @@ band over all of them, so the tiles of a visit are as few as on one device, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.layout import Layout, Part
+from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
-from ring_attn.tiles import Meets, Plan, part_positions, tiles
+from ring_attn.parts import evenly, in_position_order, needed, span, within
+from ring_attn.tiles import Meets, Plan
 
 KV = tuple[Tensor, Tensor]
 
@@ -49,8 +50,8 @@ class Homeward(Protocol):
 class Exchange(Protocol):
     name: str
 
-    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask) -> Meets:
-        """`[step][rank]`: the KV rows that the rank sees at that step, in the order of the visit's rows."""
+    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
+        """`[step][rank]`: the KV rows that the rank sees at that step, in the order of the visit's rows; at most `max_rows`."""
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]: ...
 
@@ -58,23 +59,46 @@ class Exchange(Protocol):
 
 
 @lru_cache(maxsize=128)
-def make_plan(exchange: Exchange, mask: Mask, layout: Layout, kv_layout: Layout | None = None) -> Plan:
+def make_plan(
+    exchange: Exchange, mask: Mask, layout: Layout, kv_layout: Layout | None = None, max_rows: int | None = None
+) -> Plan:
     """The plan of an exchange, made once and kept: plans fill lazily and are shared between layers and passes.
 
-    `kv_layout`: that of the keys where it is not `layout`, in cross-attention.
+    `kv_layout`: that of the keys where it is not `layout`, in cross-attention. `max_rows`: how many KV rows a visit may hold.
     """
     kv_layout = layout if kv_layout is None else kv_layout
-    return Plan(layout, kv_layout, mask, exchange.meets(layout, kv_layout, mask))
+    return Plan(layout, kv_layout, mask, exchange.meets(layout, kv_layout, mask, max_rows))
+
+
+def _visits(
+    first: Pending[list[Tensor]],
+    plan: Plan,
+    post: Callable[[int, list[Tensor]], Pending[list[Tensor]]],
+    read: Callable[[int, list[Tensor]], list[KV]],
+) -> Iterator[Visit]:
+    """The visits of a tour, each with the next one under way: `post(step, what came)` asks for a step, `read` makes it KV."""
+    pending = first
+    for n, step in enumerate(plan.steps):
+        came = pending.wait()
+        last = n + 1 == len(plan.steps)
+        if not last:
+            pending = post(plan.steps[n + 1], came)
+        yield Visit(step, read(step, came), last)
+
+
+def _at_hand(kv: list[KV], plan: Plan) -> Pending[list[Tensor]]:
+    """The own KV, packed where it is to be sent, as if it had arrived."""
+    return Pending([pack(pair) for pair in kv] if len(plan.steps) > 1 else [], lambda: None, "own KV")
 
 
 class _Homeward:
-    """What every way home shares: packed buffers of a visit, and the own rows to which the last arrivals are added."""
+    """What every way home shares: packed buffers of a visit, and the own rows to which arrivals are added."""
 
     def __init__(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> None:
         self.transport, self.plan, self.dtype = transport, plan, dtype
         self.rows: list[Tensor] = []
-        self.own: list[Tensor] | None = None
-        self.pending: Pending[list[Tensor]] | None = None
+        self.own: list[Tensor] = []
+        self.pending: list[tuple[slice, Pending[list[Tensor]]]] = []
 
     def buffers(self, visit: Visit) -> list[KV]:
         self.widths = Widths.of(visit.kv[0])
@@ -82,17 +106,14 @@ class _Homeward:
         return [self.widths.unpack(rows) for rows in self.rows]
 
     def collect(self) -> list[KV]:
-        if self.own is None:
-            self.own = self.pending.wait()
-        else:
-            _add_arrived(self.own, self.pending)
+        self.add_arrived(self.own)
         return [self.widths.unpack(rows) for rows in self.own]
 
-
-def _add_arrived(mine: list[Tensor], pending: Pending[list[Tensor]] | None) -> None:
-    if pending is not None:
-        for rows, arrived in zip(mine, pending.wait(), strict=True):
-            rows += arrived
+    def add_arrived(self, to: list[Tensor]) -> None:
+        for place, pending in self.pending:
+            for rows, arrived in zip(to, pending.wait(), strict=True):
+                rows[:, place] += arrived
+        self.pending = []
 
 
 class RingExchange:
@@ -100,23 +121,22 @@ class RingExchange:
 
     name = "ring"
 
-    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask) -> Meets:
+    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
         size, everything = layout.ring_size, range(kv_layout.shard_len)
+        if max_rows is not None and max_rows < len(everything):
+            raise ValueError(
+                f"the ring exchange holds a whole shard of {len(everything)} KV rows at a time, but kv_memory is enough for "
+                f"{max_rows}; exchange='pull' and 'gather' take less at a time"
+            )
         return tuple(tuple((Part((rank - step) % size, everything),) for rank in range(size)) for step in range(size))
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
-        pending: Pending[list[Tensor]] | None = None
-        widths = Widths.of(kv[0])
-        packed: list[Tensor] = []
-        for n, step in enumerate(plan.steps):
-            if pending is not None:
-                packed = pending.wait()
-                kv = [widths.unpack(rows) for rows in packed]
-            last = n + 1 == len(plan.steps)
-            if not last:
-                packed = packed or [pack(pair) for pair in kv]
-                pending = transport.shift(packed, plan.steps[n + 1] - step, what=f"{what}, KV for step {plan.steps[n + 1]}")
-            yield Visit(step, kv, last)
+        widths, steps = Widths.of(kv[0]), plan.steps
+
+        def shift(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
+            return transport.shift(came, step - steps[steps.index(step) - 1], what=f"{what}, KV for step {step}")
+
+        return _visits(_at_hand(kv, plan), plan, shift, lambda step, came: list(map(widths.unpack, came)) if step else kv)
 
     def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
         return _RingHomeward(transport, plan, dtype)
@@ -132,28 +152,41 @@ class _RingHomeward(_Homeward):
         if visit.step == 0:
             self.own = self.rows
             return
-        _add_arrived(self.rows, self.pending)
+        self.add_arrived(self.rows)
         steps = self.plan.steps
         offset = -visit.step if visit.last else steps[steps.index(visit.step) + 1] - visit.step
-        where = "home" if visit.last else "on"
-        self.pending = self.transport.shift(self.rows, offset, what=f"ring backward, dK and dV {where} from step {visit.step}")
+        where = f"ring backward, dK and dV {'home' if visit.last else 'on'} from step {visit.step}"
+        self.pending = [(slice(None), self.transport.shift(self.rows, offset, what=where))]
 
 
 class GatherExchange:
-    """One all-gather, one visit with every rank's KV in position order, one reduce-scatter: few launches, memory for all KV."""
+    """One all-gather, one visit with every rank's KV in position order, one reduce-scatter: few launches, memory for all KV.
+
+    Where `max_rows` allows less, a visit holds the same slice of every shard.
+    """
 
     name = "gather"
 
-    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask) -> Meets:
-        everything = range(kv_layout.shard_len)
-        parts = in_position_order(kv_layout, [Part(rank, everything) for rank in range(layout.ring_size)])
-        return (tuple(parts for _ in range(layout.ring_size)),)
+    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
+        ranks, length = range(layout.ring_size), kv_layout.shard_len
+        slices = evenly(length, min(length, _steps(length * len(ranks), max_rows)))
+        visits = (in_position_order(kv_layout, [Part(rank, rows) for rank in ranks]) for rows in slices)
+        return tuple((parts,) * len(ranks) for parts in visits)
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
-        shards = transport.all_gather([pack(pair) for pair in kv], what=f"{what}, all KV").wait()
-        parts = plan.meets[0][0]
-        everything = torch.cat([shards[part.rank][:, part.rows.start : part.rows.stop] for part in parts], 1)
-        yield Visit(0, [Widths.of(kv[0]).unpack(everything)] * len(kv), True)
+        widths, packed = Widths.of(kv[0]), [pack(pair) for pair in kv]
+
+        def gather(step: int, came: list[Tensor] | None = None) -> Pending[list[Tensor]]:
+            rows = _slice(span(plan.meets[step][0]))
+            return transport.all_gather([x[:, rows].contiguous() for x in packed], what=f"{what}, KV of all for step {step}")
+
+        def read(step: int, came: list[Tensor]) -> list[KV]:
+            parts = plan.meets[step][0]
+            first = span(parts).start
+            pieces = [came[part.rank][:, part.rows.start - first : part.rows.stop - first] for part in parts]
+            return [widths.unpack(torch.cat(pieces, 1))] * len(kv)
+
+        return _visits(gather(plan.steps[0]), plan, gather, read)
 
     def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
         return _GatherHomeward(transport, plan, dtype)
@@ -161,12 +194,16 @@ class GatherExchange:
 
 class _GatherHomeward(_Homeward):
     def add(self, visit: Visit) -> None:
-        by_rank = [self._by_rank(rows) for rows in self.rows]
-        self.pending = self.transport.reduce_scatter(by_rank, what="gather backward, dK and dV home")
+        parts = self.plan.meets[visit.step][0]
+        by_rank = [self._by_rank(rows, parts) for rows in self.rows]
+        sums = self.transport.reduce_scatter(by_rank, what=f"gather backward, dK and dV home from step {visit.step}")
+        self.pending.append((_slice(span(parts)), sums))
+        if not self.own:
+            b, _, e = self.rows[0].shape
+            self.own = [rows.new_zeros(b, self.plan.kv_layout.shard_len, e) for rows in self.rows]
 
-    def _by_rank(self, rows: Tensor) -> list[Tensor]:
+    def _by_rank(self, rows: Tensor, parts: tuple[Part, ...]) -> list[Tensor]:
         """The rows of each rank, in the order of its shard."""
-        parts = self.plan.meets[0][0]
         pieces = dict(zip(parts, rows.split([len(part.rows) for part in parts], 1), strict=True))
         own = ([part for part in parts if part.rank == rank] for rank in range(self.transport.ring_size))
         return [torch.cat([pieces[part] for part in sorted(found, key=lambda part: part.rows.start)], 1) for found in own]
@@ -175,23 +212,27 @@ class _GatherHomeward(_Homeward):
 class PullExchange:
     """The own shard first, while every rank pulls the rows of the others that its tiles need; then one visit with all of them.
 
-    What a mask hides is not moved: under a causal mask the zigzag layout moves three quarters of what a ring does.
+    What a mask hides is not moved: under a causal mask the zigzag layout moves three quarters of what a ring does. Where
+    `max_rows` allows less, the others' rows come in several visits.
     """
 
     name = "pull"
 
-    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask) -> Meets:
+    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
         ranks, everything = range(layout.ring_size), range(kv_layout.shard_len)
         own = tuple((Part(rank, everything),) for rank in ranks)
-        return own, tuple(_needed(layout, kv_layout, mask, rank) for rank in ranks)
+        wanted = [needed(layout, kv_layout, mask, rank) for rank in ranks]
+        steps = _steps(max(map(total_rows, wanted)), max_rows)
+        by_rank = [[within(parts, rows) for rows in evenly(total_rows(parts), steps)] for parts in wanted]
+        return own, *zip(*by_rank, strict=True)
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
-        alone = len(plan.steps) == 1
-        if not alone:
-            pending = transport.pull([pack(pair) for pair in kv], plan.meets[1], what=f"{what}, KV of the others")
-        yield Visit(0, kv, alone)
-        if not alone:
-            yield Visit(1, [Widths.of(kv[0]).unpack(rows) for rows in pending.wait()], True)
+        widths, own = Widths.of(kv[0]), _at_hand(kv, plan)
+
+        def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
+            return transport.pull(own.received, plan.meets[step], what=f"{what}, KV for step {step}")
+
+        return _visits(own, plan, pull, lambda step, came: list(map(widths.unpack, came)) if step else kv)
 
     def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
         return _PullHomeward(transport, plan, dtype)
@@ -202,37 +243,18 @@ class _PullHomeward(_Homeward):
         if visit.step == 0:
             self.own = self.rows
             return
-        shard_len = self.plan.kv_layout.shard_len
-        self.pending = self.transport.push(
-            self.rows, self.plan.meets[visit.step], shard_len, what="pull backward, dK and dV home"
-        )
+        what = f"pull backward, dK and dV home from step {visit.step}"
+        parts, rows = self.plan.meets[visit.step], self.plan.kv_layout.shard_len
+        self.pending.append((slice(None), self.transport.push(self.rows, parts, rows, what=what)))
 
 
-def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
-    """The parts cut where their positions jump, by their first position; see Note [position order]."""
-    found = []
-    for part in parts:
-        start = part.rows.start
-        for positions in part_positions(layout, part):
-            found.append((positions[0], Part(part.rank, range(start, start + len(positions)))))
-            start += len(positions)
-    return tuple(part for _, part in sorted(found, key=lambda pair: pair[0]))
+def _slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop)
 
 
-def _needed(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[Part, ...]:
-    """The rows of other ranks that a rank's tiles hold."""
-    parts: list[Part] = []
-    for source in range(layout.ring_size):
-        if source == rank:
-            continue
-        found = tiles(layout.shard(rank), [kv_layout.shard(source)], mask)
-        for rows in sorted({tile.kv_rows for tile in found}, key=lambda rows: rows.start):
-            last = parts[-1] if parts else None
-            if last and last.rank == source and rows.start <= last.rows.stop:
-                parts[-1] = Part(source, range(last.rows.start, max(last.rows.stop, rows.stop)))
-            else:
-                parts.append(Part(source, rows))
-    return in_position_order(kv_layout, parts)
+def _steps(rows: int, max_rows: int | None) -> int:
+    """How many visits `rows` rows take."""
+    return 1 if max_rows is None else max(1, -(-rows // max_rows))
 
 
 class Widths(NamedTuple):

@@ -6,7 +6,9 @@ the layout (permutations, rotary positions, masks, label order) is derived from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 Shard = tuple[range, ...]
@@ -17,6 +19,17 @@ class Part(NamedTuple):
 
     rank: int
     rows: range
+
+
+def places(parts: Sequence[Part]) -> list[tuple[Part, slice]]:
+    """Every part, and where it lies in rows that hold them in order."""
+    stops = list(accumulate(len(part.rows) for part in parts))
+    return [(part, slice(stop - len(part.rows), stop)) for part, stop in zip(parts, stops, strict=True)]
+
+
+def total_rows(parts: Sequence[Part]) -> int:
+    """How many rows the parts have together."""
+    return sum(len(part.rows) for part in parts)
 
 
 class Layout(Protocol):

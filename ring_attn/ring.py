@@ -23,10 +23,28 @@ logger = logging.getLogger("ring_attn")
 
 
 class Ring:
-    """A ring of ranks and how it works: which layout, exchange and kernel. Make one with simulated, from_group or from_mesh."""
+    """A ring of ranks and how it works. Make one with simulated, from_group or from_mesh, which take
 
-    def __init__(self, transport: Transport, *, layout: str = "zigzag", exchange: str = "auto", kernel: str = "auto") -> None:
+    layout: "contiguous", "striped" or "zigzag": which positions each rank holds;
+    exchange: "auto", "ring", "gather" or "pull": how ranks meet each other's KV;
+    kernel: "auto", the name of a kernel, or a pair such as "triton+flash2" for forward and backward;
+    kv_memory: how many bytes of KV that came from other ranks a rank may hold in a forward, what is under way included; a
+    backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        layout: str = "zigzag",
+        exchange: str = "auto",
+        kernel: str = "auto",
+        kv_memory: int | None = None,
+    ) -> None:
         check_kernel_name(kernel)
+        if kv_memory is not None and kv_memory < 1:
+            raise ValueError(f"kv_memory must be a number of bytes, at least 1, or None for no limit, got {kv_memory}")
+        self.kv_memory = kv_memory
         self.transport = transport
         self.layout_class = _choose("layout", layout, LAYOUTS)
         self.exchange: Exchange = _choose("exchange", _auto_exchange() if exchange == "auto" else exchange, EXCHANGES, "auto")
@@ -35,14 +53,12 @@ class Ring:
 
     @classmethod
     @typed
-    def simulated(
-        cls, ring_size: int, layout: str = "zigzag", *, exchange: str = "auto", kernel: str = "auto", hostile: bool = False
-    ) -> Ring:
+    def simulated(cls, ring_size: int, layout: str = "zigzag", *, hostile: bool = False, **choices) -> Ring:
         """A ring whose ranks all live in this process, in one tensor [b, t, ...] joined rank by rank.
 
-        `hostile`: for tests; see LocalTransport.
+        `hostile`: for tests; see LocalTransport. `choices`: exchange, kernel and kv_memory, as for every ring.
         """
-        return cls(LocalTransport(ring_size, hostile=hostile), layout=layout, exchange=exchange, kernel=kernel)
+        return cls(LocalTransport(ring_size, hostile=hostile), layout=layout, **choices)
 
     @classmethod
     @typed
@@ -51,13 +67,12 @@ class Ring:
         group: ProcessGroup | int | None = None,  # an int is what new_group gives to processes outside the group
         layout: str = "zigzag",
         *,
-        exchange: str = "auto",
-        kernel: str = "auto",
         ring_size: int | None = None,
         ranks_per_process: int = 1,
+        **choices,
     ) -> Ring:
         """A ring over a torch.distributed group (None: the default group), one rank a process unless `ranks_per_process` says
-        more.
+        more. `choices`: exchange, kernel and kv_memory, as for every ring.
 
         `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group
         must then call this. Raises ValueError where the ring is larger than the group or does not divide it.
@@ -67,17 +82,17 @@ class Ring:
         if ring_size is not None:
             group = split_group(group, ring_size, ranks_per_process)
         transport = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
-        return cls(transport, layout=layout, exchange=exchange, kernel=kernel)
+        return cls(transport, layout=layout, **choices)
 
     @classmethod
     @typed
-    def from_mesh(cls, mesh: DeviceMesh, layout: str = "zigzag", *, exchange: str = "auto", kernel: str = "auto") -> Ring:
+    def from_mesh(cls, mesh: DeviceMesh, layout: str = "zigzag", **choices) -> Ring:
         """A ring over a one-axis DeviceMesh, such as `mesh["cp"]`. A two-axis (ulysses, ring) mesh is not implemented yet."""
         if mesh.ndim != 1:
             raise NotImplementedError(
                 f"a mesh of {mesh.ndim} axes needs Ulysses beside the ring, which is not there yet; pass mesh['cp']"
             )
-        return cls.from_group(mesh.get_group(), layout, exchange=exchange, kernel=kernel)
+        return cls.from_group(mesh.get_group(), layout, **choices)
 
     @property
     def size(self) -> int:

@@ -16,6 +16,7 @@ LEVELS = [
     {"layout"},
     {"mask"},
     {"tiles"},
+    {"parts"},
     {"score"},
     {"partial"},
     {"comm"},
@@ -37,7 +38,7 @@ LEVELS = [
     {"__init__", "__main__"},
 ]
 RANK = {name: level for level, names in enumerate(LEVELS) for name in names}
-STDLIB_ONLY = ("layout", "mask", "tiles")
+STDLIB_ONLY = ("layout", "mask", "tiles", "parts")
 MAY_NAME_DISTRIBUTED = ("comm", "ring", "train")
 
 

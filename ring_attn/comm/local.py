@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, places, total_rows
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
+from ring_attn.layout import places, total_rows
 
 
 class LocalTransport:

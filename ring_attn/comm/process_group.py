@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, places, total_rows
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.comm.watch import watch
+from ring_attn.layout import places, total_rows
 
 # torch 2.13 renamed these two and warns at the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

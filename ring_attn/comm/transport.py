@@ -13,7 +13,6 @@ barrier.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -68,17 +67,6 @@ class Transport(Protocol):
         """The way back of `pull`: every part of `grads[i]`, which is [b, n, e] in the order of hosted rank i's parts, is added
         to the rows that it came from. Returns [b, rows, e] for each hosted rank, 0 where nothing was added; sums go by rank.
         """
-
-
-def places(parts: Sequence[Part]) -> list[tuple[Part, slice]]:
-    """Every part, and where it lies in rows that hold them in order."""
-    stops = list(accumulate(len(part.rows) for part in parts))
-    return [(part, slice(stop - len(part.rows), stop)) for part, stop in zip(parts, stops, strict=True)]
-
-
-def total_rows(parts: Sequence[Part]) -> int:
-    """How many rows the parts have together."""
-    return sum(len(part.rows) for part in parts)
 
 
 def check_payloads(transport: Transport, shards: Sequence[Tensor], what: str) -> None:

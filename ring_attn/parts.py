@@ -1,0 +1,54 @@
+"""Parts of shards: which KV rows a rank's tiles need, in position order, and cut so that a visit holds no more than it may."""
+
+from __future__ import annotations
+
+from ring_attn.layout import Layout, Part, places
+from ring_attn.mask import Mask
+from ring_attn.tiles import part_positions, tiles
+
+
+def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
+    """The parts, cut where their positions jump, by their first position."""
+    found = []
+    for part in parts:
+        start = part.rows.start
+        for positions in part_positions(layout, part):
+            found.append((positions[0], Part(part.rank, range(start, start + len(positions)))))
+            start += len(positions)
+    return tuple(part for _, part in sorted(found, key=lambda pair: pair[0]))
+
+
+def needed(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[Part, ...]:
+    """The rows of other ranks that a rank's tiles hold, in position order."""
+    parts: list[Part] = []
+    for source in range(layout.ring_size):
+        if source == rank:
+            continue
+        found = tiles(layout.shard(rank), [kv_layout.shard(source)], mask)
+        for rows in sorted({tile.kv_rows for tile in found}, key=lambda rows: rows.start):
+            last = parts[-1] if parts else None
+            if last and last.rank == source and rows.start <= last.rows.stop:
+                parts[-1] = Part(source, range(last.rows.start, max(last.rows.stop, rows.stop)))
+            else:
+                parts.append(Part(source, rows))
+    return in_position_order(kv_layout, parts)
+
+
+def evenly(length: int, count: int) -> list[range]:
+    """range(length) in `count` runs of almost the same length."""
+    return [range(length * n // count, length * (n + 1) // count) for n in range(count)]
+
+
+def within(parts: tuple[Part, ...], rows: range) -> tuple[Part, ...]:
+    """What of the parts lies in some rows of a visit that holds them in order."""
+    kept = []
+    for part, place in places(parts):
+        start, stop = max(place.start, rows.start) - place.start, min(place.stop, rows.stop) - place.start
+        if start < stop:
+            kept.append(Part(part.rank, part.rows[start:stop]))
+    return tuple(kept)
+
+
+def span(parts: tuple[Part, ...]) -> range:
+    """The rows of a shard from the first that any part holds to the last."""
+    return range(min(part.rows.start for part in parts), max(part.rows.stop for part in parts))

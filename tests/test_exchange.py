@@ -1,0 +1,91 @@
+"""What an exchange moves and holds: position order, only the rows that a mask needs, and no more at a time than kv_memory."""
+
+import pytest
+import torch
+
+import ring_attn as ra
+from ring_attn.exchange import EXCHANGES, make_plan
+from ring_attn.layout import LAYOUTS, Zigzag, total_rows
+from ring_attn.mask import Causal, Documents, Full, Window
+from ring_attn.tiles import part_positions
+from tests.scores import Sizes, errors
+from tests.support import FLOAT64_LIMIT, random_qkv
+
+
+def held(plan, rank, step):
+    """The positions of a visit's rows, in order."""
+    parts = plan.meets[step][rank]
+    return [p for part in parts for r in part_positions(plan.kv_layout, part) for p in r]
+
+
+def moved(plan):
+    """KV rows that a rank receives, on average."""
+    size = plan.layout.ring_size
+    others = [part for step in plan.steps for rank in range(size) for part in plan.meets[step][rank] if part.rank != rank]
+    return total_rows(others) / size
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("exchange", ["gather", "pull"])
+@pytest.mark.parametrize("max_rows", [None, 7, 40])
+def test_visits_are_in_position_order(layout, exchange, max_rows):
+    plan = make_plan(EXCHANGES[exchange], Causal() & Window(30), LAYOUTS[layout](96, 4), None, max_rows)
+    for step in plan.steps:
+        for rank in range(4):
+            rows = held(plan, rank, step)
+            assert rows == sorted(set(rows))
+
+
+def test_a_gathered_causal_visit_is_one_tile_for_each_query_chunk():
+    plan = make_plan(EXCHANGES["gather"], Causal(), Zigzag(256, 8))
+    assert [len(plan[rank, 0]) for rank in range(8)] == [2] * 7 + [1]
+
+
+def test_pull_moves_what_the_mask_needs():
+    def share(mask, layout="zigzag"):
+        """Of the rows that a ring moves."""
+        plan = make_plan(EXCHANGES["pull"], mask, LAYOUTS[layout](4096, 4))
+        return moved(plan) / (3 * 1024)
+
+    assert share(Full()) == 1
+    assert share(Causal()) == share(Causal(), "contiguous") * 1.5 == 0.75
+    # A chunk of 512 rows needs the 100 before it; the two chunks of a rank that are neighbours need them once.
+    assert share(Window(100)) == pytest.approx((7 - 1) * 100 / 4 / (3 * 1024))
+    assert share(Documents([512] * 8)) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("exchange", "rows"), [("gather", 1), ("gather", 17), ("pull", 1), ("pull", 5), ("pull", 30)])
+def test_less_memory_takes_more_visits_and_gives_the_same(layout, exchange, rows):
+    n = Sizes(d=6, dv=5)
+    row_bytes = n.b * n.g * (n.d + n.dv) * 8
+    ring = ra.Ring.simulated(3, layout, exchange=exchange, kv_memory=2 * rows * row_bytes, hostile=True)
+    seen = []
+    operation = "pull" if exchange == "pull" else "all_gather"
+    posted = getattr(ring.transport, operation)
+
+    def counted(shards, *rest, what):
+        pending = posted(shards, *rest, what=what)
+        if "KV" in what:
+            seen.append(max(x.shape[1] for x in pending.received) * (1 if exchange == "pull" else ring.size))
+        return pending
+
+    setattr(ring.transport, operation, counted)
+    for mask in (ra.Causal(), ra.Window(5, 2), ra.Causal() & ra.Documents([[7, 17], [20, 4]])):
+        found = errors(ring, n, mask, [])
+        assert max(found.values()) <= FLOAT64_LIMIT, (mask, found)
+    # A gather takes a row of every shard at least.
+    assert max(seen) <= max(rows, ring.size if exchange == "gather" else 1)
+
+
+def test_too_little_memory_is_named():
+    q, k, v, _ = random_qkv(1, 24, 24, 2, 1, 4, dtype=torch.float64)
+    for memory, exchange, message in (
+        (127, "pull", r"kv_memory 127 is below the 128 bytes that one KV row at a time takes"),
+        (7 * 128, "ring", r"a whole shard of 8 KV rows at a time, but kv_memory is enough for 7; exchange='pull' and 'gather'"),
+    ):
+        ring = ra.Ring.simulated(3, "contiguous", exchange=exchange, kv_memory=memory)
+        with pytest.raises(ValueError, match=message):
+            ra.ring_attention(q, k, v, ring=ring)
+    with pytest.raises(ValueError, match=r"kv_memory must be a number of bytes, at least 1, or None for no limit, got 0"):
+        ra.Ring.simulated(3, kv_memory=0)
