@@ -83,14 +83,14 @@ def ring_attention(
 def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
     of_modifiers, sinks = call.split(tensors)
     validate(q, k, v, tensors, call)
-    ring, plan = call.ring, call.plan(q, k, v)
+    ring, plan, exchange = call.ring, call.plan(q, k, v), call.exchange(q, k, v)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "forward"))
     out = q.new_empty(*q.shape[:3], v.shape[3])
     queries, outs = call.hosted(q), call.hosted(out)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     partials = [None if sinks is None else only_sinks(query, v.shape[3], sinks) for query in queries]
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
-    for visit in ring.exchange.tour(ring.transport, kv, plan, what=f"{ring.exchange.name} forward"):
+    for visit in exchange.tour(ring.transport, kv, plan, what=f"{exchange.name} forward"):
         for i, rank in enumerate(ring.hosted):
             partials[i] = kernel.forward(
                 queries[i],
@@ -107,7 +107,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 def _backward(
     up: Upstream, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    ring, plan = call.ring, call.plan(q, k, v)
+    ring, plan, exchange = call.ring, call.plan(q, k, v), call.exchange(q, k, v)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "backward", up.dlse is not None))
     queries = call.hosted(q)
     dq = torch.zeros(q.shape, dtype=up.lse.dtype, device=q.device)
@@ -118,8 +118,8 @@ def _backward(
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) for x in of_modifiers]
     score_grads = [part.tensors() for part in call.hosted_modifiers(totals, queries[0].shape[1])]
-    homeward = ring.exchange.homeward(ring.transport, plan, up.lse.dtype)
-    for visit in ring.exchange.tour(ring.transport, kv, plan, what=f"{ring.exchange.name} backward"):
+    homeward = exchange.homeward(ring.transport, plan, up.lse.dtype)
+    for visit in exchange.tour(ring.transport, kv, plan, what=f"{exchange.name} backward"):
         buffers = homeward.buffers(visit)
         for i, rank in enumerate(ring.hosted):
             kernel.backward(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ring_attn.cost import MACHINES, Estimate, Work, estimates
 from ring_attn.exchange import EXCHANGES, make_plan
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
@@ -22,7 +23,12 @@ class PlanOptions:
     Attributes:
         layout: Which positions each rank holds.
         mask: Who may attend to whom.
-        exchange: In which order a rank meets the KV shards.
+        exchange: In which order a rank meets the KV shards; auto is what a call of these sizes takes.
+        explain: Also print what every exchange would take, by the formula that auto goes by.
+        machine: What lies between the ranks: gpus of one host, a network, gloo or one process.
+        num_heads: Query heads, for the formula.
+        num_kv_heads: KV heads, for the formula.
+        head_dim: Of queries, keys and values, for the formula.
         ring_size: Number of ranks.
         seq_len: Positions in the whole sequence.
         window: Together with the mask: query i sees only keys j with |i - j| <= window.
@@ -34,6 +40,11 @@ class PlanOptions:
     layout: Literal["contiguous", "striped", "zigzag"] = "zigzag"
     mask: Literal["causal", "full"] = "causal"
     exchange: str = "ring"
+    explain: bool = False
+    machine: Literal["gpus", "network", "gloo", "process"] = "gpus"
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
     ring_size: int = 4
     seq_len: int = 65536
     window: int | None = None
@@ -65,12 +76,39 @@ def plan_of(options: PlanOptions) -> Plan:
     """The plan asked for. Raises ValueError where layout, mask and sizes do not fit."""
     if options.max_tiles < 0:
         raise ValueError(f"--max-tiles must be at least 0, got {options.max_tiles}")
-    if options.exchange not in EXCHANGES:
-        raise ValueError(f"exchange {options.exchange!r} is not one of {', '.join(EXCHANGES)}")
+    if options.exchange not in ("auto", *EXCHANGES):
+        raise ValueError(f"exchange {options.exchange!r} is not one of auto, {', '.join(EXCHANGES)}")
     layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
     mask = mask_of(options)
     mask.check(options.seq_len, options.seq_len, 1)
-    return make_plan(EXCHANGES[options.exchange], mask, layout)
+    return make_plan(EXCHANGES[exchange_of(options)], mask, layout)
+
+
+def exchange_of(options: PlanOptions) -> str:
+    """The exchange asked for; auto's choice is the first of the estimates."""
+    return estimates_of(options)[0].exchange if options.exchange == "auto" else options.exchange
+
+
+def estimates_of(options: PlanOptions) -> tuple[Estimate, ...]:
+    """What each exchange would take in bf16, the fastest first."""
+    for name in ("num_heads", "num_kv_heads", "head_dim"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
+    work = Work(1, options.num_heads, options.num_kv_heads, options.head_dim, options.head_dim, itemsize=2)
+    return estimates(mask_of(options), layout, layout, None, work, MACHINES[options.machine])
+
+
+def explained(options: PlanOptions) -> list[str]:
+    """The estimates as text."""
+    machine, found = MACHINES[options.machine], estimates_of(options)
+    heads = f"{options.num_heads} query and {options.num_kv_heads} KV heads of {options.head_dim}"
+    lines = [f"on {machine.name}: {machine.tflops:g} TFLOP/s a rank, {heads}, bf16; forward and backward of the slowest rank"]
+    for name in EXCHANGES:
+        link = getattr(machine, name)
+        moves = f"{name} moves {link.gb_s:g} GB/s after {link.latency_us:g} us"
+        lines.append(f"  {moves}; compute beside it takes {link.slowdown:g} times as long")
+    return [*lines, *(f"  {estimate}" for estimate in found), f"auto takes {found[0].exchange}"]
 
 
 def mask_of(options: PlanOptions) -> Mask:
@@ -92,7 +130,9 @@ def title_of(options: PlanOptions) -> str:
     parts = [f"{options.layout} layout", f"{options.mask} mask"]
     parts += [f"window {options.window:,}"] if options.window is not None else []
     parts += [f"{options.documents.count(',') + 1} documents"] if options.documents else []
-    return ", ".join([*parts, f"{options.exchange} exchange", f"{options.seq_len:,} positions over {options.ring_size} ranks"])
+    return ", ".join(
+        [*parts, f"{exchange_of(options)} exchange", f"{options.seq_len:,} positions over {options.ring_size} ranks"]
+    )
 
 
 def report(plan: Plan, options: PlanOptions) -> str:
@@ -107,6 +147,7 @@ def report(plan: Plan, options: PlanOptions) -> str:
     skipped = [str(step) for step in range(len(plan.meets)) if step not in plan.steps]
     if skipped:
         lines += ["", f"steps {', '.join(skipped)} hold no allowed cell for any rank: no KV is sent for them"]
+    lines += ["", *explained(options)] if options.explain else []
     return "\n".join([*lines, "", *_balance(plan)])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
 
 import torch
@@ -14,19 +13,18 @@ from ring_attn import sharding
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, split_group
 from ring_attn.comm.transport import Transport
-from ring_attn.exchange import EXCHANGES, Exchange
+from ring_attn.exchange import EXCHANGES
 from ring_attn.kernels import check_kernel_name
 from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.typed import typed
-
-logger = logging.getLogger("ring_attn")
 
 
 class Ring:
     """A ring of ranks and how it works. Make one with simulated, from_group or from_mesh, which take
 
     layout: "contiguous", "striped" or "zigzag": which positions each rank holds;
-    exchange: "auto", "ring", "gather" or "pull": how ranks meet each other's KV;
+    exchange: "ring", "gather" or "pull": how ranks meet each other's KV; "auto" takes the fastest for a call, by the formula
+    that `ring-attn plan --explain` prints;
     kernel: "auto", the name of a kernel, or a pair such as "triton+flash2" for forward and backward;
     kv_memory: how many bytes of KV that came from other ranks a rank may hold in a forward, what is under way included; a
     backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once.
@@ -47,7 +45,7 @@ class Ring:
         self.kv_memory = kv_memory
         self.transport = transport
         self.layout_class = _choose("layout", layout, LAYOUTS)
-        self.exchange: Exchange = _choose("exchange", _auto_exchange() if exchange == "auto" else exchange, EXCHANGES, "auto")
+        self.exchange = "auto" if exchange == "auto" else _choose("exchange", exchange, EXCHANGES, "auto").name
         self.kernel = kernel
         self._agreed: dict[tuple, None] = {}
 
@@ -187,7 +185,7 @@ class Ring:
         return torch.stack(self.transport.all_gather(shards, what="sum over processes").wait()).sum(0)
 
     def __repr__(self) -> str:
-        choices = f"layout={self.layout_name}, exchange={self.exchange.name}, kernel={self.kernel}"
+        choices = f"layout={self.layout_name}, exchange={self.exchange}, kernel={self.kernel}"
         return f"Ring(size={self.size}, hosted={self.hosted}, {choices})"
 
 
@@ -198,11 +196,6 @@ def _text(part: object) -> bytes:
 
 def _table(columns: list[tuple[int, ...]]) -> dict[int, tuple]:
     return {rank: (row[:4], row[4:8], row[8:12], *row[12:]) for rank, row in enumerate(zip(*columns, strict=True))}
-
-
-def _auto_exchange() -> str:
-    logger.info("exchange: ring; not gather: it holds the KV of all ranks at once")
-    return "ring"
 
 
 def _choose(what: str, name: str, options: dict, *more: str):

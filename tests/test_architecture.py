@@ -22,6 +22,7 @@ LEVELS = [
     {"comm"},
     {"kernels"},
     {"exchange"},
+    {"cost"},
     {"call"},
     {"attention"},
     {"sharding"},

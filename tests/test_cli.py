@@ -81,7 +81,7 @@ def test_plan_shows_the_balance_of_the_layouts(capsys):
         (["--seq-len", "63"], "seq_len 63 must be a multiple of 2 * ring_size = 8 for the zigzag layout"),
         (["--documents", "1,x"], "--documents takes whole numbers"),
         (["--seq-len", "64", "--documents", "1,2"], "the documents add up to 3 positions, but seq_len is 64"),
-        (["--exchange", "post"], "exchange 'post' is not one of ring, gather, pull"),
+        (["--exchange", "post"], "exchange 'post' is not one of auto, ring, gather, pull"),
         (["--window", "-1"], "Window left must be at least 0"),
         (["--max-tiles", "-1"], "--max-tiles must be at least 0, got -1"),
         (["--seq-len", "64", "--plot", "no/such/folder/plan.png"], "No such file or directory: 'no/such/folder/plan.png'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class ProcessGroupTransport:
         self.ring_size = self.num_processes * ranks_per_process
         first = self.process * ranks_per_process
         self.hosted = tuple(range(first, first + ranks_per_process))
+        self.link = _link(self.group)
         self._tag = 0
         self._watch = watch(_timeout_s(self.group)) if dist.get_backend(self.group) == dist.Backend.NCCL else None
 
@@ -207,6 +209,15 @@ class ProcessGroupTransport:
 def _bytes(x: Tensor) -> Tensor:
     """The same memory as flat bytes: backends then move any dtype."""
     return x.reshape(-1).view(torch.uint8)
+
+
+def _link(group: dist.ProcessGroup) -> str:
+    """What lies between the processes, see Transport. torchrun tells how many are on a host; without it all are."""
+    if dist.get_backend(group) != dist.Backend.NCCL:
+        return "gloo"
+    on_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    hosts = {rank // on_host for rank in dist.get_process_group_ranks(group)}
+    return "gpus" if len(hosts) == 1 else "network"
 
 
 def _timeout_s(group: dist.ProcessGroup) -> float:

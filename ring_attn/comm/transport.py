@@ -41,8 +41,12 @@ class Pending(Generic[T]):
 
 
 class Transport(Protocol):
-    """Moves payloads between the ranks of one ring. `what` names the operation in errors, such as "ring forward, step 2"."""
+    """Moves payloads between the ranks of one ring. `what` names the operation in errors, such as "ring forward, step 2".
 
+    `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host) or "network".
+    """
+
+    link: str
     ring_size: int
     hosted: tuple[int, ...]
 

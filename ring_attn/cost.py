@@ -1,0 +1,152 @@
+"""What a call would take with each exchange, by a formula over cells, bytes, launches and measured links; auto takes the least.
+
+Note [formula]: a rank's visits follow each other. The transfer for the next one starts with the one before it, and while it
+runs the compute beside it goes slower, by as much as was measured: NCCL's kernels take multiprocessors, copy engines do not. A
+visit starts when its rows are there and the visit before it is done. A backward has 2.5 times the operations, meets KV again,
+and sends dK and dV in fp32: all but the last transfer beside compute. The slowest rank counts.
+
+The figures are few and round: they have to order three ways, not to predict a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+from ring_attn.exchange import EXCHANGES, Exchange, make_plan
+from ring_attn.layout import Layout, total_rows
+from ring_attn.mask import Mask
+from ring_attn.tiles import Plan
+
+logger = logging.getLogger("ring_attn")
+
+BACKWARD_OPERATIONS = 2.5
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way to move rows: a fixed time, a rate, and how much longer compute takes beside it."""
+
+    latency_us: float
+    gb_s: float
+    slowdown: float = 1.0
+
+    def us(self, size: float) -> float:
+        return self.latency_us + size / self.gb_s / 1e3 if size else 0.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank computes with and moves rows by. `call_us`: the fixed time of one kernel call on a tile, merge included."""
+
+    name: str
+    tflops: float
+    call_us: float
+    ring: Link
+    gather: Link
+    pull: Link
+
+
+# "gpus": four H200 on NVLink: torch 2.11, NCCL 2.28, flash-attn 4, 1 to 256 MiB; NCCL's messages carry pull as well.
+# The others are nominal: a 400 Gb/s network card a GPU, gloo over one host's memory, and one process.
+MACHINES = {
+    "gpus": Machine("GPUs of one host", 580, 25, Link(180, 280, 1.6), Link(35, 320, 1.6), Link(180, 280, 1.6)),
+    "network": Machine("GPUs of several hosts", 580, 25, Link(200, 45, 1.2), Link(250, 40, 1.2), Link(200, 45, 1.2)),
+    "gloo": Machine("CPU processes over gloo", 0.05, 50, Link(300, 1, 1.5), Link(300, 1, 1.5), Link(300, 1, 1.5)),
+    "process": Machine("one process", 0.1, 50, Link(0, 1e6), Link(0, 1e6), Link(0, 1e6)),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of a call beside its plan: batch rows, query and KV heads, head dims, bytes of a number."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    itemsize: int
+
+    @property
+    def row(self) -> int:
+        """Numbers in the K and V of one position."""
+        return self.batch * self.num_kv_heads * (self.head_dim + self.v_head_dim)
+
+    def us(self, cells: int, tflops: float) -> float:
+        return 2 * cells * self.num_heads * (self.head_dim + self.v_head_dim) / tflops / 1e6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Microseconds of the slowest rank, forward and backward together, by what they go to."""
+
+    exchange: str
+    compute: float
+    calls: float
+    slowed: float
+    waiting: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self)[1:])
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{field.name} {getattr(self, field.name):,.0f}" for field in fields(self)[1:])
+        return f"{self.exchange:7} {self.total:>12,.0f} us: {parts}"
+
+
+@lru_cache(maxsize=256)
+def fastest(mask: Mask, layout: Layout, kv_layout: Layout, max_rows: int | None, work: Work, machine: Machine) -> Exchange:
+    """The exchange that auto takes; logged, once for these arguments."""
+    found = estimates(mask, layout, kv_layout, max_rows, work, machine)
+    logger.info("exchange: %s, as on %s; %s", found[0].exchange, machine.name, "; ".join(map(str, found)))
+    return EXCHANGES[found[0].exchange]
+
+
+def estimates(
+    mask: Mask, layout: Layout, kv_layout: Layout, max_rows: int | None, work: Work, machine: Machine
+) -> tuple[Estimate, ...]:
+    """One for every exchange that fits into `max_rows`, the fastest first. Raises ValueError where none does."""
+    found, refused = [], []
+    for exchange in EXCHANGES.values():
+        try:
+            plan = make_plan(exchange, mask, layout, kv_layout, max_rows)
+        except ValueError as reason:
+            refused.append(str(reason))
+            continue
+        ranks = (_of_rank(exchange.name, plan, rank, work, machine) for rank in range(layout.ring_size))
+        found.append(max(ranks, key=_total))
+    if not found:
+        raise ValueError("; ".join(refused))
+    return tuple(sorted(found, key=_total))
+
+
+def _total(estimate: Estimate) -> float:
+    return estimate.total
+
+
+def _of_rank(name: str, plan: Plan, rank: int, work: Work, machine: Machine) -> Estimate:
+    link: Link = getattr(machine, name)
+    compute = calls = slowed = waiting = 0.0
+    for operations, grad_bytes in ((1.0, 0), (BACKWARD_OPERATIONS, 4)):
+        visits = list(_visits(plan, rank, work, machine, operations))
+        kv = [link.us(rows * work.row * work.itemsize) for *_, rows in visits]
+        home = [link.us(rows * work.row * grad_bytes) for *_, rows in visits]
+        waiting += kv[0] + home[-1]
+        for n, (time, call, _) in enumerate(visits):
+            under_way = (kv[n + 1] if n + 1 < len(visits) else 0.0) + (home[n - 1] if n else 0.0)
+            slower = min(under_way, time * link.slowdown) * (1 - 1 / link.slowdown)
+            compute, calls, slowed = compute + time, calls + call, slowed + slower
+            waiting += max(0.0, under_way - time - call - slower)
+    return Estimate(name, compute, calls, slowed, waiting)
+
+
+def _visits(plan: Plan, rank: int, work: Work, machine: Machine, operations: float) -> Iterator[tuple[float, float, int]]:
+    """(us of compute, us of calls, rows that came from others) of each visit of a rank."""
+    for step in plan.steps:
+        time = operations * work.us(plan.cells(rank, step, work.batch), machine.tflops)
+        rows = total_rows([part for part in plan.meets[step][rank] if part.rank != rank])
+        yield time, machine.call_us * max(1, len(plan[rank, step])) * operations, rows

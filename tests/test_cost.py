@@ -1,0 +1,70 @@
+"""The formula behind exchange="auto": its terms by hand, what it prefers where, and that a call goes by it."""
+
+import logging
+
+import pytest
+
+import ring_attn as ra
+from ring_attn import cli
+from ring_attn.cost import MACHINES, Link, Machine, Work, estimates
+from ring_attn.layout import Contiguous, Zigzag
+from ring_attn.mask import Causal, Full, Window
+from tests.support import random_qkv
+
+SIZES = Work(batch=1, num_heads=32, num_kv_heads=8, head_dim=128, v_head_dim=128, itemsize=2)
+
+
+def by_name(mask, layout, machine, max_rows=None, work=SIZES):
+    return {found.exchange: found for found in estimates(mask, layout, layout, max_rows, work, machine)}
+
+
+def test_the_terms_by_hand():
+    """Two ranks of 1,000 rows, one head of 1 + 1 numbers: a visit of a shard is 4e6 operations, a row 2 numbers of 2 bytes."""
+    link = Link(latency_us=1.0, gb_s=1.0, slowdown=2.0)
+    machine = Machine("test", tflops=1.0, call_us=3.0, ring=link, gather=link, pull=link)
+    found = by_name(Full(), Contiguous(2000, 2), machine, work=Work(1, 1, 1, 1, 1, 2))
+    # Forward 2 visits of 4 us, backward 2 of 10.
+    assert {estimate.compute for estimate in found.values()} == {28.0}
+    # 4,000 bytes of KV take 1 + 4 us, dK and dV of 8,000 bytes 1 + 8.
+    assert found["ring"].calls == found["pull"].calls == pytest.approx((3 + 3) * 3.5)
+    assert found["gather"].calls == pytest.approx(3 * 3.5)
+    # Beside the own visit: 5 us of transfer cost the compute half of it. The way home is waited for.
+    assert found["ring"].slowed == found["pull"].slowed == pytest.approx(2.5 + 2.5)
+    assert found["ring"].waiting == found["pull"].waiting == pytest.approx(9.0)
+    assert (found["gather"].slowed, found["gather"].waiting) == (0.0, pytest.approx(5 + 5 + 9))
+
+
+def test_what_it_prefers():
+    def best(mask, layout, machine, max_rows=None):
+        return estimates(mask, layout, layout, max_rows, SIZES, MACHINES[machine])[0].exchange
+
+    assert best(Causal(), Zigzag(8192, 4), "gpus") == "gather", "few launches where the sequence is short"
+    assert best(Causal(), Zigzag(131072, 4), "network") in ("ring", "pull"), "transfers beside compute where links are slow"
+    assert best(Window(4096), Zigzag(131072, 4), "gpus") == "pull", "only what a window needs"
+    assert best(Causal(), Zigzag(64, 4), "process") == "gather", "in one process nothing is moved"
+    assert "ring" not in by_name(Causal(), Zigzag(131072, 4), MACHINES["gpus"], max_rows=1000), "it holds whole shards"
+
+
+def test_a_call_goes_by_it(caplog):
+    q, k, v, _ = random_qkv(1, 24, 24, 2, 1, 4)
+    ring, used = ra.Ring.simulated(3, "zigzag"), []
+    gather = ring.transport.all_gather
+    ring.transport.all_gather = lambda shards, *, what: used.append(what) or gather(shards, what=what)
+    with caplog.at_level(logging.INFO, logger="ring_attn"):
+        ra.ring_attention(q, k, v, ring=ring, mask=ra.Window(17, 3))
+        ra.ring_attention(q, k, v, ring=ring, mask=ra.Window(17, 3))
+    assert len(used) == 2
+    (line,) = [record.message for record in caplog.records if "exchange: " in record.message]
+    assert line.startswith("exchange: gather, as on one process; gather ") and "; pull " in line and "; ring " in line
+
+
+def test_plan_explains(capsys):
+    assert cli.main(["plan", "--explain", "--exchange", "auto", "--seq-len", "8192"]) == 0
+    text = capsys.readouterr().out
+    assert "gather exchange, 8,192 positions over 4 ranks" in text
+    assert "gather moves 320 GB/s after 35 us; compute beside it takes 1.6 times as long" in text
+    assert "auto takes gather" in text
+    for estimate in estimates(Causal(), Zigzag(8192, 4), Zigzag(8192, 4), None, SIZES, MACHINES["gpus"]):
+        assert f"  {estimate}" in text
+    assert cli.main(["plan", "--explain", "--num-heads", "0"]) == 2
+    assert "--num-heads must be at least 1, got 0" in capsys.readouterr().err
