@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ring_attn.cost import MACHINES, Work, fastest
-from ring_attn.exchange import EXCHANGES, Exchange, make_plan
+from ring_attn.cost import MACHINES, Question, Work, fastest
+from ring_attn.exchange import Exchange, get_exchange, make_plan
 from ring_attn.kernels import Problem, resolve
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
@@ -55,10 +55,10 @@ class Call:
     def exchange(self, q: Tensor, k: Tensor, v: Tensor) -> Exchange:
         """The one that the ring names, or under auto the fastest by formula."""
         if self.ring.exchange != "auto":
-            return EXCHANGES[self.ring.exchange]
+            return get_exchange(self.ring.exchange, self.ring.ranks_per_node)
         work = Work(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size())
-        machine = MACHINES[self.ring.transport.link]
-        return fastest(self.mask, *self.layouts(q, k), self._max_rows(k, v), work, machine)
+        machine, rows = MACHINES[self.ring.transport.link], self._max_rows(k, v)
+        return fastest(Question(self.mask, *self.layouts(q, k), work, machine, rows, self.ring.ranks_per_node))
 
     def _max_rows(self, k: Tensor, v: Tensor) -> int | None:
         """How many KV rows a visit may hold while as many for the next are under way."""
@@ -99,7 +99,7 @@ class Call:
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
         """What must be alike on every rank: the three shapes, then everything else."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
-        ring = self.ring.layout_name, self.kv_layout, self.ring.exchange, self.ring.kv_memory
+        ring = self.ring.layout_name, self.kv_layout, self.ring.exchange, self.ring.ranks_per_node, self.ring.kv_memory
         return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale, ring)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:

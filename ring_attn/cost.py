@@ -14,8 +14,9 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import NamedTuple
 
-from ring_attn.exchange import EXCHANGES, Exchange, make_plan
+from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES, Exchange, get_exchange, make_plan
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.tiles import Plan
@@ -39,7 +40,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank computes with and moves rows by. `call_us`: the fixed time of one kernel call on a tile, merge included."""
+    """What a rank computes with and moves rows by. `call_us`: the fixed time of one kernel call on a tile, merge included.
+
+    `inside`: what pulls take inside a node, where `ring` is between nodes.
+    """
 
     name: str
     tflops: float
@@ -47,6 +51,13 @@ class Machine:
     ring: Link
     gather: Link
     pull: Link
+    inside: Link = Link(180, 280, 1.6)
+
+    def link(self, exchange: str, step: int) -> Link:
+        """What brings the rows of a step."""
+        if exchange == "two-level":
+            return self.inside if step % 2 else self.ring
+        return getattr(self, exchange)
 
 
 # "gpus": four H200 on NVLink: torch 2.11, NCCL 2.28, flash-attn 4, 1 to 256 MiB; NCCL's messages carry pull as well.
@@ -98,26 +109,41 @@ class Estimate:
         return f"{self.exchange:7} {self.total:>12,.0f} us: {parts}"
 
 
+@dataclass(frozen=True)
+class Question:
+    """A call whose exchange is to be chosen. `max_rows`: KV rows that a visit may hold. `ranks_per_node`: None on one host."""
+
+    mask: Mask
+    layout: Layout
+    kv_layout: Layout
+    work: Work
+    machine: Machine
+    max_rows: int | None = None
+    ranks_per_node: int | None = None
+
+
 @lru_cache(maxsize=256)
-def fastest(mask: Mask, layout: Layout, kv_layout: Layout, max_rows: int | None, work: Work, machine: Machine) -> Exchange:
-    """The exchange that auto takes; logged, once for these arguments."""
-    found = estimates(mask, layout, kv_layout, max_rows, work, machine)
-    logger.info("exchange: %s, as on %s; %s", found[0].exchange, machine.name, "; ".join(map(str, found)))
-    return EXCHANGES[found[0].exchange]
+def fastest(question: Question) -> Exchange:
+    """The exchange that auto takes; logged, once for a question."""
+    found = estimates(question)
+    logger.info("exchange: %s, as on %s; %s", found[0].exchange, question.machine.name, "; ".join(map(str, found)))
+    return get_exchange(found[0].exchange, question.ranks_per_node)
 
 
-def estimates(
-    mask: Mask, layout: Layout, kv_layout: Layout, max_rows: int | None, work: Work, machine: Machine
-) -> tuple[Estimate, ...]:
-    """One for every exchange that fits into `max_rows`, the fastest first. Raises ValueError where none does."""
+def estimates(question: Question) -> tuple[Estimate, ...]:
+    """One for every exchange that fits into `max_rows`, the fastest first. Raises ValueError where none does.
+
+    "two-level" is a choice only where nodes are known.
+    """
     found, refused = [], []
-    for exchange in EXCHANGES.values():
+    for name in EXCHANGES if question.ranks_per_node is None else EXCHANGE_NAMES:
+        exchange = get_exchange(name, question.ranks_per_node)
         try:
-            plan = make_plan(exchange, mask, layout, kv_layout, max_rows)
+            plan = make_plan(exchange, question.mask, question.layout, question.kv_layout, question.max_rows)
         except ValueError as reason:
             refused.append(str(reason))
             continue
-        ranks = (_of_rank(exchange.name, plan, rank, work, machine) for rank in range(layout.ring_size))
+        ranks = (_of_rank(name, plan, rank, question.work, question.machine) for rank in range(question.layout.ring_size))
         found.append(max(ranks, key=_total))
     if not found:
         raise ValueError("; ".join(refused))
@@ -129,24 +155,32 @@ def _total(estimate: Estimate) -> float:
 
 
 def _of_rank(name: str, plan: Plan, rank: int, work: Work, machine: Machine) -> Estimate:
-    link: Link = getattr(machine, name)
     compute = calls = slowed = waiting = 0.0
     for operations, grad_bytes in ((1.0, 0), (BACKWARD_OPERATIONS, 4)):
-        visits = list(_visits(plan, rank, work, machine, operations))
-        kv = [link.us(rows * work.row * work.itemsize) for *_, rows in visits]
-        home = [link.us(rows * work.row * grad_bytes) for *_, rows in visits]
+        visits = list(_visits(name, plan, rank, work, machine, operations))
+        kv = [visit.link.us(visit.rows * work.row * work.itemsize) for visit in visits]
+        home = [visit.link.us(visit.rows * work.row * grad_bytes) for visit in visits]
         waiting += kv[0] + home[-1]
-        for n, (time, call, _) in enumerate(visits):
+        for n, visit in enumerate(visits):
             under_way = (kv[n + 1] if n + 1 < len(visits) else 0.0) + (home[n - 1] if n else 0.0)
-            slower = min(under_way, time * link.slowdown) * (1 - 1 / link.slowdown)
-            compute, calls, slowed = compute + time, calls + call, slowed + slower
-            waiting += max(0.0, under_way - time - call - slower)
+            slower = min(under_way, visit.us * visit.link.slowdown) * (1 - 1 / visit.link.slowdown)
+            compute, calls, slowed = compute + visit.us, calls + visit.calls_us, slowed + slower
+            waiting += max(0.0, under_way - visit.us - visit.calls_us - slower)
     return Estimate(name, compute, calls, slowed, waiting)
 
 
-def _visits(plan: Plan, rank: int, work: Work, machine: Machine, operations: float) -> Iterator[tuple[float, float, int]]:
-    """(us of compute, us of calls, rows that came from others) of each visit of a rank."""
+class _Visited(NamedTuple):
+    """A visit's compute and calls in us, the rows that came from others, and what brought them."""
+
+    us: float
+    calls_us: float
+    rows: int
+    link: Link
+
+
+def _visits(name: str, plan: Plan, rank: int, work: Work, machine: Machine, operations: float) -> Iterator[_Visited]:
     for step in plan.steps:
         time = operations * work.us(plan.cells(rank, step, work.batch), machine.tflops)
         rows = total_rows([part for part in plan.meets[step][rank] if part.rank != rank])
-        yield time, machine.call_us * max(1, len(plan[rank, step])) * operations, rows
+        calls = machine.call_us * max(1, len(plan[rank, step])) * operations
+        yield _Visited(time, calls, rows, machine.link(name, step))

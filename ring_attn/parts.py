@@ -52,3 +52,8 @@ def within(parts: tuple[Part, ...], rows: range) -> tuple[Part, ...]:
 def span(parts: tuple[Part, ...]) -> range:
     """The rows of a shard from the first that any part holds to the last."""
     return range(min(part.rows.start for part in parts), max(part.rows.stop for part in parts))
+
+
+def steps_for(rows: int, max_rows: int | None) -> int:
+    """How many visits `rows` rows take."""
+    return 1 if max_rows is None else max(1, -(-rows // max_rows))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ring_attn.cost import MACHINES, Estimate, Work, estimates
-from ring_attn.exchange import EXCHANGES, make_plan
+from ring_attn.cost import MACHINES, Estimate, Question, Work, estimates
+from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES, get_exchange, make_plan
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.tiles import Plan, Tile
@@ -25,6 +25,7 @@ class PlanOptions:
         mask: Who may attend to whom.
         exchange: In which order a rank meets the KV shards; auto is what a call of these sizes takes.
         explain: Also print what every exchange would take, by the formula that auto goes by.
+        ranks_per_node: How many neighbouring ranks share a node, for the two-level exchange.
         machine: What lies between the ranks: gpus of one host, a network, gloo or one process.
         num_heads: Query heads, for the formula.
         num_kv_heads: KV heads, for the formula.
@@ -40,6 +41,7 @@ class PlanOptions:
     layout: Literal["contiguous", "striped", "zigzag"] = "zigzag"
     mask: Literal["causal", "full"] = "causal"
     exchange: str = "ring"
+    ranks_per_node: int | None = None
     explain: bool = False
     machine: Literal["gpus", "network", "gloo", "process"] = "gpus"
     num_heads: int = 32
@@ -76,12 +78,14 @@ def plan_of(options: PlanOptions) -> Plan:
     """The plan asked for. Raises ValueError where layout, mask and sizes do not fit."""
     if options.max_tiles < 0:
         raise ValueError(f"--max-tiles must be at least 0, got {options.max_tiles}")
-    if options.exchange not in ("auto", *EXCHANGES):
-        raise ValueError(f"exchange {options.exchange!r} is not one of auto, {', '.join(EXCHANGES)}")
+    if options.exchange not in ("auto", *EXCHANGE_NAMES):
+        raise ValueError(f"exchange {options.exchange!r} is not one of auto, {', '.join(EXCHANGE_NAMES)}")
+    if options.exchange == "two-level" and options.ranks_per_node is None:
+        raise ValueError("the two-level exchange needs --ranks-per-node")
     layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
     mask = mask_of(options)
     mask.check(options.seq_len, options.seq_len, 1)
-    return make_plan(EXCHANGES[exchange_of(options)], mask, layout)
+    return make_plan(get_exchange(exchange_of(options), options.ranks_per_node), mask, layout)
 
 
 def exchange_of(options: PlanOptions) -> str:
@@ -96,7 +100,7 @@ def estimates_of(options: PlanOptions) -> tuple[Estimate, ...]:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
     work = Work(1, options.num_heads, options.num_kv_heads, options.head_dim, options.head_dim, itemsize=2)
-    return estimates(mask_of(options), layout, layout, None, work, MACHINES[options.machine])
+    return estimates(Question(mask_of(options), layout, layout, work, MACHINES[options.machine], None, options.ranks_per_node))
 
 
 def explained(options: PlanOptions) -> list[str]:

@@ -13,7 +13,7 @@ from ring_attn import sharding
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, split_group
 from ring_attn.comm.transport import Transport
-from ring_attn.exchange import EXCHANGES
+from ring_attn.exchange import EXCHANGE_NAMES
 from ring_attn.kernels import check_kernel_name
 from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.typed import typed
@@ -23,11 +23,12 @@ class Ring:
     """A ring of ranks and how it works. Make one with simulated, from_group or from_mesh, which take
 
     layout: "contiguous", "striped" or "zigzag": which positions each rank holds;
-    exchange: "ring", "gather" or "pull": how ranks meet each other's KV; "auto" takes the fastest for a call, by the formula
-    that `ring-attn plan --explain` prints;
+    exchange: "ring", "gather", "pull" or "two-level": how ranks meet each other's KV; "auto" takes the fastest for a call, by
+    the formula that `ring-attn plan --explain` prints;
     kernel: "auto", the name of a kernel, or a pair such as "triton+flash2" for forward and backward;
     kv_memory: how many bytes of KV that came from other ranks a rank may hold in a forward, what is under way included; a
-    backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once.
+    backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once;
+    ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.
     """
 
     def __init__(
@@ -38,16 +39,27 @@ class Ring:
         exchange: str = "auto",
         kernel: str = "auto",
         kv_memory: int | None = None,
+        ranks_per_node: int | None = None,
     ) -> None:
         check_kernel_name(kernel)
         if kv_memory is not None and kv_memory < 1:
             raise ValueError(f"kv_memory must be a number of bytes, at least 1, or None for no limit, got {kv_memory}")
         self.kv_memory = kv_memory
+        self.ranks_per_node = transport.ranks_per_node if ranks_per_node is None else ranks_per_node
         self.transport = transport
         self.layout_class = _choose("layout", layout, LAYOUTS)
-        self.exchange = "auto" if exchange == "auto" else _choose("exchange", exchange, EXCHANGES, "auto").name
+        self.exchange = _choose("exchange", exchange, {name: name for name in ("auto", *EXCHANGE_NAMES)})
+        self._check_nodes(ranks_per_node)
         self.kernel = kernel
         self._agreed: dict[tuple, None] = {}
+
+    def _check_nodes(self, given: int | None) -> None:
+        if given is not None and self.exchange not in ("auto", "two-level"):
+            raise ValueError(f"ranks_per_node={given} is for exchange='two-level' or 'auto', not for {self.exchange!r}")
+        if self.exchange == "two-level" and self.ranks_per_node is None:
+            raise ValueError("exchange='two-level' needs ranks_per_node, how many neighbouring ranks share a node")
+        if self.ranks_per_node is not None and (self.ranks_per_node < 1 or self.size % self.ranks_per_node):
+            raise ValueError(f"ranks_per_node {self.ranks_per_node} must divide the ring size {self.size}")
 
     @classmethod
     @typed

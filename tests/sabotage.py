@@ -13,6 +13,7 @@ from unittest.mock import patch
 from ring_attn import attention, exchange, mask, tiles
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
+from ring_attn.exchange import base
 from ring_attn.kernels import Upstream, reference
 from ring_attn.partial import Partial
 from tests.matrix import Case, cases, check, simulated
@@ -104,14 +105,14 @@ def forget_a_wait() -> AbstractContextManager:
 
 
 def write_into_what_was_sent() -> AbstractContextManager:
-    pack = exchange.pack
+    pack = base.pack
 
     def aliased(pair):
         """A message that shares memory with the first message of this call, as a buffer reused too early does."""
         rows = pack(pair)
         return _SHARED.setdefault((rows.shape, rows.dtype), rows.clone()).copy_(rows)
 
-    return patch.object(exchange, "pack", aliased)
+    return patch.object(base, "pack", aliased)
 
 
 _SHARED: dict = {}
@@ -149,13 +150,13 @@ def forget_the_gradient_of_lse() -> AbstractContextManager:
 
 
 def swap_dk_and_dv() -> AbstractContextManager:
-    unpack = exchange.Widths.unpack
+    unpack = base.Widths.unpack
 
     def broken(self, rows):
         k, v = unpack(self, rows)
         return (v, k) if self.d == self.dv else (k, v * 2)
 
-    return patch.object(exchange.Widths, "unpack", broken)
+    return patch.object(base.Widths, "unpack", broken)
 
 
 def forget_documents() -> AbstractContextManager:

@@ -6,7 +6,7 @@ import pytest
 
 import ring_attn as ra
 from ring_attn import cli
-from ring_attn.cost import MACHINES, Link, Machine, Work, estimates
+from ring_attn.cost import MACHINES, Link, Machine, Question, Work, estimates
 from ring_attn.layout import Contiguous, Zigzag
 from ring_attn.mask import Causal, Full, Window
 from tests.support import random_qkv
@@ -14,8 +14,8 @@ from tests.support import random_qkv
 SIZES = Work(batch=1, num_heads=32, num_kv_heads=8, head_dim=128, v_head_dim=128, itemsize=2)
 
 
-def by_name(mask, layout, machine, max_rows=None, work=SIZES):
-    return {found.exchange: found for found in estimates(mask, layout, layout, max_rows, work, machine)}
+def by_name(mask, layout, machine, max_rows=None, work=SIZES, nodes=None):
+    return {found.exchange: found for found in estimates(Question(mask, layout, layout, work, machine, max_rows, nodes))}
 
 
 def test_the_terms_by_hand():
@@ -35,11 +35,12 @@ def test_the_terms_by_hand():
 
 
 def test_what_it_prefers():
-    def best(mask, layout, machine, max_rows=None):
-        return estimates(mask, layout, layout, max_rows, SIZES, MACHINES[machine])[0].exchange
+    def best(mask, layout, machine, max_rows=None, nodes=None):
+        return estimates(Question(mask, layout, layout, SIZES, MACHINES[machine], max_rows, nodes))[0].exchange
 
     assert best(Causal(), Zigzag(8192, 4), "gpus") == "gather", "few launches where the sequence is short"
     assert best(Causal(), Zigzag(131072, 4), "network") in ("ring", "pull"), "transfers beside compute where links are slow"
+    assert best(Causal(), Zigzag(131072, 16), "network", nodes=8) == "two-level", "what many ranks of a node need comes once"
     assert best(Window(4096), Zigzag(131072, 4), "gpus") == "pull", "only what a window needs"
     assert best(Causal(), Zigzag(64, 4), "process") == "gather", "in one process nothing is moved"
     assert "ring" not in by_name(Causal(), Zigzag(131072, 4), MACHINES["gpus"], max_rows=1000), "it holds whole shards"
@@ -64,7 +65,7 @@ def test_plan_explains(capsys):
     assert "gather exchange, 8,192 positions over 4 ranks" in text
     assert "gather moves 320 GB/s after 35 us; compute beside it takes 1.6 times as long" in text
     assert "auto takes gather" in text
-    for estimate in estimates(Causal(), Zigzag(8192, 4), Zigzag(8192, 4), None, SIZES, MACHINES["gpus"]):
+    for estimate in estimates(Question(Causal(), Zigzag(8192, 4), Zigzag(8192, 4), SIZES, MACHINES["gpus"])):
         assert f"  {estimate}" in text
     assert cli.main(["plan", "--explain", "--num-heads", "0"]) == 2
     assert "--num-heads must be at least 1, got 0" in capsys.readouterr().err

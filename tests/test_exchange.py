@@ -8,6 +8,7 @@ from ring_attn.exchange import EXCHANGES, make_plan
 from ring_attn.layout import LAYOUTS, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.tiles import part_positions
+from tests.matrix import cases, check
 from tests.scores import Sizes, errors
 from tests.support import FLOAT64_LIMIT, random_qkv
 
@@ -89,3 +90,40 @@ def test_too_little_memory_is_named():
             ra.ring_attention(q, k, v, ring=ring)
     with pytest.raises(ValueError, match=r"kv_memory must be a number of bytes, at least 1, or None for no limit, got 0"):
         ra.Ring.simulated(3, kv_memory=0)
+
+
+@pytest.mark.parametrize(("ring_size", "ranks_per_node"), [(4, 2), (6, 2), (6, 3), (3, 1), (3, 3)])
+def test_two_levels(ring_size, ranks_per_node):
+    """The matrix, where what travels between nodes is as much as a ring of nodes moves, and pulls stay inside a node."""
+    for case in cases():
+        if case.exchange == "ring":
+            choice = {"exchange": "two-level", "ranks_per_node": ranks_per_node, "kernel": case.kernel}
+            ring = ra.Ring.simulated(ring_size, case.layout, hostile=True, **choice)
+            pull, shift, shifts = ring.transport.pull, ring.transport.shift, []
+
+            def inside(shards, parts, *, what, pull=pull):
+                ranks = [(rank, part.rank) for rank, wanted in enumerate(parts) for part in wanted]
+                assert all(a // ranks_per_node == b // ranks_per_node for a, b in ranks), ranks
+                return pull(shards, parts, what=what)
+
+            def between(shards, offset=1, *, what, shift=shift, shifts=shifts):
+                assert offset % ranks_per_node == 0
+                shifts.append(what)
+                return shift(shards, offset, what=what)
+
+            ring.transport.pull, ring.transport.shift = inside, between
+            check(case, ring)
+            assert len([what for what in shifts if "forward" in what]) <= ring_size // ranks_per_node - 1
+
+
+def test_nodes_are_named():
+    with pytest.raises(ValueError, match=r"exchange='two-level' needs ranks_per_node"):
+        ra.Ring.simulated(4, exchange="two-level")
+    with pytest.raises(ValueError, match=r"ranks_per_node 3 must divide the ring size 4"):
+        ra.Ring.simulated(4, exchange="two-level", ranks_per_node=3)
+    with pytest.raises(ValueError, match=r"ranks_per_node=2 is for exchange='two-level' or 'auto', not for 'ring'"):
+        ra.Ring.simulated(4, exchange="ring", ranks_per_node=2)
+    q, k, v, _ = random_qkv(1, 24, 24, 2, 1, 4, dtype=torch.float64)
+    ring = ra.Ring.simulated(4, "contiguous", exchange="two-level", ranks_per_node=2, kv_memory=11 * 128)
+    with pytest.raises(ValueError, match=r"the shards of a node, 12 KV rows, but kv_memory is enough for 11"):
+        ra.ring_attention(q, k, v, ring=ring)

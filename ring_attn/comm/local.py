@@ -23,6 +23,7 @@ class LocalTransport:
         if ring_size < 1:
             raise ValueError(f"ring_size must be at least 1, got {ring_size}")
         self.link = "process"
+        self.ranks_per_node: int | None = None
         self.ring_size = ring_size
         self.hosted = tuple(range(ring_size))
         self.hostile = hostile

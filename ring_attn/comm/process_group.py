@@ -47,7 +47,8 @@ class ProcessGroupTransport:
         self.ring_size = self.num_processes * ranks_per_process
         first = self.process * ranks_per_process
         self.hosted = tuple(range(first, first + ranks_per_process))
-        self.link = _link(self.group)
+        self.link, on_node = _link(self.group)
+        self.ranks_per_node = on_node * ranks_per_process if self.link == "network" else None
         self._tag = 0
         self._watch = watch(_timeout_s(self.group)) if dist.get_backend(self.group) == dist.Backend.NCCL else None
 
@@ -211,13 +212,13 @@ def _bytes(x: Tensor) -> Tensor:
     return x.reshape(-1).view(torch.uint8)
 
 
-def _link(group: dist.ProcessGroup) -> str:
-    """What lies between the processes, see Transport. torchrun tells how many are on a host; without it all are."""
+def _link(group: dist.ProcessGroup) -> tuple[str, int]:
+    """What lies between the processes, see Transport, and how many of them share a host: as torchrun tells, without it all."""
     if dist.get_backend(group) != dist.Backend.NCCL:
-        return "gloo"
+        return "gloo", dist.get_world_size(group)
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    hosts = {rank // on_host for rank in dist.get_process_group_ranks(group)}
-    return "gpus" if len(hosts) == 1 else "network"
+    hosts = [rank // on_host for rank in dist.get_process_group_ranks(group)]
+    return "gpus" if len(set(hosts)) == 1 else "network", hosts.count(hosts[0])
 
 
 def _timeout_s(group: dist.ProcessGroup) -> float:

@@ -43,10 +43,12 @@ class Pending(Generic[T]):
 class Transport(Protocol):
     """Moves payloads between the ranks of one ring. `what` names the operation in errors, such as "ring forward, step 2".
 
-    `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host) or "network".
+    `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host) or "network";
+    `ranks_per_node`: how many neighbours share a host where it is a network, else None.
     """
 
     link: str
+    ranks_per_node: int | None
     ring_size: int
     hosted: tuple[int, ...]
 

@@ -21,6 +21,16 @@ def test_matrix(num_processes: int, ranks_per_process: int):
     run_processes(_matrix, num_processes, ranks_per_process)
 
 
+def _two_levels(rank: int) -> None:
+    for case in cases():
+        if case.exchange == "ring":
+            check(case, ra.Ring.from_group(None, case.layout, exchange="two-level", ranks_per_node=2, kernel=case.kernel))
+
+
+def test_two_levels():
+    run_processes(_two_levels, 4)
+
+
 def _side_by_side(rank: int) -> None:
     for case in cases():
         ring = ra.Ring.from_group(None, case.layout, exchange=case.exchange, kernel=case.kernel, ring_size=2)

@@ -1,0 +1,54 @@
+"""Every rank pulls what its tiles need of the others while it attends its own shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ring_attn.comm.transport import Pending, Transport
+from ring_attn.exchange.base import KV, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
+from ring_attn.layout import Layout, Part, total_rows
+from ring_attn.mask import Mask
+from ring_attn.parts import evenly, needed, steps_for, within
+from ring_attn.tiles import Meets, Plan
+
+
+class PullExchange:
+    """The own shard first, while every rank pulls the rows of the others that its tiles need; then one visit with all of them.
+
+    What a mask hides is not moved: under a causal mask the zigzag layout moves three quarters of what a ring does. Where
+    `max_rows` allows less, the others' rows come in several visits.
+    """
+
+    name = "pull"
+
+    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
+        ranks, everything = range(layout.ring_size), range(kv_layout.shard_len)
+        own = tuple((Part(rank, everything),) for rank in ranks)
+        wanted = [needed(layout, kv_layout, mask, rank) for rank in ranks]
+        steps = steps_for(max(map(total_rows, wanted)), max_rows)
+        by_rank = [[within(parts, rows) for rows in evenly(total_rows(parts), steps)] for parts in wanted]
+        return own, *zip(*by_rank, strict=True)
+
+    def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
+        widths, own = Widths.of(kv[0]), at_hand(kv, plan)
+
+        def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
+            return transport.pull(own.received, plan.meets[step], what=f"{what}, KV for step {step}")
+
+        return visits(own, plan, pull, lambda step, came: list(map(widths.unpack, came)) if step else kv)
+
+    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
+        return _PullHomeward(transport, plan, dtype)
+
+
+class _PullHomeward(PackedHomeward):
+    def add(self, visit: Visit) -> None:
+        if visit.step == 0:
+            self.own = self.rows
+            return
+        what = f"pull backward, dK and dV home from step {visit.step}"
+        parts, rows = self.plan.meets[visit.step], self.plan.kv_layout.shard_len
+        self.pending.append((slice(None), self.transport.push(self.rows, parts, rows, what=what)))

@@ -1,0 +1,124 @@
+"""Rings of nodes: KV shards travel from node to node, every rank over its own link, and inside a node ranks pull them.
+
+Note [two levels]: at level m a rank holds the shard of its namesake m nodes back, which came over the link between the nodes
+while the level before was computed. It attends that shard, and meanwhile pulls what it needs of the other shards that its
+node's ranks hold: only a shard's first way into a node takes the slow link, and it takes it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ring_attn.comm.transport import Pending, Transport
+from ring_attn.exchange.base import KV, Homeward, PackedHomeward, Visit, Widths, at_hand
+from ring_attn.layout import Layout, Part
+from ring_attn.mask import Mask
+from ring_attn.parts import needed
+from ring_attn.tiles import Meets, Plan
+
+
+@dataclass(frozen=True)
+class TwoLevelExchange:
+    """A ring between nodes of `ranks_per_node` neighbouring ranks, and pulls inside them; see Note [two levels].
+
+    Steps 2 m and 2 m + 1 are level m: the shard that the rank holds, then those that its node's other ranks hold.
+    """
+
+    ranks_per_node: int
+    name = "two-level"
+
+    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
+        size, everything = layout.ring_size, range(kv_layout.shard_len)
+        if size % self.ranks_per_node:
+            raise ValueError(f"a ring of {size} ranks is not made of nodes of {self.ranks_per_node} ranks")
+        if max_rows is not None and max_rows < len(everything) * self.ranks_per_node:
+            raise ValueError(
+                f"the two-level exchange holds the shards of a node, {len(everything) * self.ranks_per_node} KV rows, but "
+                f"kv_memory is enough for {max_rows}; exchange='pull' and 'gather' take less at a time"
+            )
+        wanted = [needed(layout, kv_layout, mask, rank) for rank in range(size)]
+        steps = []
+        for level in range(size // self.ranks_per_node):
+            held = [(rank - level * self.ranks_per_node) % size for rank in range(size)]
+            steps.append(tuple((Part(source, everything),) for source in held))
+            node = [source // self.ranks_per_node for source in held]
+            steps.append(
+                tuple(
+                    tuple(part for part in parts if part.rank // self.ranks_per_node == node[rank] and part.rank != held[rank])
+                    for rank, parts in enumerate(wanted)
+                )
+            )
+        return tuple(steps)
+
+    def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
+        unpack, steps = Widths.of(kv[0]).unpack, plan.steps
+        levels = sorted({step // 2 for step in steps})
+        held = at_hand(kv, plan).received
+        arriving: Pending[list[Tensor]] | None = None
+        for level, following in zip(levels, [*levels[1:], None], strict=True):
+            if arriving is not None:
+                held = arriving.wait()
+            if following is not None:
+                away = (following - level) * self.ranks_per_node
+                arriving = transport.shift(held, away, what=f"{what}, KV of {following} nodes back")
+            inside = 2 * level + 1
+            if inside in steps:
+                pulled = transport.pull(held, self.holders(plan, inside), what=f"{what}, KV for step {inside}")
+            if 2 * level in steps:
+                yield Visit(2 * level, list(map(unpack, held)) if level else kv, 2 * level == steps[-1])
+            if inside in steps:
+                yield Visit(inside, list(map(unpack, pulled.wait())), inside == steps[-1])
+
+    def holders(self, plan: Plan, step: int) -> list[list[Part]]:
+        """The parts of a step inside a node, by the ranks that hold them then."""
+        away, size = step // 2 * self.ranks_per_node, plan.layout.ring_size
+        return [[part._replace(rank=(part.rank + away) % size) for part in parts] for parts in plan.meets[step]]
+
+    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
+        return _TwoLevelHomeward(transport, plan, dtype, self)
+
+
+class _TwoLevelHomeward(PackedHomeward):
+    """dK and dV are pushed to the rank that holds the shard, and follow it from node to node, one level behind."""
+
+    def __init__(self, transport: Transport, plan: Plan, dtype: torch.dtype, exchange: TwoLevelExchange) -> None:
+        super().__init__(transport, plan, dtype)
+        self.exchange, self.level = exchange, 0
+        self.held: list[Tensor] | None = None
+        self.travelling: Pending[list[Tensor]] | None = None
+
+    def add(self, visit: Visit) -> None:
+        level, inside = divmod(visit.step, 2)
+        if level != self.level:
+            self._leave_for(level)
+        if not inside:
+            self.held = self.rows
+            return
+        what, shard_len = f"two-level backward, dK and dV of step {visit.step}", self.plan.kv_layout.shard_len
+        if self.held is None:
+            self.held = [rows.new_zeros(rows.shape[0], shard_len, rows.shape[2]) for rows in self.rows]
+        pushed = self.transport.push(self.rows, self.exchange.holders(self.plan, visit.step), shard_len, what=what)
+        self.pending = [(slice(None), pushed)]
+
+    def collect(self) -> list[KV]:
+        self._leave_for(0)
+        self.pending = [] if self.travelling is None else [(slice(None), self.travelling)]
+        return super().collect()
+
+    def _leave_for(self, level: int) -> None:
+        """Closes a level: what its shards gathered goes on to another, 0 being home."""
+        self.add_arrived(self.held)
+        if self.level == 0:
+            self.own = self.held
+        else:
+            if self.travelling is not None:
+                self.pending = [(slice(None), self.travelling)]
+                self.add_arrived(self.held)
+            away = (level - self.level) * self.exchange.ranks_per_node
+            where = f"from {self.level} nodes away to {level}"
+            self.travelling = self.transport.shift(self.held, away, what=f"two-level backward, dK and dV {where}")
+        self.held, self.level = None, level
