@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import sys
 import traceback
@@ -19,6 +20,8 @@ import torch.distributed as dist
 
 import ring_attn as ra
 from ring_attn.comm.process_group import ProcessGroupTransport
+from ring_attn.comm.symmetric import SymmetricTransport
+from tests.dist.test_symmetric import rounds_that_went_wrong
 from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
 from tests.support import GRAD_FACTOR, OUT_FACTOR, allowed, dense, random_qkv, rel_error
 from tests.test_transport import conform
@@ -53,6 +56,21 @@ def ratios_in_16_bits(
     ]
 
 
+def dozing_rounds(count: int) -> None:
+    """Pulls with a random delay on a random rank before any of them, every one checked."""
+    chance = random.Random(dist.get_rank())
+
+    def doze() -> None:
+        if chance.random() < 0.3:
+            torch.cuda._sleep(int(chance.random() * 2e7))
+
+    assert rounds_that_went_wrong(SymmetricTransport(), count, DEVICE, doze) == 0
+
+
+def symmetric_ring(layout: str, kernel: str = "auto") -> ra.Ring:
+    return ra.Ring(SymmetricTransport(), layout=layout, exchange="pull", kernel=kernel)
+
+
 def check_16_bits(layout: str, exchange: str, mask_name: str, kernel: str, dtype: torch.dtype) -> str:
     ratios = ratios_in_16_bits(layout, exchange, mask_name, kernel, dtype)
     limits = [OUT_FACTOR, *[GRAD_FACTOR] * 3]
@@ -80,9 +98,8 @@ def median_ms(function, repeats: int = 7) -> float:
     return slowest.item()
 
 
-def timing(exchange: str, kernel: str, seq_len: int, h: int = 32, g: int = 8, d: int = 128) -> str:
-    """ms and TFLOP/s a GPU, forward and forward + backward, causal, zigzag, bf16."""
-    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, kernel=kernel)
+def timing(ring: ra.Ring, seq_len: int, h: int = 32, g: int = 8, d: int = 128) -> str:
+    """ms and TFLOP/s a GPU, forward and forward + backward, causal, bf16."""
     rows = seq_len // ring.size
     q, k, v, dout = (
         x.requires_grad_() for x in random_qkv(1, rows, rows, h, g, d, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0])
@@ -110,6 +127,14 @@ def main() -> None:
             failures.append(f"rank {dist.get_rank()}: {name}: {type(error).__name__}: {error}")
 
     attempt("transport conformance", lambda: conform(ProcessGroupTransport(), DEVICE))
+    symmetric = symmetric_ring("zigzag")
+    attempt("symmetric memory: conformance", lambda: conform(symmetric.transport, DEVICE))
+    pulled = [case for case in cases() if case.exchange == "pull"]
+    attempt(
+        "symmetric memory: float64 matrix",
+        lambda: [check(case, symmetric_ring(case.layout, case.kernel), device=DEVICE) for case in pulled] and None,
+    )
+    attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
     for exchange in EXCHANGES:
         attempt(f"float64 matrix, {exchange}", lambda e=exchange: [run_case(c) for c in cases() if c.exchange == e] and None)
     for layout in LAYOUTS:
@@ -131,7 +156,9 @@ def main() -> None:
         for seq_len in (8192, 32768, 131072):
             for exchange in EXCHANGES:
                 for kernel in ("auto", "cudnn"):
-                    attempt(f"time {exchange} {kernel} {seq_len}", timing, exchange, kernel, seq_len)
+                    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, kernel=kernel)
+                    attempt(f"time {exchange} {kernel} {seq_len}", timing, ring, seq_len)
+            attempt(f"time pull by copy engines, auto {seq_len}", timing, symmetric, seq_len)
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, failures)
     wrong = [failure for rank in everyone for failure in rank]

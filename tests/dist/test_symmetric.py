@@ -1,0 +1,143 @@
+"""The protocol of symmetric memory without GPUs: gloo processes that map each other's files, with ranks that dawdle.
+
+What copy engines, streams and events do is checked on GPUs (tests/gpu/nccl.py); here it is which slot is written and read when.
+"""
+
+import random
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ring_attn as ra
+from ring_attn.comm import process_group, symmetric
+from ring_attn.comm.symmetric import SymmetricTransport
+from ring_attn.layout import Part
+from tests.dist.harness import run_processes
+from tests.matrix import cases, check
+from tests.test_transport import conform
+
+
+class MappedFiles:
+    """A handle over files that all processes map: `get_buffer` of any rank, and a barrier."""
+
+    def __init__(self, folder, number, size):
+        ranks = range(dist.get_world_size())
+        path = Path(folder) / f"{number}-{dist.get_rank()}"
+        path.write_bytes(b"\xff" * size)  # NaN in every floating dtype
+        dist.barrier()
+        self.memory = [torch.from_file(str(Path(folder) / f"{number}-{r}"), True, size, dtype=torch.uint8) for r in ranks]
+
+    def get_buffer(self, rank, sizes, dtype, storage_offset=0):
+        count = torch.Size(sizes).numel()
+        return self.memory[rank].view(dtype)[storage_offset : storage_offset + count].view(sizes)
+
+    def barrier(self):
+        dist.barrier()
+
+
+class Dawdling(MappedFiles):
+    """The same, where any rank may fall asleep before any operation."""
+
+    chance = random.Random()
+
+    def doze(self):
+        if self.chance.random() < 0.2:
+            time.sleep(self.chance.random() * 0.01)
+
+    def get_buffer(self, *args):
+        self.doze()
+        return super().get_buffer(*args)
+
+    def barrier(self):
+        self.doze()
+        super().barrier()
+        self.doze()
+
+
+class pretended:
+    """Inside, SymmetricTransport works on gloo processes."""
+
+    def __init__(self, handle, folder):
+        made = iter(range(100))
+        size_of = lambda size, device, group: handle(folder, next(made), size)  # noqa: E731
+        self.patches = [
+            patch.object(symmetric, "rendezvous", size_of),
+            patch.object(process_group, "_link", lambda group: ("gpus", dist.get_world_size())),
+            patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}),
+        ]
+
+    def __enter__(self):
+        for one in self.patches:
+            one.start()
+
+    def __exit__(self, *error):
+        for one in self.patches:
+            one.stop()
+
+
+def _conforms(rank, folder):
+    with pretended(MappedFiles, folder):
+        conform(SymmetricTransport())
+        for case in cases():
+            if case.exchange == "pull":
+                check(case, ra.Ring(SymmetricTransport(), layout=case.layout, exchange="pull", kernel=case.kernel))
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_it_conforms_and_gives_the_matrix(num_processes, tmp_path):
+    run_processes(_conforms, num_processes, str(tmp_path))
+
+
+def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
+    """Transfers of changing sizes and contents, one posted ahead, every one checked against what all ranks know was sent."""
+    size, (rank,) = transport.ring_size, transport.hosted
+    wrong, under_way = 0, None
+    for number in range(rounds):
+        gen = torch.Generator().manual_seed(number)
+        rows = int(torch.randint(3, 40, (1,), generator=gen))
+        shards = torch.randn(size, 2, rows, 3, generator=gen, dtype=torch.float64).to(device)
+        parts = [[Part(other, range(rows // 3, rows)) for other in range(size) if other != mine] for mine in range(size)]
+        doze()
+        pending = transport.pull([shards[rank].contiguous()], parts, what=f"round {number}")
+        want = torch.cat([shards[part.rank][:, part.rows.start :] for part in parts[rank]], 1)
+        if under_way is not None:
+            (got,) = under_way[0].wait()
+            wrong += not torch.equal(got, under_way[1])
+        under_way = pending, want
+    return wrong + (not torch.equal(under_way[0].wait()[0], under_way[1]))
+
+
+def _dawdles(rank, folder, slots, rounds, expected):
+    Dawdling.chance = random.Random(rank)
+    with pretended(Dawdling, folder), patch.object(symmetric, "SLOTS", slots):
+        wrong = torch.tensor(rounds_that_went_wrong(SymmetricTransport(), rounds))
+        dist.all_reduce(wrong)
+        assert (wrong > 0) == expected, f"{wrong} of {rounds} rounds"
+
+
+def test_ranks_that_dawdle_never_meet_a_slot_too_early_or_too_late(tmp_path):
+    run_processes(_dawdles, 3, str(tmp_path), 2, 300, False)
+
+
+def test_one_slot_would_not_do(tmp_path):
+    """The test above can fail: with one slot a fast rank overwrites what a slow one still reads."""
+    run_processes(_dawdles, 3, str(tmp_path), 1, 300, True)
+
+
+def _is_refused(rank):
+    with pytest.raises(ValueError, match="for GPUs of one host over NCCL, but the processes are linked by gloo"):
+        SymmetricTransport()
+    with (
+        patch.object(process_group, "_link", lambda group: ("gpus", 2)),
+        patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "0"}),
+        pytest.raises(RuntimeError, match="set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process"),
+    ):
+        SymmetricTransport()
+
+
+def test_it_is_refused_where_it_cannot_work():
+    run_processes(_is_refused, 2)
