@@ -97,7 +97,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
                 *visit.kv[i],
                 plan[rank, visit.step],
                 scale=call.scale,
-                score=modifiers[i] if modifiers[i].kinds else None,
+                score=modifiers[i],
                 into=partials[i],
                 out=outs[i] if visit.last else None,
             )
@@ -128,7 +128,7 @@ def _backward(
                 *visit.kv[i],
                 plan[rank, visit.step],
                 scale=call.scale,
-                score=modifiers[i] if modifiers[i].kinds else None,
+                score=modifiers[i],
                 into=Grads(dqs[i], *buffers[i], score_grads[i]),
             )
         homeward.add(visit)

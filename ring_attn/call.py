@@ -79,6 +79,7 @@ class Call:
         left_bounded = any(rule.left is not None for rule in rules)
         documents = any(rule.documents for rule in rules)
         full = all(rule.right is None for rule in rules)
+        predicates = {predicate.triton for rule in rules for predicate in rule.predicates}
         return Problem(
             direction,
             q.device.type,
@@ -90,7 +91,7 @@ class Call:
             left_bounded=left_bounded,
             lse_grad=lse_grad,
             score=self.modifiers.kinds or None,
-            predicate=any(rule.predicates for rule in rules),
+            predicate=None if not predicates else "python" if None in predicates else "triton",
             deterministic=torch.are_deterministic_algorithms_enabled(),
             kind="documents" if documents else "window" if left_bounded else "full" if full else "causal",
             rows=1 << (q.shape[1] // len(self.ring.hosted)).bit_length() - 1,

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from ring_attn.typed import is_jitted
+
 Ends = tuple[int, ...]
 
 
@@ -24,7 +26,7 @@ class Rule:
     `first_key <= j < num_keys`.
 
     `left`, `right`: None leaves that side open. `documents`: packings, each the cumulated ends of the queries' documents and of
-    the keys'. `num_keys`: None means all. `predicates`: functions (b, h, i, j) that must all hold as well.
+    the keys'. `num_keys`: None means all. `predicates`: what must hold as well.
     """
 
     left: int | None = None
@@ -32,7 +34,7 @@ class Rule:
     documents: tuple[tuple[Ends, Ends], ...] = ()
     first_key: int = 0
     num_keys: int | None = None
-    predicates: tuple[Callable, ...] = ()
+    predicates: tuple[MaskMod, ...] = ()
 
     def __and__(self, other: Rule) -> Rule:
         return Rule(
@@ -191,15 +193,23 @@ class MaskMod(Mask):
     """Query i of batch row b and head h sees key j iff fn(b, h, i, j), in global positions, as torch's flex_attention takes it.
 
     `fn` gets and returns integer and bool scalars (tensors under vmap). Two masks are the same only if their functions are.
+
+    `triton`: the same for the Triton kernels, which need it: a @triton.jit function (b, h, q_pos, kv_pos) -> bool that works on
+    each element of a block: q_pos and kv_pos are int32 that broadcast to it, b and h int32 scalars.
     """
 
     fn: Callable
+    triton: Callable | None = None
+
+    def __post_init__(self) -> None:
+        if self.triton is not None and not is_jitted(self.triton):
+            raise TypeError(f"{self!r} takes triton=predicate, a @triton.jit function, got {self.triton!r}")
 
     def __repr__(self) -> str:
         return f"MaskMod({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
 
     def rules(self) -> tuple[Rule, ...]:
-        return (Rule(predicates=(self.fn,)),)
+        return (Rule(predicates=(self,)),)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,17 @@ their own. `without_tensors` is the rest of a score, hashable; `with_tensors` pu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from types import CellType, FunctionType, MethodType
 
 import torch
 from torch import Tensor
+
+from ring_attn.typed import is_jitted
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Score:
         """Scores [b, h, i, j] after this one; differentiable in the scores and in `tensors()`."""
         return scores
 
+    def bound(self, size: float) -> float:
+        """The largest size of a score after this one, of scores of at most that `size`; inf where there is none."""
+        return math.inf
+
     def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
         """Raises ValueError where its tensors do not fit a call."""
 
@@ -79,6 +87,9 @@ class SoftCap(Score):
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)
+
+    def bound(self, size: float) -> float:
+        return self.cap * math.tanh(size / self.cap)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -182,10 +193,25 @@ class ScoreMod(Score):
 
     Tensors that `fn` closes over or names as globals get gradients; one that it reaches in another way may not need one. It is
     also asked about cells beside those that the mask allows, and must be finite there.
+
+    `triton`: the same for the Triton kernels, which need it: two @triton.jit functions, forward(score, b, h, q_pos, kv_pos) ->
+    score and backward(dscore, score, b, h, q_pos, kv_pos) -> the gradient of the score that the forward was given. They work on
+    each element of a block: score and dscore are fp32, q_pos and kv_pos int32 that broadcast to them, b and h int32 scalars.
+    Nothing they capture gets a gradient.
     """
 
     fn: Callable
-    kind = "score_mod"
+    triton: tuple[Callable, Callable] | None = None
+
+    def __post_init__(self) -> None:
+        if self.triton is not None and not (
+            isinstance(self.triton, tuple) and len(self.triton) == 2 and all(map(is_jitted, self.triton))
+        ):
+            raise TypeError(f"{self!r} takes triton=(forward, backward), two @triton.jit functions, got {self.triton!r}")
+
+    @property
+    def kind(self) -> str:
+        return "score_mod" if self.triton is None else "triton_score_mod"
 
     def __repr__(self) -> str:
         return f"ScoreMod({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
@@ -196,9 +222,14 @@ class ScoreMod(Score):
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Score:
         # In 16 bits a table's gradient, a sum over many cells, would stop growing after a few hundred of them.
         wide = (x.to(torch.promote_types(x.dtype, torch.float32)) if x.dtype.is_floating_point else x for x in tensors)
-        return ScoreMod(recapture(self.fn, tuple(wide)))
+        return replace(self, fn=recapture(self.fn, tuple(wide)))
 
     def check_gradients(self) -> None:
+        if self.triton is not None and any(x.requires_grad for x in self.tensors()):
+            raise ValueError(
+                f"{self!r} captures a tensor that needs a gradient, which its Triton functions cannot give; leave triton=... "
+                f"out, or detach the tensor"
+            )
         first = torch.zeros((), dtype=torch.int64, device=next((x.device for x in self.tensors()), None))
         known = recapture(self.fn, tuple(x.detach() for x in self.tensors()))
         if known(first.double(), first, first, first, first).requires_grad:
@@ -249,6 +280,9 @@ class CosineSim(Score):
             raise ValueError(f"CosineSim scale must be a number or [num_heads] = [{q.shape[2]}], got {tuple(self.scale.shape)}")
         return (q * self.scale[:, None]).to(k.dtype), k, 1.0
 
+    def bound(self, size: float) -> float:
+        return math.inf if isinstance(self.scale, Tensor) else abs(self.scale) * self.groups
+
 
 @dataclass(frozen=True)
 class Dropout(Score):
@@ -287,10 +321,14 @@ def _mix(state: Tensor | int, value: Tensor | int) -> Tensor | int:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a kernel is handed: `steps` change scores in order, `dropout` acts on probabilities."""
+    """What a kernel is handed: `steps` change scores in order, `dropout` acts on probabilities.
+
+    `bound`: no score after the steps is larger in size, up to rounding; inf where that is not known. A kernel need not use it.
+    """
 
     steps: tuple[Score, ...]
     dropout: Dropout | None = None
+    bound: float = math.inf
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -340,7 +378,9 @@ def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None
             raise ValueError(f"{kind.__name__} may stand once in a list of scores, got {len(found)}")
         alone[kind] = found[0] if found else None
     steps = tuple(one for one in scores if not isinstance(one, CosineSim | Sinks | Dropout))
-    return alone[CosineSim], Scores(steps, alone[Dropout]), alone[Sinks]
+    changing = steps if alone[CosineSim] is None else (alone[CosineSim], *steps)
+    bound = reduce(lambda size, one: one.bound(size), changing, math.inf)
+    return alone[CosineSim], Scores(steps, alone[Dropout], bound), alone[Sinks]
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
 from ring_attn.layout import Layout, Part, Shard
-from ring_attn.mask import Ends, Mask, Rule
+from ring_attn.mask import Ends, Mask, MaskMod, Rule
 
 
 class Band(NamedTuple):
@@ -37,8 +37,8 @@ class Tile:
     """Query rows x KV rows of one visit, and the band of allowed cells.
 
     `q_rows`, `kv_rows`: rows of the rank's query shard and of the visit's KV. `positions`: the global positions of those rows,
-    (q, kv), each as ranges in row order. `batch`: the one batch row the tile holds for, None for every row. `predicates`:
-    functions (b, h, q_pos, kv_pos) that an allowed cell must satisfy beside the band; `cells` does not count them.
+    (q, kv), each as ranges in row order. `batch`: the one batch row the tile holds for, None for every row. `predicates`: what
+    an allowed cell must satisfy beside the band; `cells` does not count them.
     """
 
     q_rows: range
@@ -46,7 +46,7 @@ class Tile:
     band: Band
     positions: tuple[Shard, Shard]
     batch: int | None = None
-    predicates: tuple[Callable, ...] = ()
+    predicates: tuple[MaskMod, ...] = ()
 
     @property
     def window(self) -> tuple[int | None, int | None]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ring_attn.kernels import Grads, Kernel, Upstream
 from ring_attn.layout import Contiguous
 from ring_attn.mask import All, Causal, Documents, Full, KeyPadding, Mask, Window
-from ring_attn.partial import accumulator_dtype
+from ring_attn.partial import Partial, accumulator_dtype
+from ring_attn.score import Scores
 from ring_attn.tiles import Tile, tiles
 
 FLOAT64_LIMIT = 1e-12
@@ -158,28 +159,39 @@ def run_kernel(
     scale: float,
     dlse=None,
     backward: Kernel | None = None,
+    score: Scores | None = None,
+    partial: Partial | None = None,
 ) -> dict[str, Tensor]:
-    """out, lse, dq, dk, dv of a kernel that makes one visit per tile list, carrying on from visit to visit."""
+    """out, lse, dq, dk, dv and the gradients of the scores' tensors, of a kernel that makes one visit per tile list.
+
+    It carries on from visit to visit, and at first from `partial` (written to).
+    """
     poison_memory(q.device.type)
-    partial = None
     out = torch.full((*q.shape[:3], v.shape[-1]), torch.nan, dtype=q.dtype, device=q.device)
     for visit, tile_list in enumerate(tile_lists):
         last = visit == len(tile_lists) - 1
-        partial = kernel.forward(q, k, v, tile_list, scale=scale, into=partial, out=out if last else None)
+        partial = kernel.forward(q, k, v, tile_list, scale=scale, score=score, into=partial, out=out if last else None)
     dtype = accumulator_dtype(q.dtype)
-    into = Grads(*(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)))
+    dq, dk, dv, *of_scores = (
+        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v, *(score.tensors() if score else ()))
+    )
+    into = Grads(dq, dk, dv, tuple(of_scores))
     up = Upstream(dout, out, partial.lse, dlse)
     for tile_list in tile_lists:
-        (backward or kernel).backward(up, q, k, v, tile_list, scale=scale, into=into)
-    return {"out": out, "lse": partial.lse, "dq": into.dq, "dk": into.dk, "dv": into.dv}
+        (backward or kernel).backward(up, q, k, v, tile_list, scale=scale, score=score, into=into)
+    found = {"out": out, "lse": partial.lse, "dq": into.dq, "dk": into.dk, "dv": into.dv}
+    return found | {f"gradient of tensor {n}": x for n, x in enumerate(into.score)}
 
 
-def truth(q, k, v, dout, tile_lists, *, scale, dlse=None) -> dict[str, Tensor]:
+def truth(q, k, v, dout, tile_lists, *, scale, dlse=None, score=None, partial=None) -> dict[str, Tensor]:
     """The same in float64 on the reference kernel, which tests/kernels/test_reference.py holds to the dense softmax."""
     from ring_attn.kernels import get_kernel
 
     up = [x.double() for x in (q, k, v, dout)]
-    return run_kernel(get_kernel("reference"), *up, tile_lists, scale=scale, dlse=None if dlse is None else dlse.double())
+    dlse = None if dlse is None else dlse.double()
+    score = None if score is None else score.with_tensors([x.double() for x in score.tensors()])
+    partial = None if partial is None else Partial(*(x.double() for x in partial))
+    return run_kernel(get_kernel("reference"), *up, tile_lists, scale=scale, dlse=dlse, score=score, partial=partial)
 
 
 def split_tiles(tile_list: Sequence[Tile], visits: int) -> list[tuple[Tile, ...]]:

@@ -185,7 +185,7 @@ def test_tiles_carry_functions_and_are_cut_and_trimmed_as_without():
     plain = ra.Causal() & ra.Documents(lengths=[7, 41]) & ra.Window(9)
     for mask in (plain & ra.MaskMod(fn), ra.MaskMod(fn) & plain, ra.MaskMod(fn) & plain & ra.MaskMod(fn)):
         found = tiles(shard, [shard], mask)
-        assert [tile.predicates for tile in found] == [(fn,)] * len(found)
+        assert [tile.predicates for tile in found] == [(ra.MaskMod(fn),)] * len(found)
         assert [(t.q_rows, t.kv_rows, t.band, t.positions) for t in found] == [
             (t.q_rows, t.kv_rows, t.band, t.positions) for t in tiles(shard, [shard], plain)
         ]

@@ -30,8 +30,9 @@ class Problem:
 
     `left_bounded`: some tile's band has a lower bound, as under a sliding window. `lse_grad`: the backward gets a gradient
     through lse, so delta is not rowsum(dout * out) alone. `score`: the kinds of score modifiers, None for none. `predicate`:
-    the mask is more than a band. `deterministic`: two runs must give the same bits. `kind` ("full",
-    "causal", "window" or "documents") and `rows` (a rank's queries, as a power of two) decide which is fastest.
+    the mask is more than a band, "triton" where a Triton function stands beside every one of its functions, else "python".
+    `deterministic`: two runs must give the same bits. `kind` ("full", "causal", "window" or "documents") and `rows` (a rank's
+    queries, as a power of two) decide which is fastest.
     """
 
     direction: str  # "forward" or "backward"
@@ -44,7 +45,7 @@ class Problem:
     left_bounded: bool = False
     lse_grad: bool = False
     score: tuple[str, ...] | None = None
-    predicate: bool = False
+    predicate: str | None = None
     deterministic: bool = False
     kind: str = "causal"
     rows: int = 8192

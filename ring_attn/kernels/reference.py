@@ -187,7 +187,7 @@ class _Block:
         allowed = (offset >= self.lo) & (offset <= self.hi)
         for predicate in self.tile.predicates:
             c = self._cells
-            allowed = allowed & over_cells(predicate)(c.batch, c.heads, c.q_pos, c.kv_pos).bool()
+            allowed = allowed & over_cells(predicate.fn)(c.batch, c.heads, c.q_pos, c.kv_pos).bool()
         return allowed
 
     @cached_property

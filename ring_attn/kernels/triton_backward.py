@@ -11,7 +11,7 @@ arXiv 2307.08691): dv = p^T dout, ds = p * (dout v^T - delta), dq = scale * ds k
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from ring_attn.kernels import Grads, Upstream
 from ring_attn.kernels.triton_blocks import Config, Configs, Table, kv_table, padded, query_table
 from ring_attn.kernels.triton_rows import (
     Call,
+    Rows,
     at_head,
     blocks_of,
     entry_span,
@@ -37,52 +38,95 @@ from ring_attn.kernels.triton_rows import (
     program_work,
     rows_of,
     shifted,
+    store_numbers,
     store_rows,
     whole_block,
 )
+from ring_attn.kernels.triton_scores import PLAIN, Chain, block_cells, distance, entry_cells, modified, pulled_back
 from ring_attn.tiles import Tile
 
 
 def backward_calls(
-    up: Upstream, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], configs: Configs, *, scale: float, into: Grads
+    up: Upstream,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Sequence[Tile],
+    configs: Configs,
+    *,
+    scale: float,
+    chain: Chain = PLAIN,
+    into: Grads,
 ) -> Iterator[Call]:
     """The launches of one visit."""
     own_kv = configs.dkdv
     by_tma = own_kv.tma and None not in _walked_queries(up, q, own_kv).values()
-    passes = [(own_kv, kv_table(tiles, k, own_kv.own, least=own_kv.walk if by_tma else 0))]
+    passes = [(own_kv, kv_table(tiles, k, own_kv.own, least=own_kv.walk if by_tma else 0, placed=chain.placed))]
     if by_tma:
-        passes.append((configs.short, kv_table(tiles, k, configs.short.own, most=own_kv.walk - 1)))
+        passes.append((configs.short, kv_table(tiles, k, configs.short.own, most=own_kv.walk - 1, placed=chain.placed)))
     for config, table in passes:
         if table.busy:
-            yield dkdv_call(up, q, k, v, table, config, scale=scale, into=into)
-    yield dq_call(up, q, k, v, query_table(tiles, q, configs.dq.own), configs.dq, scale=scale, into=into)
+            yield dkdv_call(up, q, k, v, table, config, scale=scale, chain=chain, into=into)
+    table = query_table(tiles, q, configs.dq.own, placed=chain.placed)
+    yield dq_call(up, q, k, v, table, configs.dq, scale=scale, chain=chain, into=into)
 
 
 def dkdv_call(
-    up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads
+    up: Upstream,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Table,
+    config: Config,
+    *,
+    scale: float,
+    chain: Chain = PLAIN,
+    into: Grads,
 ) -> Call:
     """The launch that adds into dk and dv. `table` lists blocks of KV rows: under TMA, of tiles with a block of query rows."""
     blocks = _walked_queries(up, q, config) if config.tma else dict.fromkeys(_WALKED)
     if None in blocks.values():
         blocks = dict.fromkeys(_WALKED)
-    arguments = _shared(up, q, k, v, table, config, scale) | blocks
+    arguments = _shared(up, q, k, v, table, config, scale, chain) | blocks
     arguments |= {"dk": rows_of(into.dk), "dv": rows_of(into.dv)}
     arguments |= {"num_kv": k.shape[1], "batches": q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
     arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early}
     return Call(dkdv_kernel, table.busy * k.shape[2], arguments)
 
 
-def dq_call(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, *, scale: float, into: Grads) -> Call:
+def dq_call(
+    up: Upstream,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Table,
+    config: Config,
+    *,
+    scale: float,
+    chain: Chain = PLAIN,
+    into: Grads,
+) -> Call:
     """The launch that adds into dq; `table` lists blocks of query rows."""
     blocks = (blocks_of(k, config.walk), blocks_of(v, config.walk)) if config.tma else (None, None)
-    arguments = _shared(up, q, k, v, table, config, scale)
+    slopes, add_slopes = _slopes(q, chain, into)
+    arguments = _shared(up, q, k, v, table, config, scale, chain)
     arguments |= {"k_blocks": blocks[0], "v_blocks": blocks[1], "TMA": None not in blocks}
     arguments |= {"dq": rows_of(into.dq), "num_q": q.shape[1]}
-    arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk}
-    return Call(dq_kernel, table.busy * q.shape[2], arguments)
+    arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk, "slopes": slopes, "ALIBI": chain.alibi}
+    return Call(dq_kernel, table.busy * q.shape[2], arguments, add_slopes)
 
 
-def _shared(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, scale: float) -> dict[str, Any]:
+def _slopes(q: Tensor, chain: Chain, into: Grads) -> tuple[Rows | None, Callable[[], None] | None]:
+    """Where the dq kernel writes what each query row adds to -d slopes, and what then adds it up; None without Alibi."""
+    if chain.alibi is None:
+        return None, None
+    parts = torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    return numbers_of(parts), lambda: into.score[chain.slopes].sub_(parts.sum((0, 2)))
+
+
+def _shared(
+    up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, scale: float, chain: Chain
+) -> dict[str, Any]:
     dout, lse2, delta = _prepared(up)
     return {
         "q": rows_of(q),
@@ -93,13 +137,13 @@ def _shared(up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config:
         "delta": numbers_of(delta),
         "table": table.ints,
         "scale": float(scale),
-        "scale_log2": scale * math.log2(math.e),
         "programs": table.busy,
         "group": q.shape[2] // k.shape[2],
         "DIM": q.shape[3],
         "V_DIM": v.shape[3],
         "WIDTH": padded(q.shape[3]),
         "V_WIDTH": padded(v.shape[3]),
+        **chain.arguments(scale),
         **config.options,
     }
 
@@ -135,7 +179,7 @@ def add_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def scores_gradient(
-    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, place, i, partly, low, high, scale_log2,
+    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, place, i, partly, low, high, scale_log2, chain, cells,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """(ds transposed, dv) of own KV rows and the query rows from `place` on that are at least `i`.
@@ -145,13 +189,20 @@ def scores_gradient(
     st = tl.dot(k_rows, tl.trans(q_rows), input_precision="ieee")
     if EARLY:
         dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
-    pt = tl.exp2(st * scale_log2 - lse2[None, :])
+    score = st
+    if chain is not None:
+        cells = block_cells(cells, place, BLOCK, False)
+        score = modified(st, cells, chain, len(chain.forward))
+    pt = tl.exp2(score * scale_log2 - lse2[None, :])
     if partly:
         pt = tl.where(met_by(place, i, low, high, BLOCK), pt, 0.0)
     dv_rows = tl.dot(pt.to(dout_rows.dtype), dout_rows, dv_rows, input_precision="ieee")
     if not EARLY:
         dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
-    return (pt * (dpt - delta_row[None, :])).to(q_rows.dtype), dv_rows
+    dst = pt * (dpt - delta_row[None, :])
+    if chain is not None:
+        dst = pulled_back(dst, st, cells, chain, 0)
+    return dst.to(q_rows.dtype), dv_rows
 
 
 @triton.jit(do_not_specialize=["num_kv", "programs", "batches"])
@@ -171,6 +222,7 @@ def dkdv_kernel(
     table,
     scale,
     scale_log2,
+    chain,
     num_kv,
     programs,
     batches,
@@ -183,6 +235,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     TMA: tl.constexpr,
     EARLY: tl.constexpr,
+    ENTRY: tl.constexpr,
 ):
     kv_head = tl.program_id(0) // programs
     block, batch, first, last = program_work(table, tl.program_id(0) % programs)
@@ -198,8 +251,9 @@ def dkdv_kernel(
     for member in range(group):
         head = kv_head * group + member
         queries = at_head(q, batch, head), at_head(dout, batch, head), at_head(lse, batch, head), at_head(delta, batch, head)
-        for entry in range(first, last, 8):
+        for entry in range(first, last, ENTRY):
             low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, columns, block * BLOCK_N, block_stop)
+            cells = entry_cells(table + entry, columns, batch, head, ENTRY)
             if TMA:
                 for i in tl.range(start, stop, BLOCK_M):
                     place, partly = whole_block(i, table + entry, clear_start, clear_stop, BLOCK_M)
@@ -209,14 +263,14 @@ def dkdv_kernel(
                     delta_row = load_number_block(delta_blocks, batch, head, place, batches, BLOCK_M)
                     dst, dv_rows = scores_gradient(
                         q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, place, i, partly, low, high, scale_log2,
-                        BLOCK_M, EARLY,
+                        chain, cells, BLOCK_M, EARLY,
                     )  # fmt: skip
                     dk_rows = tl.dot(dst, q_rows, dk_rows, input_precision="ieee")
             else:
                 for i in tl.range(start, stop, BLOCK_M):
                     partly = (i < clear_start) | (i + BLOCK_M > clear_stop)
                     dk_rows, dv_rows = meet_rows(
-                        queries, i, stop, partly, low, high, k_rows, v_rows, dk_rows, dv_rows, scale_log2,
+                        queries, i, stop, partly, low, high, k_rows, v_rows, dk_rows, dv_rows, scale_log2, chain, cells,
                         DIM, V_DIM, WIDTH, V_WIDTH, BLOCK_M, EARLY,
                     )  # fmt: skip
 
@@ -238,6 +292,8 @@ def meet_rows(
     dk_rows,
     dv_rows,
     scale_log2,
+    chain,
+    cells,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -253,8 +309,9 @@ def meet_rows(
     lse2 = load_numbers(queries[2], rows, met, float("inf"))
     delta_row = load_numbers(queries[3], rows, met, 0.0)
     dst, dv_rows = scores_gradient(
-        q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, i, i, partly, low, high, scale_log2, BLOCK, EARLY
-    )
+        q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dv_rows, i, i, partly, low, high, scale_log2,
+        chain, cells, BLOCK, EARLY,
+    )  # fmt: skip
     return tl.dot(dst, q_rows, dk_rows, input_precision="ieee"), dv_rows
 
 
@@ -269,9 +326,11 @@ def dq_kernel(
     lse,
     delta,
     dq,
+    slopes,
     table,
     scale,
     scale_log2,
+    chain,
     num_q,
     programs,
     group,
@@ -282,6 +341,8 @@ def dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    ENTRY: tl.constexpr,
+    ALIBI: tl.constexpr,
 ):
     kv_head = tl.program_id(0) // (programs * group)
     place = tl.program_id(0) % (programs * group)
@@ -297,9 +358,11 @@ def dq_kernel(
     lse2 = load_numbers(at_head(lse, batch, head), rows, live, float("inf"))
     delta_row = load_numbers(at_head(delta, batch, head), rows, live, 0.0)
     dq_rows = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    slope_rows = tl.zeros((BLOCK_M,), tl.float32)
 
-    for entry in range(first, last, 8):
+    for entry in range(first, last, ENTRY):
         low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, rows, block * BLOCK_M, block_stop)
+        cells = entry_cells(table + entry, rows, batch, head, ENTRY)
         whole = TMA
         if TMA:
             whole = tl.load(table + entry + 3) - tl.load(table + entry + 2) >= BLOCK_N
@@ -308,9 +371,9 @@ def dq_kernel(
                     j, partly = whole_block(i, table + entry, clear_start, clear_stop, BLOCK_N)
                     k_rows = load_block(k_blocks, batch, kv_head, j, BLOCK_N, WIDTH)
                     v_rows = load_block(v_blocks, batch, kv_head, j, BLOCK_N, V_WIDTH)
-                    dq_rows = meet_columns(
-                        q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, j, i, partly, low, high, scale_log2,
-                        BLOCK_N,
+                    dq_rows, slope_rows = meet_columns(
+                        q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, slope_rows, j, i, partly, low, high,
+                        scale_log2, chain, cells, BLOCK_N, ALIBI,
                     )  # fmt: skip
         if not whole:
             for j in tl.range(start, stop, BLOCK_N, num_stages=1 if TMA else None):
@@ -318,22 +381,36 @@ def dq_kernel(
                 k_rows = load_rows(k_at, columns, columns < stop, DIM, WIDTH)
                 v_rows = load_rows(v_at, columns, columns < stop, V_DIM, V_WIDTH)
                 partly = (j < clear_start) | (j + BLOCK_N > clear_stop)
-                dq_rows = meet_columns(
-                    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, j, j, partly, low, high, scale_log2, BLOCK_N
-                )
+                dq_rows, slope_rows = meet_columns(
+                    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, slope_rows, j, j, partly, low, high,
+                    scale_log2, chain, cells, BLOCK_N, ALIBI,
+                )  # fmt: skip
 
     add_rows(at_head(dq, batch, head), dq_rows * scale, rows, live, DIM, WIDTH)
+    if ALIBI is not None:
+        store_numbers(at_head(slopes, batch, head), slope_rows, rows, live)
 
 
 @triton.jit
 def meet_columns(
-    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, j, i, partly, low, high, scale_log2,
-    BLOCK: tl.constexpr,
+    q_rows, dout_rows, lse2, delta_row, k_rows, v_rows, dq_rows, slope_rows, j, i, partly, low, high, scale_log2, chain, cells,
+    BLOCK: tl.constexpr, ALIBI: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale of own query rows and the KV rows from `j` on that are at least `i`; `partly`: not every row meets all."""
+    """(dq / scale, -d slope) of own query rows and the KV rows from `j` on that are at least `i`.
+
+    `partly`: not every row meets all. ALIBI: the step of the chain that has slopes, None without.
+    """
     s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
-    p = tl.exp2(s * scale_log2 - lse2[:, None])
+    score = s
+    if chain is not None:
+        cells = block_cells(cells, j, BLOCK, True)
+        score = modified(s, cells, chain, len(chain.forward))
+    p = tl.exp2(score * scale_log2 - lse2[:, None])
     if partly:
         p = tl.where(met_by(j, i, low, high, BLOCK), p, 0.0)
     ds = p * (tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee") - delta_row[:, None])
-    return tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee")
+    if ALIBI is not None:
+        slope_rows += tl.sum(pulled_back(ds, s, cells, chain, ALIBI + 1) * distance(cells), 1)
+    if chain is not None:
+        ds = pulled_back(ds, s, cells, chain, 0)
+    return tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee"), slope_rows

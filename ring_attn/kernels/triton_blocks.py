@@ -3,7 +3,8 @@
 Note [block table]: a visit is one launch, so every program must find its work alone. Program p reads the four ints
 (block, batch row, first, last) at `4 * p`; its entries are the eight ints at each of `range(first, last, 8)`: own rows
 [start, stop), rows to walk over [start, stop), the band `lo <= walked - own <= hi` in shard rows, and the [start, stop) that
-holds the own rows of all the program's entries.
+holds the own rows of all the program's entries. In a placed table an entry has four more, the global position of row 0 and the
+step to the next one's, of own and of walked rows; tiles are cut so that one line each holds for all of an entry.
 Own rows are query rows for the forward and dq kernels and KV rows for the dk, dv kernel, which reads the transposed tiles.
 Programs are sorted by work, the heaviest first, so that the light ones fill the last wave; those without entries come last and
 can be left out.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ring_attn.tiles import Tile
 
-ENTRY = 8
+ENTRY, PLACED_ENTRY = 8, 12
 PROGRAM = 4
 
 
@@ -122,7 +123,10 @@ class Table:
 
 
 class Edge(NamedTuple):
-    """One tile in shard rows: own row i meets walked row j iff both are in range and `lo <= j - i <= hi`."""
+    """One tile in shard rows: own row i meets walked row j iff both are in range and `lo <= j - i <= hi`.
+
+    `own_line`, `walk_line`: where it is placed, (at, step) of global positions `at + step * row`.
+    """
 
     start: int
     stop: int
@@ -131,6 +135,8 @@ class Edge(NamedTuple):
     lo: int
     hi: int
     batch: int | None
+    own_line: tuple[int, int] | tuple[()] = ()
+    walk_line: tuple[int, int] | tuple[()] = ()
 
     @staticmethod
     def of(tile: Tile) -> Edge:
@@ -140,9 +146,20 @@ class Edge(NamedTuple):
         hi = kv.stop - 1 - q.start if tile.band.hi is None else tile.band.hi + shift
         return Edge(q.start, q.stop, kv.start, kv.stop, lo, hi, tile.batch)
 
+    @staticmethod
+    def placed(tile: Tile) -> Iterator[Edge]:
+        """The same cells, cut where positions leave a line."""
+        whole = Edge.of(tile)
+        for own, own_line in _lines(tile.q_rows, tile.positions[0]):
+            for walk, walk_line in _lines(tile.kv_rows, tile.positions[1]):
+                part = Edge(own.start, own.stop, walk.start, walk.stop, whole.lo, whole.hi, tile.batch, own_line, walk_line)
+                if part.walked(own.start, own.stop):
+                    yield part
+
     @property
     def transposed(self) -> Edge:
-        return Edge(self.walk_start, self.walk_stop, self.start, self.stop, -self.hi, -self.lo, self.batch)
+        own, walk = self[:2], self[2:4]
+        return Edge(*walk, *own, -self.hi, -self.lo, self.batch, self.walk_line, self.own_line)
 
     def walked(self, start: int, stop: int) -> int:
         """The number of rows that own rows [start, stop) walk over."""
@@ -150,12 +167,21 @@ class Edge(NamedTuple):
         return max(0, min(self.walk_stop, last + self.hi + 1) - max(self.walk_start, first + self.lo))
 
 
+def _lines(rows: range, positions: tuple[range, ...]) -> Iterator[tuple[range, tuple[int, int]]]:
+    """The rows of each range of positions, and the line they lie on."""
+    assert sum(map(len, positions)) == len(rows), "a tile whose rows have no positions cannot be placed"
+    start = rows.start
+    for part in positions:
+        yield range(start, start + len(part)), (part.start - part.step * start, part.step)
+        start += len(part)
+
+
 @dataclass(frozen=True)
 class TableKey:
     """What a table is made from. Tiles count as the same only if they are the same tuple: to hash thousands costs milliseconds.
 
-    `least`, `most`: only of tiles that walk over so many rows. `stream`: the table is copied to the device on that stream and
-    only ever read there, so nothing waits.
+    `least`, `most`: only of edges that walk over so many rows. `placed`: with positions. `stream`: the table is copied to the
+    device on that stream and only ever read there, so nothing waits.
     """
 
     tiles: Sequence[Tile]
@@ -166,6 +192,7 @@ class TableKey:
     device: torch.device
     least: int = 0
     most: int = 1 << 31
+    placed: bool = False
     stream: int = 0
 
     def __hash__(self) -> int:
@@ -176,17 +203,19 @@ class TableKey:
 
     @property
     def _values(self) -> tuple:
-        return self.transposed, self.rows, self.block, self.batch, self.device, self.least, self.most, self.stream
+        return self.transposed, self.rows, self.block, self.batch, self.device, self.least, self.most, self.placed, self.stream
 
 
-def query_table(tiles: Sequence[Tile], q: Tensor, block: int) -> Table:
+def query_table(tiles: Sequence[Tile], q: Tensor, block: int, *, placed: bool = False) -> Table:
     """The table of every block of `block` query rows of q [b, s, h, d]."""
-    return _cached(TableKey(tiles, False, q.shape[1], block, q.shape[0], q.device))
+    return _cached(TableKey(tiles, False, q.shape[1], block, q.shape[0], q.device, placed=placed))
 
 
-def kv_table(tiles: Sequence[Tile], k: Tensor, block: int, *, least: int = 0, most: int = 1 << 31) -> Table:
-    """The table of every block of `block` KV rows of k [b, skv, g, d], without tiles of fewer or more query rows than said."""
-    return _cached(TableKey(tiles, True, k.shape[1], block, k.shape[0], k.device, least, most))
+def kv_table(
+    tiles: Sequence[Tile], k: Tensor, block: int, *, least: int = 0, most: int = 1 << 31, placed: bool = False
+) -> Table:
+    """The table of every block of `block` KV rows of k [b, skv, g, d], of entries with `least` to `most` query rows."""
+    return _cached(TableKey(tiles, True, k.shape[1], block, k.shape[0], k.device, least, most, placed))
 
 
 def _cached(key: TableKey) -> Table:
@@ -199,7 +228,7 @@ def _cached(key: TableKey) -> Table:
 
 @lru_cache(maxsize=512)
 def _make(key: TableKey) -> Table:
-    edges = [Edge.of(tile) for tile in key.tiles]
+    edges = [edge for tile in key.tiles for edge in (Edge.placed(tile) if key.placed else (Edge.of(tile),))]
     if key.transposed:
         edges = [edge.transposed for edge in edges]
     edges = [edge for edge in edges if key.least <= edge.walk_stop - edge.walk_start <= key.most]
@@ -210,7 +239,8 @@ def _make(key: TableKey) -> Table:
             slot.edges.append(edge)
             slot.work += edge.walked(block * key.block, (block + 1) * key.block)
     programs = sorted(_programs(key, shared), key=lambda program: -program.work)
-    return Table(_to_device(_flat(programs), key.device), len(programs), sum(program.work > 0 for program in programs))
+    ints = _flat(programs, PLACED_ENTRY if key.placed else ENTRY)
+    return Table(_to_device(ints, key.device), len(programs), sum(program.work > 0 for program in programs))
 
 
 @dataclass
@@ -236,17 +266,17 @@ def _programs(key: TableKey, shared: dict[tuple[int, int | None], _Slot]) -> Ite
             yield _Program(block, batch, everywhere.edges + here.edges, everywhere.work + here.work)
 
 
-def _flat(programs: list[_Program]) -> list[int]:
-    """The ints of Note [block table]."""
+def _flat(programs: list[_Program], entry: int) -> list[int]:
+    """The ints of Note [block table], with so many an entry."""
     head: list[int] = []
     entries: list[int] = []
     at = PROGRAM * len(programs)
     for program in programs:
-        head += (program.block, program.batch, at, at + ENTRY * len(program.edges))
-        at += ENTRY * len(program.edges)
+        head += (program.block, program.batch, at, at + entry * len(program.edges))
+        at += entry * len(program.edges)
         own = min((e.start for e in program.edges), default=0), max((e.stop for e in program.edges), default=0)
         for edge in program.edges:
-            entries += (*edge[:6], *own)
+            entries += (*edge[:6], *own, *edge.own_line, *edge.walk_line)
     return head + entries
 
 

@@ -2,11 +2,13 @@
 
 Note [base 2]: scores are scaled by log2(e) so that exp2 serves; m2 is in base 2, and m and lse in memory are natural logs. The
 baseline is scale * max of the raw scores, which needs a positive scale: `forward_call` turns other scales into one.
+
+Note [baseline]: where no score can be larger in size than a bound, p = exp(score - bound) is at least exp(-2 bound), so the
+bound serves every row as a constant baseline, without a running maximum and without rescaling in the loop; what was carried
+joins in the end. A row has met a key iff its sum is not 0.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -29,6 +31,7 @@ from ring_attn.kernels.triton_rows import (
     store_numbers,
     store_rows,
 )
+from ring_attn.kernels.triton_scores import PLAIN, Chain, block_cells, entry_cells, modified
 from ring_attn.partial import Partial
 
 
@@ -40,13 +43,15 @@ def forward_call(
     config: Config,
     *,
     scale: float,
+    chain: Chain = PLAIN,
     carried: Partial | None,
     target: Partial,
     out: Tensor | None,
 ) -> Call:
     """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, which may be `target`.
 
-    With `out` it is the last visit: out [b, s, h, dv] and target's lse are written, and target's acc and m are not.
+    The table is placed where the chain is. With `out` it is the last visit: out [b, s, h, dv] and target's lse are written, and
+    target's acc and m are not.
     """
     q, scale = positive(q, scale)
     every_row_counts = carried is None or out is not None
@@ -61,7 +66,6 @@ def forward_call(
         "lse": numbers_of(target.lse),
         "out": None if out is None else rows_of(out),
         "table": table.ints,
-        "scale_log2": scale * math.log2(math.e),
         "num_q": q.shape[1],
         "programs": programs,
         "group": heads // groups,
@@ -73,6 +77,8 @@ def forward_call(
         "V_WIDTH": padded(v.shape[3]),
         "BLOCK_M": config.own,
         "BLOCK_N": config.walk,
+        "baseline": chain.baseline(q.dtype),
+        **chain.arguments(scale),
         **config.options,
     }
     return Call(forward_kernel, programs * heads, arguments)
@@ -86,17 +92,29 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 @triton.jit
-def attend(q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, BLOCK: tl.constexpr):
-    """(m2, l, sum) of the online softmax after the KV rows from `j` on; `partly`: not every row meets all of them."""
+def attend(
+    q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, chain, cells, baseline,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(m2, l, sum) of the online softmax after the KV rows from `j` on; `partly`: not every row meets all of them.
+
+    `baseline`: see Note [baseline]; where there is one, m2 is left as it was.
+    """
     s = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
+    if chain is not None:
+        s = modified(s, block_cells(cells, j, BLOCK, True), chain, len(chain.forward))
     if partly:
         s = tl.where(met_by(j, j, low, high, BLOCK), s, float("-inf"))
-    m2_next = tl.maximum(m2, tl.max(s, 1) * scale_log2)
-    base = tl.where(m2_next == float("-inf"), 0.0, m2_next)
-    p = tl.exp2(s * scale_log2 - base[:, None])
-    rescale = tl.exp2(m2 - base)
-    total = tl.dot(p.to(v_rows.dtype), v_rows, total * rescale[:, None], input_precision="ieee")
-    return m2_next, l_row * rescale + tl.sum(p, 1), total
+    if baseline is None:
+        m2_next = tl.maximum(m2, tl.max(s, 1) * scale_log2)
+        base = tl.where(m2_next == float("-inf"), 0.0, m2_next)
+        p = tl.exp2(s * scale_log2 - base[:, None])
+        rescale = tl.exp2(m2 - base)
+        m2, l_row, total = m2_next, l_row * rescale, total * rescale[:, None]
+    else:
+        p = tl.exp2(s * scale_log2 - baseline)
+    total = tl.dot(p.to(v_rows.dtype), v_rows, total, input_precision="ieee")
+    return m2, l_row + tl.sum(p, 1), total
 
 
 @triton.jit(do_not_specialize=["num_q", "programs"])
@@ -110,6 +128,8 @@ def forward_kernel(
     out,
     table,
     scale_log2,
+    chain,
+    baseline,
     num_q,
     programs,
     group,
@@ -121,6 +141,7 @@ def forward_kernel(
     V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ENTRY: tl.constexpr,
 ):
     # The query heads of one KV head are neighbours, and KV heads come one after the other: KV stays in L2.
     kv_head = tl.program_id(0) // (programs * group)
@@ -143,18 +164,29 @@ def forward_kernel(
     else:
         m2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_row = tl.zeros((BLOCK_M,), tl.float32)
-    m2_carried = m2
+    m2_carried, l_carried = m2, l_row
+    if baseline is not None:
+        l_row = tl.zeros((BLOCK_M,), tl.float32)
 
-    for entry in range(first, last, 8):
+    for entry in range(first, last, ENTRY):
         low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, rows, block * BLOCK_M, block_stop)
+        cells = entry_cells(table + entry, rows, batch, head, ENTRY)
         for j in tl.range(start, stop, BLOCK_N):
             columns = j + tl.arange(0, BLOCK_N)
             # Rows past the entry are not read: they may hold anything, and 0 * NaN is no 0.
             k_rows = load_rows(k_at, columns, columns < stop, DIM, WIDTH)
             v_rows = load_rows(v_at, columns, columns < stop, V_DIM, V_WIDTH)
             partly = (j < clear_start) | (j + BLOCK_N > clear_stop)
-            m2, l_row, total = attend(q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, BLOCK_N)
+            m2, l_row, total = attend(
+                q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, chain, cells, baseline, BLOCK_N
+            )
 
+    if baseline is not None:
+        m2_here = tl.where(l_row > 0.0, baseline, float("-inf"))
+        m2 = tl.maximum(m2_carried, m2_here)
+        base = tl.where(m2 == float("-inf"), 0.0, m2)
+        rescale = tl.exp2(m2_here - base)
+        l_row, total = l_row * rescale + l_carried * tl.exp2(m2_carried - base), total * rescale[:, None]
     if CARRIED:
         # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
         factor = tl.exp2(m2_carried - tl.where(m2 == float("-inf"), 0.0, m2))

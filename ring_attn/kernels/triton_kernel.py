@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -35,7 +35,7 @@ class TritonKernel:
             return "triton is not installed"
         if problem.dtype not in _DTYPES:
             return f"it takes float16, bfloat16 and float32, not {problem.dtype}"
-        refused = modifier_refusal(problem)
+        refused = _score_refusal(problem)
         if refused is not None:
             return refused
         if max(problem.head_dim, problem.v_head_dim) > MAX_HEAD_DIM:
@@ -55,11 +55,12 @@ class TritonKernel:
         out: Tensor | None = None,
     ) -> Partial:
         from ring_attn.kernels.triton_forward import forward_call
+        from ring_attn.kernels.triton_scores import chain_of
 
-        config = self._configs(q, v).forward
-        table = query_table(tiles, q, config.own)
+        config, chain = self._configs(q, v).forward, chain_of(score, tiles, q.dtype)
+        table = query_table(tiles, q, config.own, placed=chain.placed)
         target = unwritten(q, v, out) if into is None else into
-        forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
+        forward_call(q, k, v, table, config, scale=scale, chain=chain, carried=into, target=target, out=out)()
         # A normalised output is the partial with m = lse.
         return target if out is None else Partial(out, target.lse, target.lse)
 
@@ -76,9 +77,10 @@ class TritonKernel:
         into: Grads,
     ) -> None:
         from ring_attn.kernels.triton_backward import backward_calls
+        from ring_attn.kernels.triton_scores import chain_of
 
-        config = self._configs(q, v)
-        for call in backward_calls(up, q, k, v, tiles, config, scale=scale, into=into):
+        config, chain = self._configs(q, v), chain_of(score, tiles, q.dtype)
+        for call in backward_calls(up, q, k, v, tiles, config, scale=scale, chain=chain, into=into):
             call()
 
     def _configs(self, q: Tensor, v: Tensor) -> Configs:
@@ -88,6 +90,17 @@ class TritonKernel:
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter; Triton reads the environment when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _score_refusal(problem: Problem) -> str | None:
+    kinds = problem.score or ()
+    if "score_mod" in kinds:
+        return "it runs a ScoreMod by Triton functions beside it, ScoreMod(fn, triton=(forward, backward)), not by fn alone"
+    if problem.predicate == "python":
+        return "it takes masks that are bands, or MaskMod(fn, triton=predicate), not functions alone"
+    if kinds.count("alibi") > 1:
+        return "it adds up the gradient of one Alibi's slopes, not of two"
+    return modifier_refusal(replace(problem, predicate=None), ("softcap", "alibi", "triton_score_mod"))
 
 
 def _device_refusal(problem: Problem) -> str | None:

@@ -10,6 +10,7 @@ through pointers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,17 +75,23 @@ def numbers_of(x: Tensor) -> Rows:
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel launch, built in one place for the launch itself and for the test that compiles it."""
+    """One kernel launch, built in one place for the launch itself and for the test that compiles it.
+
+    `finish`: what is left to do with what its programs wrote, each its own part, so that sums have one order.
+    """
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
+    finish: Callable[[], None] | None = None
 
     def __call__(self) -> None:
         if self.grid:
             # Triton launches on the current device, which need not be the tensors'.
             with torch.cuda.device_of(self.arguments["lse"].ptr):
                 self.kernel[(self.grid,)](**self.arguments)
+            if self.finish is not None:
+                self.finish()
 
 
 @triton.jit

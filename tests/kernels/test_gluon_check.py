@@ -126,7 +126,7 @@ def test_supports_asks_for_every_device_dtype_and_head_dim_once(hopper, monkeypa
 def test_supports_refuses_what_fails_and_asks_only_when_nothing_else_refuses(hopper, monkeypatch):
     asked = []
     monkeypatch.setattr(gluon_check, "disagreement", lambda *key: asked.append(key) or "it fails")
-    for change in ({"dtype": torch.float32}, {"head_dim": 80}, {"score": ("softcap",)}, {"predicate": True}):
+    for change in ({"dtype": torch.float32}, {"head_dim": 80}, {"score": ("softcap",)}, {"predicate": "triton"}):
         assert GluonKernel().supports(problem(**change)) not in (None, "it fails")
     assert not asked
     assert GluonKernel().supports(problem()) == "it fails"

@@ -308,7 +308,7 @@ def problem(**changed):
     ("changed", "reason"),
     [
         ({"dtype": torch.float64}, "float16, bfloat16 and float32, not torch.float64"),
-        ({"score": ("softcap",)}, "it has no softcap"),
+        ({"score": ("bias",)}, "it has no bias"),
         ({"head_dim": 257}, "head dims up to 256, not 257 and 64"),
     ],
 )

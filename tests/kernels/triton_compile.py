@@ -1,8 +1,9 @@
 """Compiles the launches of the Triton kernel for a CUDA architecture without a GPU, and prints what each one takes as JSON.
 
-Run in a process without TRITON_INTERPRET: `python -m tests.kernels.triton_compile bfloat16:128:large ...`, each argument a
-dtype, a head dim and a device size, and after a further colon, if wanted, one launch: `forward last`, `dkdv` or
-another name in `calls`. The launches come from the same functions as the real ones, through Triton's own specialisation.
+Run in a process without TRITON_INTERPRET: `python -m tests.kernels.triton_compile bfloat16:128:large:softcap ...`, each
+argument a dtype, a head dim, a device size and a name in `scores`, and after a further colon, if wanted, one launch: `dkdv`,
+`forward last` or another name in `calls`. The launches come from the same functions as the real ones, through Triton's own
+specialisation.
 """
 
 from __future__ import annotations
@@ -21,47 +22,64 @@ from ring_attn.kernels.triton_rows import Call
 from ring_attn.layout import Contiguous
 from ring_attn.mask import Causal
 from ring_attn.partial import empty
+from ring_attn.score import Alibi, Scores, SoftCap
 from ring_attn.tiles import tiles
 
 CAPABILITY = {"large": 90, "small": 80}
 
 
-def calls(dtype: torch.dtype, head_dim: int, config: Configs, *, group: int = 4) -> Iterator[tuple[str, Call]]:
-    """Every launch the kernel makes for this dtype and head dim, by name."""
-    rows = 512
-    plan = tiles(Contiguous(rows, 1).shard(0), [Contiguous(rows, 1).shard(0)], Causal())
-    q = torch.zeros(1, rows, 2 * group, head_dim, dtype=dtype)
-    k = torch.zeros(1, rows, 2, head_dim, dtype=dtype)
-    partial = empty(q, head_dim)
-    grads = Grads(q.float(), k.float(), k.float())
-    up = Upstream(q, q, partial.lse)
-    yield from forward_calls(q, k, partial, plan, config)
+ROWS, GROUP = 512, 4
+
+
+def scores(name: str) -> Scores:
+    """The score modifiers of a name."""
+    steps = {"plain": (), "softcap": (SoftCap(50.0),), "alibi": (Alibi(torch.ones(2 * GROUP)),)}
+    steps["softcap alibi"] = steps["softcap"] + steps["alibi"]
+    return Scores(steps[name])
+
+
+def calls(dtype: torch.dtype, head_dim: int, config: Configs, score: Scores) -> Iterator[tuple[str, Call]]:
+    """Every launch the kernel makes for this dtype, head dim and scores, by name."""
     from ring_attn.kernels.triton_backward import dkdv_call, dq_call
+    from ring_attn.kernels.triton_scores import chain_of
 
-    yield "dkdv", dkdv_call(up, q, k, k, kv_table(plan, k, config.dkdv.own), config.dkdv, scale=0.1, into=grads)
-    yield "dq", dq_call(up, q, k, k, query_table(plan, q, config.dq.own), config.dq, scale=0.1, into=grads)
+    plan = tiles(Contiguous(ROWS, 1).shard(0), [Contiguous(ROWS, 1).shard(0)], Causal())
+    q = torch.zeros(1, ROWS, 2 * GROUP, head_dim, dtype=dtype)
+    k = torch.zeros(1, ROWS, 2, head_dim, dtype=dtype)
+    partial = empty(q, head_dim)
+    grads = Grads(q.float(), k.float(), k.float(), score.tensors())
+    up = Upstream(q, q, partial.lse)
+    chain = chain_of(score, plan, dtype)
+    yield from forward_calls(q, k, partial, plan, config, chain)
+    options = {"scale": 0.1, "chain": chain, "into": grads}
+    kv, queries = (
+        kv_table(plan, k, config.dkdv.own, placed=chain.placed),
+        query_table(plan, q, config.dq.own, placed=chain.placed),
+    )
+    yield "dkdv", dkdv_call(up, q, k, k, kv, config.dkdv, **options)
+    yield "dq", dq_call(up, q, k, k, queries, config.dq, **options)
 
 
-def forward_calls(q, k, partial, plan, config) -> Iterator[tuple[str, Call]]:
+def forward_calls(q, k, partial, plan, config, chain) -> Iterator[tuple[str, Call]]:
     """The forward fresh or carried, last or not."""
     from ring_attn.kernels.triton_forward import forward_call
 
-    table = query_table(plan, q, config.forward.own)
+    table = query_table(plan, q, config.forward.own, placed=chain.placed)
     for name, carried, out in (("first", None, None), ("only", None, q), ("middle", partial, None), ("last", partial, q)):
-        yield (
-            f"forward {name}",
-            forward_call(q, k, k, table, config.forward, scale=0.1, carried=carried, target=partial, out=out),
-        )
+        options = {"scale": 0.1, "chain": chain, "carried": carried, "target": partial, "out": out}
+        yield f"forward {name}", forward_call(q, k, k, table, config.forward, **options)
 
 
 def main(requests: list[str]) -> None:
     for request in requests:
-        name, head_dim, size, *wanted = request.split(":")
+        name, head_dim, size, modifiers, *wanted = request.split(":")
         dtype = getattr(torch, name)
         config = configs(dtype, int(head_dim), int(head_dim), size)
-        for launch, call in calls(dtype, int(head_dim), config):
+        for launch, call in calls(dtype, int(head_dim), config, scores(modifiers)):
             if not wanted or launch in wanted:
-                taken = {"request": f"{name}:{head_dim}:{size}:{launch}"} | asdict(resources(call, CAPABILITY[size]))
+                taken = {"request": f"{name}:{head_dim}:{size}:{modifiers}:{launch}"} | asdict(
+                    resources(call, CAPABILITY[size])
+                )
                 print(json.dumps(taken), flush=True)
 
 
