@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,11 +67,13 @@ def _same_document(q_ends: tuple[int, ...], kv_ends: tuple[int, ...], device) ->
     return q.unsqueeze(1) == kv
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, modify: Callable[[Tensor], Tensor] = lambda scores: scores
+) -> tuple[Tensor, Tensor]:
     """(out [b, t, h, dv], lse [b, h, t]) by one plain softmax over all keys, in the inputs' dtype; autograd follows it."""
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    scores = modify(torch.einsum("bihd,bjhd->bhij", q, k) * scale)
     scores = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
     blind = ~seen.any(-1)[:, None, :, None]
     p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)

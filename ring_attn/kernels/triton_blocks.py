@@ -91,12 +91,21 @@ _TABLE = {
 }
 _TABLE["32-bit", "large"] = _TABLE["32-bit", "small"]
 
+# The launches whose inner loops would spill where scores are modified, in place of those of the table.
+_MODIFIED = {
+    ("16-bit", "large", 64): {"dq": Config(128, 64, 8, 2, tma=True)},
+    ("16-bit", "large", 128): {"dkdv": Config(64, 32, 4, 2, tma=True)},
+    ("16-bit", "small", 64): {"dq": Config(64, 32, 4, 2)},
+}
 
-def configs(dtype: torch.dtype, head_dim: int, v_head_dim: int, size: str) -> Configs:
-    """The launch configurations for a problem; `size`: "large" or "small", see `device_size`."""
+
+def configs(dtype: torch.dtype, head_dim: int, v_head_dim: int, size: str, *, modified: bool = False) -> Configs:
+    """The launch configurations for a problem; `size`: "large" or "small", see `device_size`. `modified`: its scores are."""
     width = max(padded(head_dim), padded(v_head_dim))
-    table = _TABLE["32-bit" if dtype == torch.float32 else "16-bit", size]
-    return table[min(bucket for bucket in table if bucket >= width)]
+    kind = "32-bit" if dtype == torch.float32 else "16-bit"
+    bucket = min(bucket for bucket in _TABLE[kind, size] if bucket >= width)
+    found = _TABLE[kind, size][bucket]
+    return replace(found, **_MODIFIED.get((kind, size, bucket), {})) if modified else found
 
 
 def padded(head_dim: int) -> int:

@@ -110,11 +110,13 @@ def attend(
         base = tl.where(m2_next == float("-inf"), 0.0, m2_next)
         p = tl.exp2(s * scale_log2 - base[:, None])
         rescale = tl.exp2(m2 - base)
-        m2, l_row, total = m2_next, l_row * rescale, total * rescale[:, None]
+        total = tl.dot(p.to(v_rows.dtype), v_rows, total * rescale[:, None], input_precision="ieee")
+        m2, l_row = m2_next, l_row * rescale + tl.sum(p, 1)
     else:
         p = tl.exp2(s * scale_log2 - baseline)
-    total = tl.dot(p.to(v_rows.dtype), v_rows, total, input_precision="ieee")
-    return m2, l_row + tl.sum(p, 1), total
+        total = tl.dot(p.to(v_rows.dtype), v_rows, total, input_precision="ieee")
+        l_row += tl.sum(p, 1)
+    return m2, l_row, total
 
 
 @triton.jit(do_not_specialize=["num_q", "programs"])

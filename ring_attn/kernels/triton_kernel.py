@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ring_attn.kernels.triton_blocks import Configs, configs, device_size, query
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile
+
+if TYPE_CHECKING:
+    from ring_attn.kernels.triton_scores import Chain
 
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,7 +61,8 @@ class TritonKernel:
         from ring_attn.kernels.triton_forward import forward_call
         from ring_attn.kernels.triton_scores import chain_of
 
-        config, chain = self._configs(q, v).forward, chain_of(score, tiles, q.dtype)
+        chain = chain_of(score, tiles, q.dtype)
+        config = self._configs(q, v, chain).forward
         table = query_table(tiles, q, config.own, placed=chain.placed)
         target = unwritten(q, v, out) if into is None else into
         forward_call(q, k, v, table, config, scale=scale, chain=chain, carried=into, target=target, out=out)()
@@ -79,12 +84,13 @@ class TritonKernel:
         from ring_attn.kernels.triton_backward import backward_calls
         from ring_attn.kernels.triton_scores import chain_of
 
-        config, chain = self._configs(q, v), chain_of(score, tiles, q.dtype)
-        for call in backward_calls(up, q, k, v, tiles, config, scale=scale, chain=chain, into=into):
+        chain = chain_of(score, tiles, q.dtype)
+        for call in backward_calls(up, q, k, v, tiles, self._configs(q, v, chain), scale=scale, chain=chain, into=into):
             call()
 
-    def _configs(self, q: Tensor, v: Tensor) -> Configs:
-        return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], device_size(q.device))
+    def _configs(self, q: Tensor, v: Tensor, chain: Chain) -> Configs:
+        size = device_size(q.device)
+        return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], size, modified=bool(chain.steps))
 
 
 def interpreted() -> bool:

@@ -18,20 +18,43 @@ SHARED = {"large": 227 * 1024, "small": 99 * 1024}
 # "last" reads the carried accumulator as well as normalising: no other forward takes more.
 LAUNCHES = ("forward last", "dkdv", "dq")
 KINDS = ("bfloat16", "large"), ("bfloat16", "small"), ("float32", "small")
-REQUESTS = [f"{dtype}:{d}:{size}:{launch}" for (dtype, size), d, launch in product(KINDS, (64, 128, 256), LAUNCHES)]
-TMA_REQUESTS = [f"bfloat16:{d}:large:{launch}" for d, launch in product((64, 128), ("dkdv", "dq"))]
+REQUESTS = [f"{dtype}:{d}:{size}:plain:{launch}" for (dtype, size), d, launch in product(KINDS, (64, 128, 256), LAUNCHES)]
+MODIFIED = [
+    *product(("bfloat16:64:large", "bfloat16:128:large"), ("softcap", "alibi", "softcap alibi", "function")),
+    ("bfloat16:256:large", "softcap"),
+    *product(("bfloat16:64:small", "bfloat16:128:small", "float32:128:small"), ("softcap alibi",)),
+]
+REQUESTS += [f"{where}:{scores}:{launch}" for (where, scores), launch in product(MODIFIED, LAUNCHES)]
+REQUESTS += [f"bfloat16:{d}:large:bounded:forward last" for d in (64, 128)]
+TMA_REQUESTS = [
+    f"bfloat16:{d}:large:{scores}:{launch}"
+    for d, scores, launch in product((64, 128), ("plain", "softcap alibi"), ("dkdv", "dq"))
+]
 
 # Bytes. The 16-bit ones lie before and after the inner loop, where they cost next to nothing; the last one is known to be slow.
 SPILLS = {
-    "bfloat16:64:large:dq": 300,
-    "bfloat16:128:large:dkdv": 400,
-    "bfloat16:256:large:dkdv": 400,
-    "bfloat16:256:large:forward last": 1200,
-    "bfloat16:64:small:dq": 200,
-    "float32:128:small:dkdv": 200,
-    "float32:256:small:dq": 700,
+    "bfloat16:64:large:plain:dq": 300,
+    "bfloat16:64:large:function:dkdv": 100,
+    "bfloat16:128:large:plain:dkdv": 400,
+    "bfloat16:128:large:softcap:dkdv": 200,
+    "bfloat16:128:large:softcap:dq": 100,
+    "bfloat16:128:large:alibi:dkdv": 200,
+    "bfloat16:128:large:alibi:dq": 300,
+    "bfloat16:128:large:softcap alibi:dkdv": 200,
+    "bfloat16:128:large:softcap alibi:dq": 800,
+    "bfloat16:128:large:function:dkdv": 300,
+    "bfloat16:128:large:function:dq": 300,
+    "bfloat16:256:large:plain:dkdv": 400,
+    "bfloat16:256:large:softcap:dkdv": 400,
+    "bfloat16:256:large:plain:forward last": 1200,
+    "bfloat16:256:large:softcap:forward last": 1200,
+    "bfloat16:64:small:plain:dq": 200,
+    "float32:128:small:plain:dkdv": 200,
+    "float32:256:small:plain:dq": 700,
 }
 SPILLS_OTHERWISE = 64
+# Instructions in the inner loop: two modifiers at once keep more numbers than there are registers.
+LOOP_SPILLS = {"bfloat16:128:large:softcap alibi:dq": 16}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +70,7 @@ def compiled() -> dict[str, dict]:
     ]
     lines = []
     for run in runs:
-        output, errors = run.communicate(timeout=300)
+        output, errors = run.communicate(timeout=900)
         assert run.returncode == 0, errors
         lines += output.splitlines()
     return {taken["request"]: taken for taken in map(json.loads, lines)}
@@ -59,7 +82,7 @@ def test_fits(compiled, request_name):
     size = request_name.split(":")[2]
     assert taken["shared"] <= SHARED[size], taken
     assert taken["spills"] <= SPILLS.get(request_name, SPILLS_OTHERWISE), taken
-    assert taken["loop_spills"] == 0, taken
+    assert taken["loop_spills"] <= LOOP_SPILLS.get(request_name, 0), taken
     assert not taken["serialized"], taken
 
 

@@ -9,6 +9,7 @@ specialisation.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,10 +33,16 @@ ROWS, GROUP = 512, 4
 
 
 def scores(name: str) -> Scores:
-    """The score modifiers of a name."""
-    steps = {"plain": (), "softcap": (SoftCap(50.0),), "alibi": (Alibi(torch.ones(2 * GROUP)),)}
-    steps["softcap alibi"] = steps["softcap"] + steps["alibi"]
-    return Scores(steps[name])
+    """The score modifiers of a name: what happens to scores, in the order of its words."""
+    from tests.kernels.triton_functions import BOW
+
+    steps = {
+        "softcap": SoftCap(50.0),
+        "alibi": Alibi(torch.ones(2 * GROUP)),
+        "function": BOW,
+    }
+    words = name.split()
+    return Scores(tuple(steps[word] for word in words if word in steps), None, 10.0 if words == ["bounded"] else math.inf)
 
 
 def calls(dtype: torch.dtype, head_dim: int, config: Configs, score: Scores) -> Iterator[tuple[str, Call]]:
@@ -74,7 +81,7 @@ def main(requests: list[str]) -> None:
     for request in requests:
         name, head_dim, size, modifiers, *wanted = request.split(":")
         dtype = getattr(torch, name)
-        config = configs(dtype, int(head_dim), int(head_dim), size)
+        config = configs(dtype, int(head_dim), int(head_dim), size, modified=bool(scores(modifiers).steps))
         for launch, call in calls(dtype, int(head_dim), config, scores(modifiers)):
             if not wanted or launch in wanted:
                 taken = {"request": f"{name}:{head_dim}:{size}:{modifiers}:{launch}"} | asdict(

@@ -1,0 +1,139 @@
+"""Score modifiers on a GPU: what tests/gpu/kernels.py checks of them, and what they cost: `python -m tests.gpu.scores`.
+
+The costs are of the Triton kernel on one visit, causal where nothing else is said, over the same without modifiers. Without a
+GPU the same runs in Triton's interpreter, which shows that it runs and no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ring_attn.bench_kernels import mask_of
+from ring_attn.kernels import Grads, Upstream, get_kernel
+from ring_attn.kernels.triton_kernel import interpreted
+from ring_attn.partial import only_sinks
+from ring_attn.score import Alibi, Cells, Scores, SoftCap
+from ring_attn.tiles import Tile, tiles
+from tests.support import random_qkv
+
+BOUND = 3.0  # of "bounded": in every dtype one that the Triton forward uses
+NAMES = ("softcap", "alibi", "softcap, alibi", "alibi, softcap", "function", "bounded")
+
+
+def scores_of(name: str, heads: int, device: str, bound: float = BOUND) -> Scores:
+    """The modifiers of a name, with slopes for so many heads."""
+    from tests.kernels.triton_functions import BOW
+
+    slopes = torch.linspace(0.02, 0.3, heads, device=device)
+    steps = {"softcap": SoftCap(2.0), "alibi": Alibi(slopes), "function": BOW}
+    chosen = tuple(steps[word] for word in name.split(", ") if word in steps)
+    return Scores(chosen, bound=bound) if name == "bounded" else Scores(chosen)
+
+
+def of_unit_norm(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(normalize(x.double(), dim=-1).to(x.dtype) for x in inputs)
+
+
+def modifying(score: Scores, tile_list: Sequence[Tile], shape: tuple[int, int, int, int], device: str) -> Callable:
+    """What the modifiers do to dense scores of `shape` [b, h, num_q, num_kv], by the positions that tiles give their rows."""
+    b, h, *rows = shape
+    q_pos, kv_pos = (torch.zeros(size, dtype=torch.int64) for size in rows)
+    for tile in tile_list:
+        for pos, own, parts in zip((q_pos, kv_pos), (tile.q_rows, tile.kv_rows), tile.positions, strict=True):
+            pos[own.start : own.stop] = torch.tensor([x for part in parts for x in part])
+    numbers = [torch.arange(size, device=device) for size in (b, h, rows[0])]
+    cells = Cells(*numbers[:2], q_pos.to(device), numbers[2], kv_pos.to(device))
+    return lambda scores: score.apply(scores, cells)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One visit of the Triton kernel to time."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    tiles: tuple[Tile, ...]
+    score: Scores
+    scale: float
+    sinks: Tensor | None
+
+    @staticmethod
+    def of(name: str, rows: int, heads: int, dim: int, device: str) -> Visit:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float16
+        q, k, v, dout = random_qkv(1, rows, rows, heads, heads, dim, dtype=dtype, device=device)
+        if name == "cosine":
+            q, k = of_unit_norm(q, k)
+        bounded = "bounded" if name == "cosine" else name
+        tile_list = tiles(
+            (range(rows),), [(range(rows),)], mask_of(name if name in ("window", "documents") else "causal", rows)
+        )
+        sinks = torch.zeros(heads, device=device) if name == "sinks" else None
+        scale = 10.0 if name == "cosine" else dim**-0.5
+        return Visit(q, k, v, dout, tile_list, scores_of(bounded, heads, device, bound=10.0), scale, sinks)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        into = None if self.sinks is None else only_sinks(self.q, self.v.shape[-1], self.sinks)
+        out = torch.empty_like(self.dout)
+        kernel = get_kernel("triton")
+        partial = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, score=self.score, into=into, out=out)
+        return out, partial.lse
+
+    def backward(self) -> Callable[[], None]:
+        """A backward to run again and again."""
+        up = Upstream(self.dout, *self.forward())
+        into = Grads(
+            *(torch.zeros_like(x, dtype=torch.float32) for x in (self.q, self.k, self.v)),
+            tuple(torch.zeros_like(x) for x in self.score.tensors()),
+        )
+        inputs = self.q, self.k, self.v, self.tiles
+        return lambda: get_kernel("triton").backward(up, *inputs, scale=self.scale, score=self.score, into=into)
+
+
+def milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """The median of some runs, after two that do not count."""
+    taken = []
+    for _ in range(2 + repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(taken[2:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args()
+    device = "cpu" if interpreted() or not torch.cuda.is_available() else "cuda"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'interpreted'}, {options}")
+    plain: tuple[float, float] | None = None
+    for name in ("plain", "window", "documents", "softcap", "alibi", "softcap, alibi", "function", "sinks", "cosine"):
+        visit = Visit.of(name, options.rows, options.heads, options.dim, device)
+        found = tuple(milliseconds(run, device, options.repeats) for run in (visit.forward, visit.backward()))
+        plain = plain or found
+        costs = "  ".join(
+            f"{way} {ms:8.3f} ms ({ms / base - 1:+6.1%})"
+            for way, ms, base in zip(("forward", "backward"), found, plain, strict=True)
+        )
+        print(f"{name:15s} {costs}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
