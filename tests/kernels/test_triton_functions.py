@@ -30,7 +30,7 @@ pytestmark = [
 
 
 def user_mod(n: Sizes) -> Piece:
-    b, h, (i, j) = torch.arange(n.b)[:, None, None, None], torch.arange(n.h)[:, None, None], positions(n.t)
+    b, h, (i, j) = torch.arange(n.b)[:, None, None, None], torch.arange(n.h)[:, None, None], positions(n)
     return Piece(lambda x, ring: BOW, step=lambda s: BOW.fn(s, b, h, i, j))
 
 
@@ -48,8 +48,16 @@ def test_over_a_ring(number):
     ring_size, layout, exchange = WAYS[number]
     ring = ra.Ring.simulated(ring_size, layout, exchange=exchange, kernel="triton", hostile=True)
     pieces, mask = RINGS[list(RINGS)[(number + number // 4) % 4]]
-    n = Sizes(b=1 + number % 2, h=2, g=1, d=8, dv=6, dtype=torch.float32, seed=number)
+    n = Sizes(h=2, g=1, b=1, d=8, dv=6, dtype=torch.float32, seed=number)
     found = errors(ring, n, mask, [piece(n) for piece in pieces])
+    assert all(error < FLOAT32_LIMIT for error in found.values()), found
+
+
+@pytest.mark.parametrize(("layout", "kv_layout"), [("striped", "contiguous"), ("zigzag", "striped")])
+def test_queries_and_keys_whose_positions_have_different_steps(layout, kv_layout):
+    ring = ra.Ring.simulated(2, layout, kernel="triton", hostile=True)
+    n = Sizes(b=1, t=16, h=2, g=1, d=8, dv=6, dtype=torch.float32, kv_len=24, kv_layout=kv_layout)
+    found = errors(ring, n, Window(9, 4), [alibi(n), softcap(n)])
     assert all(error < FLOAT32_LIMIT for error in found.values()), found
 
 
