@@ -164,7 +164,7 @@ def test_a_score_mod_in_every_form_a_function_has(how):
         (ra.SoftCap(5.0), ra.Causal(), "softcap"),
         ([ra.Alibi(torch.ones(4)), ra.SoftCap(5.0)], ra.Causal(), "alibi"),
         (ra.Bias(torch.zeros(24, 24)), ra.Causal(), "bias"),
-        (ra.ScoreMod(lambda s, b, h, q, k: s), ra.Causal(), "score_mod"),
+        (ra.ScoreMod(lambda s, b, h, q, k: s), ra.Causal(), "(score_mod|ScoreMod)"),
         (ra.Dropout(0.1, 0), ra.Causal(), "dropout"),
         (None, ra.MaskMod(lambda b, h, q, k: q >= k), "functions"),
     ],
