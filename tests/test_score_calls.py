@@ -290,7 +290,7 @@ def test_a_tensor_that_begins_to_need_a_gradient_is_refused_at_the_next_call():
 
 
 def test_scores_without_modifiers_cost_a_kernel_nothing():
-    """Sinks and cosine similarity are done outside: a kernel is handed no score."""
+    """Sinks and cosine similarity are done outside: a kernel is handed no kind of score, and a bound that it need not use."""
     seen = []
     kernel = type(get_kernel("reference"))
     forward = kernel.forward
@@ -298,4 +298,4 @@ def test_scores_without_modifiers_cost_a_kernel_nothing():
         ra.ring_attention(
             *inputs(), ring=ra.Ring.simulated(2, kernel="reference"), score=[ra.Sinks(torch.ones(4)), ra.CosineSim(2.0)]
         )
-    assert seen == [None] * 4
+    assert [(score.kinds, score.bound) for score in seen] == [((), 2.0)] * 4
