@@ -20,6 +20,7 @@ from ring_attn.kernels import Grads, Kernel, Upstream, resolve
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.score import Score, listed, sort_scores
+from ring_attn.ulysses import over_heads
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
@@ -74,8 +75,13 @@ def ring_attention(
         name, call = named(Call.make(ring, mask, score, scale, kv_layout))
         validate(q, k, v, tensors, call)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
-            resolve(ring.kernel, call.problem(q, k, v, "backward"))
-    out, lse = _forward_op(q, k, v, tensors, name)
+            part, *of_part = call.of_part(q, k, v)
+            resolve(ring.kernel, part.problem(*of_part, "backward"))
+    if ring.ulysses > 1:
+        with_tensors = (*modifiers.steps, *([] if sinks is None else [sinks]))
+        out, lse = over_heads(_forward_op, q, k, v, with_tensors, ring.transport, name, return_lse=return_lse)
+    else:
+        out, lse = _forward_op(q, k, v, tensors, name)
     out, lse = (out.squeeze(2), lse.squeeze(1)) if merged else (out, lse)
     return (out, lse) if return_lse else out
 

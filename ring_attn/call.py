@@ -8,7 +8,8 @@ a compiled one holds only the name, so calls named while compiling are kept for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -48,6 +49,29 @@ class Call:
             for step in modifiers.steps:
                 step.check_gradients()
         return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout)
+
+    def parts(self, num_heads: int) -> tuple[Call, ...]:
+        """On a ring of two axes: each hosted Ulysses rank's call on its own ring, for its part of the heads."""
+        if num_heads not in self._parts:
+            each = num_heads // self.ring.ulysses
+            self._parts[num_heads] = tuple(
+                replace(self, ring=ring, mask=self.mask.from_head(u * each), modifiers=self.modifiers.from_head(u * each))
+                for u, ring in self.ring.of_parts.items()
+            )
+        return self._parts[num_heads]
+
+    def of_part(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Call, Tensor, Tensor, Tensor]:
+        """A rank's part of the call, with tensors of the shapes that it attends to; on one axis all of it."""
+        if self.ring.ulysses == 1:
+            return self, q, k, v
+        ulysses, hosted = self.ring.ulysses, len(self.ring.of_parts)
+        shapes = ((b, s // hosted * ulysses, max(1, h // ulysses), d) for b, s, h, d in (x.shape for x in (q, k, v)))
+        shaped = (x[:1, :1, :1, :1].expand(shape) for x, shape in zip((q, k, v), shapes, strict=True))
+        return self.parts(q.shape[2])[0], *shaped
+
+    @cached_property
+    def _parts(self) -> dict[int, tuple[Call, ...]]:
+        return {}
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor) -> Plan:
         return make_plan(self.exchange(q, k, v), self.mask, *self.layouts(q, k), self._max_rows(k, v))
@@ -140,13 +164,18 @@ def name_kept(ring: Ring, mask: Mask, scale: float, kv_layout: str | None, *scor
     return name
 
 
+def part_names(name: str, num_heads: int) -> tuple[str, ...]:
+    """The names of that call's parts, which live as long as it does."""
+    return tuple(named(part)[0] for part in called(name).parts(num_heads))
+
+
 def called(name: str) -> Call:
     """The call of that name."""
     return _calls[name]
 
 
 # What torch.compiler.assume_constant_result sets; that function imports all of Dynamo, here at import time.
-name_kept._dynamo_marked_constant = True
+name_kept._dynamo_marked_constant = part_names._dynamo_marked_constant = True
 
 
 def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
@@ -166,6 +195,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
     """Raises ValueError for a call that cannot be done, naming the rule and the values."""
     _check_inputs(q, k, v)
+    _check_parts(q.shape[2], k.shape[2], call.ring.ulysses)
     if call.kv_layout is None and k.shape[1] != q.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} rows here and k {k.shape[1]}; shard both with the same ring, or, for cross-attention, name "
@@ -173,11 +203,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
         )
     layout, kv_layout = call.layouts(q, k)
     call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])
-    call.plan(q, k, v)
+    part, *of_part = call.of_part(q, k, v)
+    part.plan(*of_part)
     of_modifiers, sinks = call.split(tensors)
     for score in (*call.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
         score.check(q.shape[2], q.shape[0], q.shape[1], kv_layout.seq_len)
-    resolve(call.ring.kernel, call.problem(q, k, v, "forward"))
+    resolve(call.ring.kernel, part.problem(*of_part, "forward"))
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -204,3 +235,15 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if h % g:
         raise ValueError(f"num_heads {h} must be a multiple of num_kv_heads {g}: query head i reads KV head i // (h // g)")
+
+
+def _check_parts(num_heads: int, num_kv_heads: int, ulysses: int) -> None:
+    if num_heads % ulysses:
+        raise ValueError(
+            f"num_heads {num_heads} must be a multiple of ulysses {ulysses}, among whose ranks the heads are split"
+        )
+    if num_kv_heads % ulysses and ulysses % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads {num_kv_heads} must be a multiple of ulysses {ulysses}, or a divisor of it, so that ranks share KV "
+            f"heads; choose another ulysses, or repeat the heads of k and v with repeat_interleave(n, 2)"
+        )

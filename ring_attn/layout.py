@@ -107,4 +107,39 @@ class Zigzag(_EvenLayout):
         return range(early * chunk, (early + 1) * chunk), range(late * chunk, (late + 1) * chunk)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A layout whose every shard is held by `parts` ranks together: rank r * parts + u has the u-th run of rank r's rows."""
+
+    layout: Layout
+    parts: int
+
+    def __post_init__(self) -> None:
+        if self.seq_len % self.ring_size:
+            raise ValueError(
+                f"seq_len {self.seq_len} must be a multiple of {self.layout.ring_size} * {self.parts} = {self.ring_size}: each "
+                f"shard of {self.layout.ring_size} ring ranks is held by {self.parts} ranks; pad with ring_attn.pad_to"
+            )
+
+    @property
+    def seq_len(self) -> int:
+        return self.layout.seq_len
+
+    @property
+    def ring_size(self) -> int:
+        return self.layout.ring_size * self.parts
+
+    @property
+    def shard_len(self) -> int:
+        return self.seq_len // self.ring_size
+
+    def shard(self, rank: int) -> Shard:
+        owner, part = divmod(rank, self.parts)
+        start, stop, found = part * self.shard_len, (part + 1) * self.shard_len, []
+        for positions in self.layout.shard(owner):
+            found.append(positions[max(0, start) : max(0, stop)])
+            start, stop = start - len(positions), stop - len(positions)
+        return tuple(positions for positions in found if positions)
+
+
 LAYOUTS = {layout.name: layout for layout in (Contiguous, Striped, Zigzag)}

@@ -61,6 +61,10 @@ class Mask:
     def check(self, seq_len: int, kv_len: int, batch: int) -> None:
         """Raises ValueError where this mask does not fit `batch` rows of seq_len queries and kv_len keys."""
 
+    def from_head(self, first: int) -> Mask:
+        """The mask of a call whose head 0 is this one's head `first`."""
+        return self
+
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
@@ -211,6 +215,20 @@ class MaskMod(Mask):
     def rules(self) -> tuple[Rule, ...]:
         return (Rule(predicates=(self,)),)
 
+    def from_head(self, first: int) -> Mask:
+        return MaskMod(_FromHead(self.fn, first))
+
+
+@dataclass(frozen=True)
+class _FromHead:
+    """A function of (b, h, i, j) whose head 0 is head `first` of `fn`."""
+
+    fn: Callable
+    first: int
+
+    def __call__(self, b, h, i, j):
+        return self.fn(b, h + self.first, i, j)
+
 
 @dataclass(frozen=True)
 class All(Mask):
@@ -231,6 +249,9 @@ class All(Mask):
     def check(self, seq_len: int, kv_len: int, batch: int) -> None:
         for mask in self.masks:
             mask.check(seq_len, kv_len, batch)
+
+    def from_head(self, first: int) -> Mask:
+        return All(tuple(mask.from_head(first) for mask in self.masks))
 
 
 def _rows_of_ints(name: str, values) -> tuple[tuple[int, ...], ...]:

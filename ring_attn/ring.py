@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
@@ -11,11 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ring_attn import sharding
 from ring_attn.comm.local import LocalTransport
-from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, split_group
+from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, cut_two_axes, split_group, two_axes
 from ring_attn.comm.transport import Transport
+from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import EXCHANGE_NAMES
 from ring_attn.kernels import check_kernel_name
-from ring_attn.layout import LAYOUTS, Layout
+from ring_attn.layout import LAYOUTS, Layout, Shared
 from ring_attn.typed import typed
 
 
@@ -29,11 +31,15 @@ class Ring:
     kv_memory: how many bytes of KV that came from other ranks a rank may hold in a forward, what is under way included; a
     backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once;
     ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.
+
+    With `ulysses` above 1 the sequence is sharded over all `size` ranks, but the layout is that of `size // ulysses` ring
+    ranks: `ulysses` neighbouring ranks hold one ring rank's shard together, each a run of its rows, and while attention runs
+    they trade rows for heads. `hosted`, `seq_len`, `shard_multiple`, `positions`, `shard` and `unshard` speak of all ranks.
     """
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Transport | TwoAxes,
         *,
         layout: str = "zigzag",
         exchange: str = "auto",
@@ -52,23 +58,36 @@ class Ring:
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
         self._agreed: dict[tuple, None] = {}
+        rings = dict(zip(transport.ulysses_hosted, transport.rings, strict=True)) if isinstance(transport, TwoAxes) else {}
+        # By the Ulysses ranks hosted here: the rings in which they attend, each with its part of the heads.
+        choices = {"layout": layout, "exchange": exchange, "kernel": kernel, "kv_memory": kv_memory}
+        choices["ranks_per_node"] = ranks_per_node and ranks_per_node // self.ulysses
+        self.of_parts = {u: Ring(one, **choices) for u, one in rings.items()}
 
     def _check_nodes(self, given: int | None) -> None:
         if given is not None and self.exchange not in ("auto", "two-level"):
             raise ValueError(f"ranks_per_node={given} is for exchange='two-level' or 'auto', not for {self.exchange!r}")
         if self.exchange == "two-level" and self.ranks_per_node is None:
             raise ValueError("exchange='two-level' needs ranks_per_node, how many neighbouring ranks share a node")
+        if given is not None and given % self.ulysses:
+            raise ValueError(f"ranks_per_node {given} must be a multiple of ulysses {self.ulysses}: neighbours trade heads")
         if self.ranks_per_node is not None and (self.ranks_per_node < 1 or self.size % self.ranks_per_node):
             raise ValueError(f"ranks_per_node {self.ranks_per_node} must divide the ring size {self.size}")
 
     @classmethod
     @typed
-    def simulated(cls, ring_size: int, layout: str = "zigzag", *, hostile: bool = False, **choices) -> Ring:
+    def simulated(cls, ring_size: int, layout: str = "zigzag", *, ulysses: int = 1, hostile: bool = False, **choices) -> Ring:
         """A ring whose ranks all live in this process, in one tensor [b, t, ...] joined rank by rank.
 
-        `hostile`: for tests; see LocalTransport. `choices`: exchange, kernel and kv_memory, as for every ring.
+        `ulysses`: as in `from_group`. `hostile`: for tests; see LocalTransport. `choices`: exchange, kernel and kv_memory, as
+        for every ring.
         """
-        return cls(LocalTransport(ring_size, hostile=hostile), layout=layout, **choices)
+        transport: Transport | TwoAxes = LocalTransport(ring_size, hostile=hostile)
+        _check_ulysses(ulysses, ring_size)
+        if ulysses > 1:
+            traders = [LocalTransport(ulysses, hostile=hostile) for _ in range(ring_size // ulysses)]
+            transport = TwoAxes(traders, [LocalTransport(ring_size // ulysses, hostile=hostile) for _ in range(ulysses)])
+        return cls(transport, layout=layout, **choices)
 
     @classmethod
     @typed
@@ -79,35 +98,53 @@ class Ring:
         *,
         ring_size: int | None = None,
         ranks_per_process: int = 1,
+        ulysses: int = 1,
         **choices,
     ) -> Ring:
         """A ring over a torch.distributed group (None: the default group), one rank a process unless `ranks_per_process` says
         more. `choices`: exchange, kernel and kv_memory, as for every ring.
 
         `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group
-        must then call this. Raises ValueError where the ring is larger than the group or does not divide it.
+        must then call this. `ulysses`: so many neighbouring processes trade heads, one ring rank together; a divisor of the
+        ring's size, of num_heads, and of num_kv_heads or a multiple of these; every process of the group must call this, too.
+        Raises ValueError where the ring is larger than the group or does not divide it.
         """
         if ranks_per_process < 1:
             raise ValueError(f"ranks_per_process must be at least 1, got {ranks_per_process}")
+        if ulysses > 1 and ranks_per_process > 1:
+            raise NotImplementedError(
+                f"ulysses={ulysses} needs one rank a process, or all in one with Ring.simulated; got {ranks_per_process=}"
+            )
         if ring_size is not None:
             group = split_group(group, ring_size, ranks_per_process)
-        transport = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
+        transport: Transport | TwoAxes = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
+        _check_ulysses(ulysses, transport.ring_size)
+        if ulysses > 1:
+            transport = cut_two_axes(transport.group, ulysses)
         return cls(transport, layout=layout, **choices)
 
     @classmethod
     @typed
     def from_mesh(cls, mesh: DeviceMesh, layout: str = "zigzag", **choices) -> Ring:
-        """A ring over a one-axis DeviceMesh, such as `mesh["cp"]`. A two-axis (ulysses, ring) mesh is not implemented yet."""
-        if mesh.ndim != 1:
-            raise NotImplementedError(
-                f"a mesh of {mesh.ndim} axes needs Ulysses beside the ring, which is not there yet; pass mesh['cp']"
-            )
-        return cls.from_group(mesh.get_group(), layout, **choices)
+        """A ring over a one-axis DeviceMesh, such as `mesh["cp"]`, or over a (ulysses, ring) mesh of two axes: along the first
+        processes trade heads, along the second they stand in one ring.
+        """
+        if mesh.ndim == 1:
+            return cls.from_group(mesh.get_group(), layout, **choices)
+        _check_mesh(mesh)
+        if mesh.size(0) == 1:
+            return cls.from_group(mesh.get_group(1), layout, **choices)
+        return cls(two_axes(mesh.get_group(0), mesh.get_group(1)), layout=layout, **choices)
 
     @property
     def size(self) -> int:
-        """The number of ranks in the ring."""
+        """The number of ranks that the sequence is sharded over."""
         return self.transport.ring_size
+
+    @property
+    def ulysses(self) -> int:
+        """The number of ranks that trade heads; 1 where none do."""
+        return self.transport.ulysses if isinstance(self.transport, TwoAxes) else 1
 
     @property
     def hosted(self) -> tuple[int, ...]:
@@ -121,7 +158,7 @@ class Ring:
     @property
     def shard_multiple(self) -> int:
         """What a sequence length must be a multiple of; see `pad_to`."""
-        return self.size * self.layout_class.chunks_per_rank
+        return self.size // self.ulysses * math.lcm(self.layout_class.chunks_per_rank, self.ulysses)
 
     def seq_len(self, rows: int) -> int:
         """The length of the whole sequence of which this process hosts `rows`. Raises ValueError where they do not divide."""
@@ -131,7 +168,9 @@ class Ring:
 
     def layout(self, seq_len: int, name: str | None = None) -> Layout:
         """The layout of a sequence, the ring's own or the one of that name. Raises ValueError where it does not divide."""
-        return (self.layout_class if name is None else _choose("layout", name, LAYOUTS))(seq_len, self.size)
+        layout_class = self.layout_class if name is None else _choose("layout", name, LAYOUTS)
+        layout = layout_class(seq_len, self.size // self.ulysses)
+        return Shared(layout, self.ulysses) if self.ulysses > 1 else layout
 
     @typed
     def shard(self, x: Tensor, dim: int = 1, *, layout: str | None = None) -> Tensor:
@@ -198,7 +237,23 @@ class Ring:
 
     def __repr__(self) -> str:
         choices = f"layout={self.layout_name}, exchange={self.exchange}, kernel={self.kernel}"
-        return f"Ring(size={self.size}, hosted={self.hosted}, {choices})"
+        ulysses = f"ulysses={self.ulysses}, " if self.ulysses > 1 else ""
+        return f"Ring(size={self.size}, {ulysses}hosted={self.hosted}, {choices})"
+
+
+def _check_ulysses(ulysses: int, ring_size: int) -> None:
+    if ulysses < 1 or ring_size % ulysses:
+        raise ValueError(f"ulysses must be at least 1 and a divisor of the ring's {ring_size} ranks, got {ulysses}")
+
+
+def _check_mesh(mesh: DeviceMesh) -> None:
+    """Raises ValueError unless it is a (ulysses, ring) mesh whose groups number their ranks as its axes do."""
+    names = mesh.mesh_dim_names or ("ulysses", "ring")
+    if mesh.ndim != 2 or names[0] == "ring" or names[1] == "ulysses":
+        given = mesh.mesh_dim_names or f"a mesh of {mesh.ndim} axes"
+        raise ValueError(f"a mesh must have one axis, such as mesh['cp'], or the two (ulysses, ring), got {given}")
+    if any((mesh.mesh.diff(dim=axis) < 0).any() for axis in (0, 1)):
+        raise ValueError(f"ranks must rise along both axes of a (ulysses, ring) mesh, got {mesh.mesh.tolist()}")
 
 
 def _text(part: object) -> bytes:

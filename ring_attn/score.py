@@ -7,6 +7,10 @@ row starts from.
 
 Note [tensors]: the tensors of a score (slopes, bias, captured ones) get gradients, so they enter the custom op as inputs of
 their own. `without_tensors` is the rest of a score, hashable; `with_tensors` puts them back.
+
+Note [parts of the heads]: where ranks attend to a part of the heads each (Ulysses), the heads of a call are counted from 0 and
+are heads `first`, `first + 1`, ... of the caller's. A tensor with a head dimension is cut to the part, `tensors_by_part`; what
+is a function of the head keeps where the part begins, `from_head`.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import CellType, FunctionType, MethodType
 
@@ -40,6 +44,19 @@ class Cells:
         return self.q_pos.unsqueeze(1) - self.kv_pos
 
 
+@dataclass(frozen=True)
+class HeadParts:
+    """The heads of a call in `count` parts, `hosted` of them in this process, see Note [parts of the heads].
+
+    `trade`: from [b, rows, h, d] with the rows of this process, or h = 1 for all heads, each hosted part's heads with the rows
+    that it attends from.
+    """
+
+    count: int
+    hosted: tuple[int, ...]
+    trade: Callable[[Tensor], list[Tensor]]
+
+
 class Score:
     """Base of all scores. `kind` is the name that kernels know it by."""
 
@@ -58,6 +75,14 @@ class Score:
     def rows(self, start: int, stop: int) -> Score:
         """The score of some of the query rows that this process hosts."""
         return self
+
+    def from_head(self, first: int) -> Score:
+        """The score, but for its tensors, of a call whose head 0 is this one's head `first`."""
+        return self
+
+    def tensors_by_part(self, parts: HeadParts) -> list[tuple[Tensor, ...]]:
+        """`tensors()` for each hosted part of the heads."""
+        return [self.tensors() for _ in parts.hosted]
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         """Scores [b, h, i, j] after this one; differentiable in the scores and in `tensors()`."""
@@ -121,21 +146,31 @@ class _WithTensor(Score):
         return hash((type(self), id(self.tensor)))
 
 
-class Alibi(_WithTensor):
+class _ByHead(_WithTensor):
+    """A score with one tensor, [h] unless its class says otherwise, `called` so in errors."""
+
+    called = ""
+
+    def tensors_by_part(self, parts: HeadParts) -> list[tuple[Tensor, ...]]:
+        return [(self.tensor.chunk(parts.count)[part],) for part in parts.hosted]
+
+    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
+        if tuple(self.tensor.shape) != (num_heads,):
+            raise ValueError(f"{self.called} must be [num_heads] = [{num_heads}], got {tuple(self.tensor.shape)}")
+
+
+class Alibi(_ByHead):
     """score - slope[h] * |q_pos - kv_pos| (Press et al., arXiv 2108.12409). `slopes` [h], learnable."""
 
     kind = "alibi"
+    called = "Alibi slopes"
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         slopes = self.tensor[cells.heads].to(scores.dtype)
         return scores - slopes[:, None, None] * cells.distance.abs()
 
-    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
-        if tuple(self.tensor.shape) != (num_heads,):
-            raise ValueError(f"Alibi slopes must be [num_heads] = [{num_heads}], got {tuple(self.tensor.shape)}")
 
-
-class RelativeBias(_WithTensor):
+class RelativeBias(_ByHead):
     """score + tensor[h, reach + distance] of distance = q_pos - kv_pos, beyond `reach` as at it. `tensor` [h, 2 * reach + 1].
 
     The buckets of T5 are a tensor made from a smaller table: `table[:, bucket(distances)]`, where gradients flow on.
@@ -164,6 +199,10 @@ class Bias(_WithTensor):
 
     def rows(self, start: int, stop: int) -> Score:
         return replace(self, tensor=self.tensor[..., start:stop, :])
+
+    def tensors_by_part(self, parts: HeadParts) -> list[tuple[Tensor, ...]]:
+        whole = self.tensor[(None,) * (4 - self.tensor.dim())]
+        return [(part.transpose(1, 2),) for part in parts.trade(whole.transpose(1, 2))]
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         bias = self.tensor[(None,) * (4 - self.tensor.dim())]
@@ -202,6 +241,7 @@ class ScoreMod(Score):
 
     fn: Callable
     triton: tuple[Callable, Callable] | None = None
+    first_head: int = field(default=0, kw_only=True)  # see Note [parts of the heads]
 
     def __post_init__(self) -> None:
         if self.triton is not None and not (
@@ -224,6 +264,9 @@ class ScoreMod(Score):
         wide = (x.to(torch.promote_types(x.dtype, torch.float32)) if x.dtype.is_floating_point else x for x in tensors)
         return replace(self, fn=recapture(self.fn, tuple(wide)))
 
+    def from_head(self, first: int) -> Score:
+        return ScoreMod(self.fn, first_head=self.first_head + first)
+
     def check_gradients(self) -> None:
         if self.triton is not None and any(x.requires_grad for x in self.tensors()):
             raise ValueError(
@@ -239,19 +282,17 @@ class ScoreMod(Score):
             )
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
-        modified = over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, cells.heads, cells.q_pos, cells.kv_pos)
+        heads = cells.heads + self.first_head
+        modified = over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, heads, cells.q_pos, cells.kv_pos)
         # On scalars, a captured float64 table makes a float64 score.
         return modified.to(scores.dtype)
 
 
-class Sinks(_WithTensor):
+class Sinks(_ByHead):
     """A learnable score `tensor` [h] that takes part in the softmax of every row and gives nothing to the output (gpt-oss)."""
 
     kind = "sinks"
-
-    def check(self, num_heads: int, batch: int, rows: int, kv_len: int) -> None:
-        if tuple(self.tensor.shape) != (num_heads,):
-            raise ValueError(f"Sinks logits must be [num_heads] = [{num_heads}], got {tuple(self.tensor.shape)}")
+    called = "Sinks logits"
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +335,7 @@ class Dropout(Score):
 
     p: float
     seed: int
+    first_head: int = field(default=0, kw_only=True)  # see Note [parts of the heads]
     kind = "dropout"
 
     def __post_init__(self) -> None:
@@ -302,10 +344,14 @@ class Dropout(Score):
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"Dropout seed must be an int of up to 64 bits, at least 0, got {self.seed!r}")
 
+    def from_head(self, first: int) -> Score:
+        return replace(self, first_head=self.first_head + first)
+
     def keep(self, cells: Cells) -> Tensor:
         """Factors [b, h, i, j] float64: 0 where dropped, else 1 / (1 - p)."""
         state: Tensor | int = _mix(self.seed & 0xFFFFFFFF, self.seed >> 32)
-        for value in (cells.batch[:, None, None, None], cells.heads[:, None, None], cells.q_pos[:, None], cells.kv_pos):
+        heads = cells.heads + self.first_head
+        for value in (cells.batch[:, None, None, None], heads[:, None, None], cells.q_pos[:, None], cells.kv_pos):
             state = _mix(state, value)
         kept = state >= round(self.p * 2**32)
         return kept.double() / (1 - self.p)
@@ -350,6 +396,10 @@ class Scores:
 
     def rows(self, start: int, stop: int) -> Scores:
         return replace(self, steps=tuple(step.rows(start, stop) for step in self.steps))
+
+    def from_head(self, first: int) -> Scores:
+        dropout = self.dropout and self.dropout.from_head(first)
+        return replace(self, steps=tuple(step.from_head(first) for step in self.steps), dropout=dropout)
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         for step in self.steps:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ring_attn.comm.transport import Transport
+from ring_attn.comm.transport import Collective
 from ring_attn.layout import Layout
 from ring_attn.typed import typed
 
@@ -29,12 +29,12 @@ def positions(layout: Layout, ranks: tuple[int, ...], device: torch.device | str
     return torch.cat([torch.arange(r.start, r.stop, r.step, device=device) for r in ranges])
 
 
-def shard(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+def shard(x: Tensor, layout: Layout, transport: Collective, dim: int) -> Tensor:
     """The rows of `x` along `dim` that this process hosts; see Note [one program] for the gradient."""
     return _Shard.apply(x, layout, transport, dim % x.dim())
 
 
-def unshard(x: Tensor, layout: Layout, transport: Transport, dim: int, grad: str = "replicated") -> Tensor:
+def unshard(x: Tensor, layout: Layout, transport: Collective, dim: int, grad: str = "replicated") -> Tensor:
     """All rows along `dim` in global order, on every process: the inverse of `shard`."""
     if grad not in ("replicated", "partial"):
         raise ValueError(f"grad must be 'replicated' or 'partial', got {grad!r}")
@@ -64,18 +64,18 @@ class _Unshard(torch.autograd.Function):
         return local, None, None, None, None
 
 
-def _take(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+def _take(x: Tensor, layout: Layout, transport: Collective, dim: int) -> Tensor:
     return x.index_select(dim, positions(layout, transport.hosted, x.device))
 
 
-def _gather(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+def _gather(x: Tensor, layout: Layout, transport: Collective, dim: int) -> Tensor:
     shards = [part.clone(memory_format=torch.contiguous_format) for part in x.chunk(len(transport.hosted), dim)]
     joined = torch.cat(transport.all_gather(shards, what="unshard").wait(), dim)
     order = positions(layout, tuple(range(transport.ring_size)), x.device)
     return joined.index_select(dim, torch.argsort(order))
 
 
-def _scatter_sum(x: Tensor, layout: Layout, transport: Transport, dim: int) -> Tensor:
+def _scatter_sum(x: Tensor, layout: Layout, transport: Collective, dim: int) -> Tensor:
     rows = [x.index_select(dim, positions(layout, (rank,), x.device)) for rank in range(transport.ring_size)]
     # Every hosted rank reads the same whole tensor, so this process contributes once: through its first rank.
     idle = [torch.zeros_like(part) for part in rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import reduce
 from itertools import pairwise
+from math import lcm
 from operator import and_
 
 import torch
@@ -81,6 +82,7 @@ def mask_of(parts: tuple[tuple, ...]) -> Mask:
 
 def case(
     ring: int = 1,
+    ulysses: int = 1,
     layout: str = "contiguous",
     exchange: str = "ring",
     kernel: str = "reference",
@@ -104,7 +106,8 @@ def case(
     kv_layout, kv_len = kv or (None, None)
     n = Sizes(b, t, h, g, d, dv, getattr(torch, dtype), seed, kv_len, kv_layout)
     memory = kv_rows and kv_rows * 2 * b * g * (d + dv) * n.dtype.itemsize
-    simulated = ra.Ring.simulated(ring, layout, exchange=exchange, kernel=kernel, kv_memory=memory, hostile=True)
+    options = {"exchange": exchange, "kernel": kernel, "ulysses": ulysses, "kv_memory": memory}
+    simulated = ra.Ring.simulated(ring * ulysses, layout, **options, hostile=True)
     made, pieces = mask_of(mask), [SCORES[kind](*options)(n) for kind, *options in scores]
     reason = refusal(simulated, n, made, pieces, lse_grad)
     try:
@@ -130,7 +133,8 @@ def refusal(ring: ra.Ring, n: Sizes, mask: Mask, pieces: list[Piece], lse_grad: 
     shapes = (n.t, n.h, n.d), (n.keys, n.g, n.d), (n.keys, n.g, n.dv)
     q, k, v = (torch.empty(n.b, *shape, dtype=n.dtype) for shape in shapes)
     call = Call.make(ring, mask, [piece.make(piece.leaves, ring) for piece in pieces], 1.0)
-    problems = call.problem(q, k, v, "forward"), call.problem(q, k, v, "backward", lse_grad)
+    part, *qkv = call.of_part(q, k, v)
+    problems = part.problem(*qkv, "forward"), part.problem(*qkv, "backward", lse_grad)
     return next((reason for p in problems if (reason := get_kernel(ring.kernel).supports(p))), None)
 
 
@@ -188,19 +192,21 @@ def scores(d: int, dtype: str) -> st.SearchStrategy:
 @st.composite
 def cases(draw) -> dict:
     """The arguments of a case."""
-    ring, layout = draw(st.integers(1, 7)), draw(st.sampled_from(LAYOUTS))
-    multiple = ring * (2 if layout == "zigzag" else 1)
+    ring, ulysses, layout = draw(st.integers(1, 7)), draw(st.sampled_from([1, 1, 2, 3, 4])), draw(st.sampled_from(LAYOUTS))
+    multiple = ring * lcm(2 if layout == "zigzag" else 1, ulysses)
     t, b, kv = multiple * draw(st.integers(1, max(1, 40 // multiple))), draw(st.integers(1, 3)), None
     if not draw(st.integers(0, 3)):
         kv_layout = draw(st.sampled_from(LAYOUTS))
-        multiple = ring * (2 if kv_layout == "zigzag" else 1)
+        multiple = ring * lcm(2 if kv_layout == "zigzag" else 1, ulysses)
         kv = kv_layout, multiple * draw(st.integers(1, max(1, 40 // multiple)))
     dtype = draw(st.sampled_from(["float64", "float64", "float32"]))
-    g, d = draw(st.integers(1, 3)), draw(st.integers(1 if dtype == "float64" else 3, 9))
+    g = draw(st.integers(1, 3).map(lambda g: g if ulysses % g == 0 else ulysses * g))
+    d = draw(st.integers(1 if dtype == "float64" else 3, 9))
     scored = draw(scores(d, dtype) if draw(st.integers(0, 3)) else st.just(()))
     exchange = draw(st.sampled_from(["ring", "gather", "pull"]))
     return {
         "ring": ring,
+        "ulysses": ulysses,
         "layout": layout,
         "exchange": exchange,
         "kv_rows": draw(st.none() | st.integers(1, 40)) if exchange != "ring" else None,
@@ -208,7 +214,7 @@ def cases(draw) -> dict:
         "t": t,
         "b": b,
         "kv": kv,
-        "heads": (g * draw(st.integers(1, 3)), g),
+        "heads": (lcm(g, ulysses) * draw(st.integers(1, 3)), g),
         "dims": (d, draw(st.just(d) | st.integers(1, 9))),
         "dtype": dtype,
         "mask": draw(masks(t, kv and kv[1], b)),

@@ -40,6 +40,7 @@ class Case:
     head_dims: tuple[int, int] = (5, 3)
     rows_per_chunk: int = 5
     kernel: str = "reference"
+    ulysses: int = 1
     seed: int = field(default=0, compare=False)
 
     def seq_len(self, ring_size: int) -> int:
@@ -48,7 +49,8 @@ class Case:
 
 def cases(**fixed) -> list[Case]:
     """Every layout x exchange x mask; grouped, single and odd head counts take turns over them."""
-    heads = ((4, 2), (3, 1), (5, 5), (6, 3))
+    u = fixed.get("ulysses", 1)
+    heads = ((4, 2), (3, 1), (5, 5), (6, 3)) if u == 1 else ((2 * u, u), (u, 1), (u, u), (2 * u, u // 2 or 1))
     found = []
     for layout, exchange, mask in product(LAYOUTS, EXCHANGES, MASKS):
         number = len(found)
@@ -89,7 +91,8 @@ def check(case: Case, ring: ra.Ring, device="cpu") -> None:
 
 
 def simulated(case: Case, ring_size: int) -> ra.Ring:
-    return ra.Ring.simulated(ring_size, case.layout, exchange=case.exchange, kernel=case.kernel, hostile=True)
+    options = {"exchange": case.exchange, "kernel": case.kernel, "ulysses": case.ulysses}
+    return ra.Ring.simulated(ring_size * case.ulysses, case.layout, **options, hostile=True)
 
 
 def _worst(x: torch.Tensor, ref: torch.Tensor, ring: ra.Ring, dim: int) -> float:

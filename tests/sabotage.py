@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
@@ -217,12 +217,14 @@ SABOTAGES: dict[str, Callable[[], AbstractContextManager]] = {
 }
 
 
-def red_cases(sabotage: Callable[[], AbstractContextManager] | None, ring_size: int = 3) -> Iterator[Case]:
-    """The cases of the matrix whose check fails under a sabotage; only a wrong number counts, not a crash."""
+def red_cases(
+    sabotage: Callable[[], AbstractContextManager] | None, ring_size: int = 3, among: Sequence[Case] = ()
+) -> Iterator[Case]:
+    """The cases of the matrix, or of `among`, whose check fails under a sabotage; only a wrong number counts, not a crash."""
     exchange.make_plan.cache_clear()
     try:
         with sabotage() if sabotage else nullcontext():
-            for case in cases():
+            for case in among or cases():
                 try:
                     check(case, simulated(case, ring_size))
                 except AssertionError:

@@ -24,6 +24,7 @@ LEVELS = [
     {"exchange"},
     {"cost"},
     {"call"},
+    {"ulysses"},
     {"attention"},
     {"sharding"},
     {"ring"},

@@ -11,6 +11,13 @@ def test_simulated(case: Case, ring_size: int):
     check(case, simulated(case, ring_size))
 
 
+@pytest.mark.parametrize(("ulysses", "ring_size"), [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (4, 1), (4, 3)])
+def test_heads_against_sequence(ulysses: int, ring_size: int):
+    # 5 shares no divisor with the numbers of layouts, exchanges, masks and head counts: all of them come up.
+    for case in cases(ulysses=ulysses)[(ulysses + ring_size) % 5 :: 5]:
+        check(case, simulated(case, ring_size))
+
+
 @pytest.mark.parametrize(
     "case",
     cases(kernel="auto", head_dims=(6, 6), heads=(4, 2)),

@@ -27,8 +27,6 @@ def conform(transport, device="cpu"):
         for offset in range(-size, size + 1):
             got = transport.shift([payload(r, dtype=dtype) for r in hosted], offset).wait()
             assert all(torch.equal(x, payload((r - offset) % size, dtype=dtype)) for r, x in zip(hosted, got, strict=True))
-        got = transport.all_gather([payload(r, dtype=dtype) for r in hosted]).wait()
-        assert all(torch.equal(x, payload(r, dtype=dtype)) for r, x in enumerate(got)) and len(got) == size
         parts = [[payload(r, salt=to, dtype=dtype) for to in range(size)] for r in hosted]
         got = transport.all_to_all(parts).wait()
         assert all(
@@ -36,14 +34,24 @@ def conform(transport, device="cpu"):
             for r, row in zip(hosted, got, strict=True)
             for src, x in enumerate(row)
         )
-        if dtype in (torch.float64, torch.float32):
-            parts = [[payload(r, salt=to, dtype=dtype) for to in range(size)] for r in hosted]
-            got = transport.reduce_scatter(parts).wait()
-            sums = [sum(payload(src, salt=r, dtype=dtype) for src in range(size)) for r in hosted]
-            assert all(torch.equal(x, want) for x, want in zip(got, sums, strict=True))
+    together(transport, device)
     parts_of_rows(transport, device)
     several_under_way(transport, payload)
     misuse(transport, payload)
+
+
+def together(transport, device="cpu"):
+    """What all ranks do together, and all that two axes do."""
+    size, hosted = transport.ring_size, transport.hosted
+    payload = partial(make_payload, device=device)
+    for dtype in DTYPES:
+        got = transport.all_gather([payload(r, dtype=dtype) for r in hosted]).wait()
+        assert all(torch.equal(x, payload(r, dtype=dtype)) for r, x in enumerate(got)) and len(got) == size
+    for dtype in (torch.float64, torch.float32):
+        parts = [[payload(r, salt=to, dtype=dtype) for to in range(size)] for r in hosted]
+        got = transport.reduce_scatter(parts).wait()
+        sums = [sum(payload(src, salt=r, dtype=dtype) for src in range(size)) for r in hosted]
+        assert all(torch.equal(x, want) for x, want in zip(got, sums, strict=True))
 
 
 def parts_of_rows(transport, device):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
+from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import watch
 from ring_attn.layout import places, total_rows
 
@@ -32,10 +33,11 @@ class ProcessGroupTransport:
     """A ring over the processes of `group` (None: the default group), `ranks_per_process` neighbouring ranks in each.
 
     Process p of the group hosts ranks p * n ... p * n + n - 1. Ranks are those of the ring, never the job's. A transfer that
-    fails (a peer died, or the group's timeout passed) raises RuntimeError naming this rank, its peer and the operation.
+    fails (a peer died, or the group's timeout passed) raises RuntimeError naming this rank, its peer and the operation; `among`
+    says of which ranks, where there are more than those of this transport.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, ranks_per_process: int = 1) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, *, ranks_per_process: int = 1, among: str = "") -> None:
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
         self.group = dist.group.WORLD if group is None else group
@@ -49,6 +51,7 @@ class ProcessGroupTransport:
         self.hosted = tuple(range(first, first + ranks_per_process))
         self.link, on_node = _link(self.group)
         self.ranks_per_node = on_node * ranks_per_process if self.link == "network" else None
+        self._among = among
         self._tag = 0
         self._watch = watch(_timeout_s(self.group)) if dist.get_backend(self.group) == dist.Backend.NCCL else None
 
@@ -190,7 +193,7 @@ class ProcessGroupTransport:
             raise RuntimeError(f"{self._who(what)} failed: {error}") from error
 
     def _who(self, what: str) -> str:
-        return f"rank {list(self.hosted)} of {self.ring_size}: {what}"
+        return f"rank {list(self.hosted)} of {self.ring_size}{self._among}: {what}"
 
     def _pending(self, received, works, what: str, *, keep, after: Callable[[], None] | None = None) -> Pending:
         if self._watch is not None:
@@ -245,6 +248,23 @@ def split_group(group: dist.ProcessGroup | None, ring_size: int, ranks_per_proce
     # Every process makes only its own ring's group, so a group that is itself a part of the job can be cut as well.
     mine = processes.index(dist.get_rank()) // each
     return dist.new_group(processes[mine * each : (mine + 1) * each], use_local_synchronization=True)
+
+
+def two_axes(traders: dist.ProcessGroup, ring: dist.ProcessGroup) -> TwoAxes:
+    """The ranks of a (ulysses, ring) mesh, one a process, from the two groups that this process is in."""
+    u, r = dist.get_rank(traders), dist.get_rank(ring)
+    return TwoAxes(
+        [ProcessGroupTransport(traders, among=f" that trade heads for ring rank {r}")],
+        [ProcessGroupTransport(ring, among=f" in the ring of Ulysses rank {u}")],
+    )
+
+
+def cut_two_axes(group: dist.ProcessGroup, ulysses: int) -> TwoAxes:
+    """The axes of a group whose every `ulysses` neighbours trade heads; all its processes must call."""
+    processes = dist.get_process_group_ranks(group)
+    place = processes.index(dist.get_rank()) % ulysses
+    traders = split_group(group, ulysses, 1)
+    return two_axes(traders, dist.new_group(processes[place::ulysses], use_local_synchronization=True))
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

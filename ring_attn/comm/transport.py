@@ -40,26 +40,33 @@ class Pending(Generic[T]):
         return self.received
 
 
-class Transport(Protocol):
-    """Moves payloads between the ranks of one ring. `what` names the operation in errors, such as "ring forward, step 2".
+class Collective(Protocol):
+    """What all ranks do together. `what` names the operation in errors, such as "ring forward, step 2".
 
-    `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host) or "network";
-    `ranks_per_node`: how many neighbours share a host where it is a network, else None.
+    `ranks_per_node`: how many neighbours share a host where a network lies between the ranks, else None.
     """
 
-    link: str
     ranks_per_node: int | None
     ring_size: int
     hosted: tuple[int, ...]
-
-    def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
-        """Sends each hosted rank's payload to rank + offset; receives from rank - offset, in the order of `hosted`."""
 
     def all_gather(self, shards: Sequence[Tensor], *, what: str = "all-gather") -> Pending[list[Tensor]]:
         """The payloads of all ranks, in rank order."""
 
     def reduce_scatter(self, parts: Sequence[Sequence[Tensor]], *, what: str = "reduce-scatter") -> Pending[list[Tensor]]:
         """`parts[i][r]`: hosted rank i's contribution to rank r. Returns the sum for each hosted rank, in the parts' dtype."""
+
+
+class Transport(Collective, Protocol):
+    """Moves payloads between the ranks of one ring.
+
+    `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host) or "network".
+    """
+
+    link: str
+
+    def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
+        """Sends each hosted rank's payload to rank + offset; receives from rank - offset, in the order of `hosted`."""
 
     def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
         """`parts[i][r]`: what hosted rank i sends to rank r. Returns `[i][r]`: what hosted rank i got from rank r."""
@@ -75,7 +82,7 @@ class Transport(Protocol):
         """
 
 
-def check_payloads(transport: Transport, shards: Sequence[Tensor], what: str) -> None:
+def check_payloads(transport: Collective, shards: Sequence[Tensor], what: str) -> None:
     """Raises ValueError unless there is one contiguous payload a hosted rank, all alike."""
     if len(shards) != len(transport.hosted):
         raise ValueError(f"{what}: {len(shards)} payloads for {len(transport.hosted)} hosted ranks; give one a hosted rank")
@@ -85,7 +92,7 @@ def check_payloads(transport: Transport, shards: Sequence[Tensor], what: str) ->
         raise ValueError(f"{what}: payloads must be contiguous; pack or copy them first")
 
 
-def check_parts(transport: Transport, parts: Sequence[Sequence[Tensor]], what: str) -> None:
+def check_parts(transport: Collective, parts: Sequence[Sequence[Tensor]], what: str) -> None:
     """Raises ValueError unless every hosted rank gives one part a rank of the ring."""
     if len(parts) != len(transport.hosted) or any(len(row) != transport.ring_size for row in parts):
         raise ValueError(

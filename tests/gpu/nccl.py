@@ -137,6 +137,8 @@ def main() -> None:
     attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
     for exchange in EXCHANGES:
         attempt(f"float64 matrix, {exchange}", lambda e=exchange: [run_case(c) for c in cases() if c.exchange == e] and None)
+    if dist.get_world_size() % 2 == 0:
+        attempt("float64 matrix, two axes", lambda: [run_case(c) for c in cases(ulysses=2)[::5]] and None)
     for layout in LAYOUTS:
         for exchange in EXCHANGES:
             for mask in ("full", "causal", "causal window", "causal documents", "causal padding"):
@@ -172,8 +174,8 @@ def main() -> None:
 
 
 def run_case(case: Case) -> None:
-    ring = ra.Ring.from_group(None, case.layout, exchange=case.exchange, kernel=case.kernel)
-    check(case, ring, device=DEVICE)
+    options = {"exchange": case.exchange, "kernel": case.kernel, "ulysses": case.ulysses}
+    check(case, ra.Ring.from_group(None, case.layout, **options), device=DEVICE)
 
 
 if __name__ == "__main__":
