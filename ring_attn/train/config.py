@@ -81,6 +81,7 @@ class RingConfig:
     Attributes:
         size: Ranks in a ring, over as many processes; default: all processes. The rest of the processes is data parallel.
         simulated: Host a ring of this many ranks in the one process there is.
+        ulysses: So many neighbouring ranks of a ring trade heads for rows; a divisor of its ranks.
         layout: Which positions each rank holds.
         exchange: In which order a rank meets the KV shards.
         kernel: Which kernel does the local work.
@@ -88,12 +89,13 @@ class RingConfig:
 
     size: int | None = None
     simulated: int | None = None
+    ulysses: int = 1
     layout: str = "zigzag"
     exchange: str = "auto"
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        _at_least("ring", self, 1, "size", "simulated")
+        _at_least("ring", self, 1, "size", "simulated", "ulysses")
         if self.size is not None and self.simulated is not None:
             raise ValueError(
                 f"ring.size = {self.size} is a ring over processes and ring.simulated = {self.simulated} one inside a process; "

@@ -72,7 +72,7 @@ def join(config: TrainConfig) -> Iterator[Job]:
     ring_size = check_sizes(config, num_processes, distributed)
     device = _device(config.run.device)
     ring = config.ring
-    choice = {"layout": ring.layout, "exchange": ring.exchange, "kernel": ring.kernel}
+    choice = {"layout": ring.layout, "exchange": ring.exchange, "kernel": ring.kernel, "ulysses": ring.ulysses}
     if not distributed:
         yield Job(device, _fitting(Ring.simulated(ring_size, **choice), config))
         return
@@ -94,7 +94,7 @@ def _distributed_job(config: TrainConfig, device: torch.device, ring_size: int, 
     else:
         data_size = num_processes // ring_size
         mesh = init_device_mesh(device.type, (data_size, ring_size), mesh_dim_names=("data", "ring"))
-        ring, data_rank = Ring.from_mesh(mesh["ring"], **choice), mesh.get_local_rank("data")
+        ring, data_rank = Ring.from_group(mesh.get_group("ring"), **choice), mesh.get_local_rank("data")
     return Job(device, _fitting(ring, config), data_rank, data_size, num_processes, dist.get_rank(), everyone)
 
 
@@ -117,6 +117,8 @@ def check_sizes(config: TrainConfig, num_processes: int, distributed: bool) -> i
     processes_a_ring = 1 if ring.simulated else ring_size
     if num_processes % processes_a_ring:
         raise ValueError(f"{num_processes} processes do not make rings of ring.size = {ring_size}; use a multiple of it")
+    if ring_size % ring.ulysses:
+        raise ValueError(f"ring.ulysses = {ring.ulysses} must be a divisor of the {ring_size} ranks of a ring")
     _check_batch(config, num_processes // processes_a_ring)
     return ring_size
 

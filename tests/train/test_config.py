@@ -98,6 +98,7 @@ def config_with(**sections) -> TrainConfig:
     ("sections", "num_processes", "message"),
     [
         ({"ring": {"simulated": 2}}, 2, r"ring\.simulated = 2 hosts every rank in one process, but there are 2 processes"),
+        ({"ring": {"ulysses": 3}}, 4, r"ring\.ulysses = 3 must be a divisor of the 4 ranks of a ring"),
         ({"ring": {"size": 3}}, 4, r"4 processes do not make rings of ring\.size = 3"),
         ({"ring": {"size": 8}}, 4, r"4 processes do not make rings of ring\.size = 8"),
         ({"ring": {"size": 2}, "data": {"batch_size": 3}}, 4, r"data\.batch_size = 3 must be a multiple of .* side by side, 2"),

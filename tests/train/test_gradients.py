@@ -26,9 +26,10 @@ def truth(config):
         (RingConfig(simulated=4), None, False),
         (RingConfig(simulated=4, layout="striped", exchange="gather"), 1, False),
         (RingConfig(simulated=2, layout="contiguous", kernel="reference"), 2, True),
+        (RingConfig(simulated=4, ulysses=2), None, True),
         (RingConfig(), None, True),
     ],
-    ids=["zigzag", "striped, gather, micro batches", "contiguous, checkpointed blocks", "one rank"],
+    ids=["zigzag", "striped, gather, micro batches", "contiguous, checkpointed blocks", "two axes", "one rank"],
 )
 def test_a_simulated_ring_takes_the_steps_of_one_device(config, truth, ring, micro_batch_size, checkpoint_blocks):
     config = with_data(replace(config, ring=ring), micro_batch_size=micro_batch_size)
@@ -56,7 +57,13 @@ def test_two_gloo_processes_take_the_steps_of_one_device(config, truth):
 
 def test_data_ranks_beside_rings_take_the_steps_of_one_device(config, truth):
     grid = with_data(replace(config, ring=RingConfig(size=2)), micro_batch_size=1)
-    run_processes(_processes, 4, {"2 x 2, FSDP2": with_run(grid, parallel="fsdp"), "2 x 2, DDP": grid}, truth)
+    runs = {
+        "2 x 2, FSDP2": with_run(grid, parallel="fsdp"),
+        "2 x 2, DDP": grid,
+        "2 x 2, trading heads": replace(grid, ring=RingConfig(size=2, ulysses=2)),
+        "a ring of 2 x 2": replace(config, ring=RingConfig(size=4, ulysses=2)),
+    }
+    run_processes(_processes, 4, runs, truth)
 
 
 def test_the_truth_is_not_blind(config, truth):
