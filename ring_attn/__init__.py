@@ -1,7 +1,9 @@
 """Exact attention over sequences too long for one device. The public names; everything else is behind them."""
 
 from ring_attn.attention import ring_attention
+from ring_attn.cache import KVCache
 from ring_attn.capabilities import capabilities
+from ring_attn.decode import tree_decode
 from ring_attn.kernels import KernelUnavailable
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, MaskMod, Window
 from ring_attn.module import RingSelfAttention
@@ -17,6 +19,7 @@ __all__ = [
     "Documents",
     "Dropout",
     "Full",
+    "KVCache",
     "KernelUnavailable",
     "KeyPadding",
     "MaskMod",
@@ -32,4 +35,5 @@ __all__ = [
     "pad_to",
     "ring_attention",
     "shift_labels",
+    "tree_decode",
 ]

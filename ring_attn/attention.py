@@ -19,7 +19,7 @@ from ring_attn.call import Call, called, name_kept, named, validate
 from ring_attn.kernels import Grads, Kernel, Upstream, resolve
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
-from ring_attn.score import Score, listed, sort_scores
+from ring_attn.score import CosineSim, Score, listed, sort_scores
 from ring_attn.ulysses import over_heads
 
 if TYPE_CHECKING:
@@ -58,16 +58,7 @@ def ring_attention(
     merged = q.dim() == 3
     q, k, v = (x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v))
     cosine, modifiers, sinks = sort_scores(score)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if cosine is not None:
-        if softmax_scale is not None:
-            raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
-        q, k, scale = cosine.prepare(q, k)
-    if not math.isfinite(scale):
-        raise ValueError(f"the scale of scores must be finite, got {scale}")
-    if scale <= 0:
-        # Libraries scale scores that they have masked with -inf, which such a factor makes inf or NaN.
-        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
+    q, k, scale = scaled(q, k, cosine, softmax_scale)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     if torch.compiler.is_compiling():
         name = name_kept(ring, mask, scale, kv_layout, *listed(score))
@@ -84,6 +75,21 @@ def ring_attention(
         out, lse = _forward_op(q, k, v, tensors, name)
     out, lse = (out.squeeze(2), lse.squeeze(1)) if merged else (out, lse)
     return (out, lse) if return_lse else out
+
+
+def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
+    """(q, k, scale) whose scaled products are the scores, scale above 0; differentiable."""
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if cosine is not None:
+        if softmax_scale is not None:
+            raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
+        q, k, scale = cosine.prepare(q, k)
+    if not math.isfinite(scale):
+        raise ValueError(f"the scale of scores must be finite, got {scale}")
+    if scale > 0:
+        return q, k, scale
+    # Libraries scale scores that they have masked with -inf, which such a factor makes inf or NaN.
+    return (-q, k, -scale) if scale else (q * 0, k, 1.0)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
@@ -154,8 +160,8 @@ def _hosted_upstream(up: Upstream, call: Call) -> tuple[list, list, list, list]:
 
 @torch.library.custom_op("ring_attn::forward", mutates_args=())
 def _forward_op(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor]:
-    with _as_given(q):
-        return _forward(*_unit_stride(q, k, v), tensors, called(call))
+    with as_given(q):
+        return _forward(*unit_stride(q, k, v), tensors, called(call))
 
 
 @_forward_op.register_fake
@@ -176,17 +182,17 @@ def _backward_op(
     tensors: Sequence[Tensor],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    dout, q, k, v = _unit_stride(dout, q, k, v)
-    with _as_given(q):
+    dout, q, k, v = unit_stride(dout, q, k, v)
+    with as_given(q):
         return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, called(call))
 
 
-def _as_given(q: Tensor) -> AbstractContextManager:
+def as_given(q: Tensor) -> AbstractContextManager:
     """Kernels choose their own precision: autocast would round what they hold in fp32."""
     return torch.autocast(q.device.type, enabled=False)
 
 
-def _unit_stride(*tensors: Tensor) -> list[Tensor]:
+def unit_stride(*tensors: Tensor) -> list[Tensor]:
     """The tensors with unit stride in the last dimension, as kernels read them."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 

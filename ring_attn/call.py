@@ -118,7 +118,7 @@ class Call:
             predicate=None if not predicates else "python" if None in predicates else "triton",
             deterministic=torch.are_deterministic_algorithms_enabled(),
             kind="documents" if documents else "window" if left_bounded else "full" if full else "causal",
-            rows=1 << (q.shape[1] // len(self.ring.hosted)).bit_length() - 1,
+            rows=1 << max(1, q.shape[1] // len(self.ring.hosted)).bit_length() - 1,
         )
 
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
@@ -135,6 +135,12 @@ class Call:
         """The score modifiers of each hosted rank's `rows` query rows, with these tensors."""
         modifiers = self.modifiers.with_tensors(tensors)
         return [modifiers.rows(i * rows, (i + 1) * rows) for i in range(len(self.ring.hosted))]
+
+    def check_scores(self, q: Tensor, kv_len: int, tensors: Sequence[Tensor]) -> None:
+        """Raises ValueError where the tensors of scores do not fit q [b, rows, h, d] and `kv_len` keys of all ranks."""
+        of_modifiers, sinks = self.split(tensors)
+        for score in (*self.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
+            score.check(q.shape[2], q.shape[0], q.shape[1], kv_len)
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """(the modifiers' tensors, the sinks)."""
@@ -194,7 +200,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
     """Raises ValueError for a call that cannot be done, naming the rule and the values."""
-    _check_inputs(q, k, v)
+    check_inputs(q, k, v)
     _check_parts(q.shape[2], k.shape[2], call.ring.ulysses)
     if call.kv_layout is None and k.shape[1] != q.shape[1]:
         raise ValueError(
@@ -205,13 +211,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
     call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])
     part, *of_part = call.of_part(q, k, v)
     part.plan(*of_part)
-    of_modifiers, sinks = call.split(tensors)
-    for score in (*call.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
-        score.check(q.shape[2], q.shape[0], q.shape[1], kv_layout.seq_len)
+    call.check_scores(q, kv_layout.seq_len, tensors)
     resolve(call.ring.kernel, part.problem(*of_part, "forward"))
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError for shapes, dtypes or devices that no attention takes."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, rows, heads, head_dim] or [batch, rows, head_dim], got {tuple(x.shape)}")

@@ -32,6 +32,14 @@ def total_rows(parts: Sequence[Part]) -> int:
     return sum(len(part.rows) for part in parts)
 
 
+def continued(before: range, after: range) -> range | None:
+    """The one range of two of which the second goes on where the first ends; None where it does not."""
+    if not after or not before:
+        return before or after
+    goes_on = before.step == after.step and before[-1] + before.step == after[0]
+    return range(before[0], after[-1] + after.step, after.step) if goes_on else None
+
+
 class Layout(Protocol):
     """A partition of `range(seq_len)` into one shard of equal length a rank. Frozen and hashable."""
 

@@ -8,6 +8,7 @@ softmax (Milakov and Gimelshein, arXiv 1805.02867) as flash attention uses it (D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,14 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(acc, m, torch.logaddexp(a.lse, b.lse))
 
 
+def merge_all(partials: Sequence[Partial]) -> Partial:
+    """The fold of `merge` over any number of partials, in the operations of one."""
+    acc, m, lse = (torch.stack(parts) for parts in zip(*partials, strict=True))
+    top = m.amax(0)
+    weight = (m - torch.where(top == -torch.inf, 0.0, top)).exp()
+    return Partial((acc * _per_row(weight)).sum(0), top, lse.logsumexp(0))
+
+
 def merge_(into: Partial, other: Partial) -> None:
     """`merge`, written into the first argument (whose tensors may be views)."""
     for target, value in zip(into, merge(into, other), strict=True):
@@ -71,5 +80,5 @@ def normalize(partial: Partial, dtype: torch.dtype) -> Tensor:
 
 
 def _per_row(weight: Tensor) -> Tensor:
-    """[b, h, s] as a factor of [b, s, h, d]."""
-    return weight.transpose(1, 2).unsqueeze(-1)
+    """[..., h, s] as a factor of [..., s, h, d]."""
+    return weight.transpose(-1, -2).unsqueeze(-1)

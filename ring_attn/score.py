@@ -222,7 +222,7 @@ class Bias(_WithTensor):
         ):
             raise ValueError(
                 f"Bias must be [{batch} or 1, {num_heads} or 1, rows {rows}, keys {kv_len}], leading dimensions may be "
-                f"left out, got {shape}; shard the whole bias with ring.shard(bias, dim=-2)"
+                f"left out, got {shape}; shard the whole bias with ring.shard(bias, dim=-2), or take tree_decode's rows of it"
             )
 
 

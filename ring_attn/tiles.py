@@ -21,7 +21,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
-from ring_attn.layout import Layout, Part, Shard
+from ring_attn.layout import Layout, Part, Shard, continued
 from ring_attn.mask import Ends, Mask, MaskMod, Rule
 
 
@@ -149,8 +149,9 @@ def _pieces(ranges: Iterable[range]) -> list[_Piece]:
         if not r:
             continue
         last = pieces[-1] if pieces else None
-        if last and last.positions.step == r.step and last.positions[-1] + r.step == r[0]:
-            pieces[-1] = _Piece(last.row, range(last.positions[0], r[-1] + r.step, r.step))
+        joined = continued(last.positions, r) if last else None
+        if joined is not None:
+            pieces[-1] = _Piece(last.row, joined)
         else:
             pieces.append(_Piece(row, r))
         row += len(r)

@@ -28,6 +28,8 @@ LEVELS = [
     {"attention"},
     {"sharding"},
     {"ring"},
+    {"cache"},
+    {"decode"},
     {"module", "capabilities"},
     {"models", "integrations"},
     {"train"},

@@ -1,9 +1,11 @@
 """Partials form a commutative monoid, and normalising their merge is attention over all keys."""
 
+from functools import reduce
+
 import pytest
 import torch
 
-from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, normalize
+from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, merge_all, normalize
 from tests.support import FLOAT64_LIMIT, rel_error
 
 torch.manual_seed(0)
@@ -28,6 +30,14 @@ def test_merge_is_attention_over_the_union_in_any_order():
     for merged in (merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, merge(b, a))):
         assert rel_error(normalize(merged, torch.float64), whole) < FLOAT64_LIMIT
         assert rel_error(merged.lse, lse) < FLOAT64_LIMIT
+
+
+def test_merging_all_at_once_is_the_fold_of_merge():
+    three, *_ = parts(spread=3000.0)
+    nothing = empty(torch.empty(2, 4, 3, 7, dtype=torch.float64), 5)
+    for given in (three, [nothing, *three, nothing], [nothing, nothing], three[:1]):
+        for found, want in zip(merge_all(given), reduce(merge, given), strict=True):
+            assert rel_error(found, want) < FLOAT64_LIMIT
 
 
 def test_a_normalised_partial_is_the_case_m_equals_lse():

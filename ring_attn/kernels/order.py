@@ -25,16 +25,15 @@ _FIXED = {
 
 
 def order_for(device: str, direction: str, kind: str, head_dim: int, rows: int) -> tuple[str, ...]:
-    """Kernel names, the first to try in front. `kind`: "full", "causal", "window" or "documents"; `rows`: a rank's queries."""
-    fixed = _FIXED.get((device, direction), ("reference",))
+    """Kernel names, the first to try in front. `kind`: that of a Problem; `rows`: a rank's queries."""
+    found = dict.fromkeys(_FIXED.get((device, direction), ("reference",)))
     capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
     entries = [e for e in _entries(capability) if (e["direction"], e["mask"]) == (direction, kind)]
-    if not entries:
-        return fixed
-    nearest = min(entries, key=lambda e: (_apart(e["head_dim"], head_dim), _apart(e["length"], rows)))
-    found = dict.fromkeys([*nearest["order"], *fixed])
-    if kind == "documents" and "cudnn" in found:
-        # It builds a graph a shape, and documents bring new shapes every step: milliseconds that the table does not show.
+    if entries:
+        nearest = min(entries, key=lambda e: (_apart(e["head_dim"], head_dim), _apart(e["length"], rows)))
+        found = dict.fromkeys([*nearest["order"], *found])
+    if kind in ("documents", "decode") and "cudnn" in found:
+        # It builds a graph a shape, and these bring new shapes every step: milliseconds that the table does not show.
         found = [name for name in found if name not in ("cudnn", "reference")] + ["cudnn", "reference"]
     return tuple(found)
 
