@@ -7,6 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ring_attn.attention import ring_attention
+from ring_attn.cache import KVCache
+from ring_attn.decode import tree_decode
 from ring_attn.mask import Causal, Mask
 from ring_attn.ring import Ring
 from ring_attn.typed import typed
@@ -53,17 +55,39 @@ class RingSelfAttention(nn.Module):
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
-        """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` holds in global positions."""
+    def forward(self, x: Tensor, *, mask: Mask = Causal(), cache: KVCache | None = None) -> Tensor:  # noqa: B008 (frozen)
+        """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` holds in global positions.
+
+        `cache`: an empty one, which is filled with these rows for `decode` to go on from; without gradient.
+        """
+        if cache is not None and len(cache):
+            raise ValueError(
+                f"the cache already holds {len(cache)} positions, which these {x.shape[1]} rows would not see; "
+                f"go on with decode, or start with an empty cache"
+            )
+        q, k, v = self._project(x, self.ring.positions(self.ring.seq_len(x.shape[1]), x.device))
+        out = ring_attention(q, k, v, ring=self.ring, mask=mask)
+        if cache is not None:
+            cache.extend(k, v)
+        return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))
+
+    def decode(self, x: Tensor, cache: KVCache, *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
+        """[b, n, dim] -> [b, n, dim]: the next n tokens, the same on every process, over the cache, which they enter first."""
+        start = len(cache)
+        q, k, v = self._project(x, torch.arange(start, start + x.shape[1], device=x.device))
+        cache.append(k, v)
+        out = tree_decode(q, cache, ring=self.ring, mask=mask)
+        return self.o_proj(rearrange(out, "b n h d -> b n (h d)"))
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [b, s, heads, head_dim] of x [b, s, dim] at global positions [s]."""
         q, k, v = (
             rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.rope_theta is not None:
-            positions = self.ring.positions(self.ring.seq_len(x.shape[1]), x.device)
-            cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = ring_attention(q, k, v, ring=self.ring, mask=mask)
-        return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))
+        if self.rope_theta is None:
+            return q, k, v
+        cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:

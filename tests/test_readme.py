@@ -44,6 +44,14 @@ def test_the_module():
     assert block(x).shape == x.shape
 
 
+def test_generating():
+    ring, x = ra.Ring.simulated(2), torch.randn(1, 9, 2, 4)
+    names = {"ring": ring, "k_local": ring.shard(x[:, :8]), "v_local": ring.shard(x[:, :8])}
+    exec(examples()[3], names | {"q_new": x[:, 8:], "k_new": x[:, 8:], "v_new": x[:, 8:]}, names)
+    want = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (x[:, 8:], x, x)))
+    torch.testing.assert_close(names["out"], want.transpose(1, 2))
+
+
 def test_the_tree_names_every_module():
     tree = README[README.index("## The tree") : README.index("## What it does not do")]
     for path in sorted((ROOT / "ring_attn").rglob("*.py")):

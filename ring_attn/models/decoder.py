@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ring_attn.cache import KVCache
 from ring_attn.mask import Causal, Mask
 from ring_attn.module import RingSelfAttention
 from ring_attn.ring import Ring
@@ -77,13 +79,28 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embed.weight, std=self.config.dim**-0.5)
 
     def forward(self, tokens: Tensor, *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
+        return self.head(self.hidden(tokens, mask=mask))
+
+    def hidden(self, tokens: Tensor, *, mask: Mask = Causal(), caches: Sequence[KVCache] | None = None) -> Tensor:  # noqa: B008
+        """[b, s, dim], which the head reads; empty `caches`, one a block, are filled for `decode` to go on from."""
         x = self.embed(tokens)
-        for block in self.blocks:
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             if self.config.checkpoint_blocks and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, mask, cache, use_reentrant=False)
             else:
-                x = block(x, mask)
+                x = block(x, mask, cache)
+        return self.norm(x)
+
+    def decode(self, tokens: Tensor, caches: Sequence[KVCache], *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
+        """Logits [b, n, vocab_size] of the next tokens [b, n], the same on every process, which enter the caches."""
+        x = self.embed(tokens)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block.decode(x, mask, cache)
         return self.head(self.norm(x))
+
+    def new_caches(self, *, capacity: int = 0) -> list[KVCache]:
+        """An empty cache for every block."""
+        return [KVCache(block.attention.ring, capacity=capacity) for block in self.blocks]
 
 
 class Block(nn.Module):
@@ -98,8 +115,12 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.hidden_dim or -(-8 * config.dim // 96) * 32)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask=mask)
+    def forward(self, x: Tensor, mask: Mask, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask=mask, cache=cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def decode(self, x: Tensor, mask: Mask, cache: KVCache) -> Tensor:
+        x = x + self.attention.decode(self.attention_norm(x), cache, mask=mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
