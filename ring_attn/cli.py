@@ -1,4 +1,4 @@
-"""The command line: `ring-attn plan | train | bench | check`, also `python -m ring_attn ...`.
+"""The command line: `ring-attn plan | train | generate | bench | check`, also `python -m ring_attn ...`.
 
 A command is a function `main(argv) -> exit status` in a module that is imported when the command is named, so one command's
 optional packages cost the others nothing.
@@ -13,6 +13,7 @@ from importlib import import_module
 COMMANDS = {
     "plan": ("ring_attn.plan_report", "who attends to what at each step, and how evenly the work is spread"),
     "train": ("ring_attn.train.command", "train a small decoder: ring-attn train CONFIG.toml [--section.key value ...]"),
+    "generate": ("ring_attn.train.generate", "let what was trained write on: ring-attn generate RUN_FOLDER --prompt TEXT"),
     "bench": ("ring_attn.bench", "how fast the kernels are on this GPU"),
     "check": ("ring_attn.check", "which kernels, exchanges and devices work on this machine, and their error"),
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 
 KEPT = 2
 
@@ -41,6 +41,14 @@ def load(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         dcp.load(state, checkpoint_id=_path(folder, step))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(state["step"])
+
+
+def load_weights(folder: Path, step: int, model: nn.Module) -> None:
+    """Fills the model alone, whether the training wrapped it or not, from the checkpoint of `step`. Called by every process."""
+    weights = get_model_state_dict(model)
+    with _quietly():
+        dcp.load({"model": weights}, checkpoint_id=_path(folder, step))
+    set_model_state_dict(model, weights)
 
 
 def steps_in(folder: Path) -> list[int]:

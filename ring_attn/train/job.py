@@ -74,7 +74,7 @@ def join(config: TrainConfig) -> Iterator[Job]:
     ring = config.ring
     choice = {"layout": ring.layout, "exchange": ring.exchange, "kernel": ring.kernel, "ulysses": ring.ulysses}
     if not distributed:
-        yield Job(device, _fitting(Ring.simulated(ring_size, **choice), config))
+        yield Job(device, Ring.simulated(ring_size, **choice))
         return
     if not joined:
         on_cuda = device.type == "cuda"
@@ -95,7 +95,7 @@ def _distributed_job(config: TrainConfig, device: torch.device, ring_size: int, 
         data_size = num_processes // ring_size
         mesh = init_device_mesh(device.type, (data_size, ring_size), mesh_dim_names=("data", "ring"))
         ring, data_rank = Ring.from_group(mesh.get_group("ring"), **choice), mesh.get_local_rank("data")
-    return Job(device, _fitting(ring, config), data_rank, data_size, num_processes, dist.get_rank(), everyone)
+    return Job(device, ring, data_rank, data_size, num_processes, dist.get_rank(), everyone)
 
 
 def check_sizes(config: TrainConfig, num_processes: int, distributed: bool) -> int:
@@ -132,13 +132,13 @@ def _check_batch(config: TrainConfig, data_size: int) -> None:
         raise ValueError(f"a data rank's {share} sequences a step must be a multiple of data.micro_batch_size = {micro}")
 
 
-def _fitting(ring: Ring, config: TrainConfig) -> Ring:
+def check_seq_len(config: TrainConfig, ring: Ring) -> None:
+    """Raises ValueError where the ring cannot shard the run's sequences."""
     if config.data.seq_len % ring.shard_multiple:
         raise ValueError(
             f"data.seq_len = {config.data.seq_len} must be a multiple of {ring.shard_multiple} for the {ring.layout_name} "
             f"layout over {ring.size} ranks"
         )
-    return ring
 
 
 def _device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from ring_attn.train import checkpoint
 from ring_attn.train.config import TrainConfig
 from ring_attn.train.data import Corpus, open_corpus
 from ring_attn.train.folder import RunFolder, claim
-from ring_attn.train.job import Job, join
+from ring_attn.train.job import Job, check_seq_len, join
 from ring_attn.train.metrics import Recorder, Reporter, Silent, Speed
 from ring_attn.train.optim import clip_by_global_norm, learning_rate, make_optimizer, set_learning_rate
 from ring_attn.train.parallel import accumulating, autocast, build_model, for_backward
@@ -37,6 +37,7 @@ class Trainer:
     @classmethod
     def build(cls, config: TrainConfig, job: Job) -> Trainer:
         """A trainer before its first step."""
+        check_seq_len(config, job.ring)
         corpus = open_corpus(config.data)
         held_out = corpus.evaluation(config.run.eval_sequences, job.data_rank, job.data_size)
         model = build_model(config, job)

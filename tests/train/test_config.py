@@ -12,6 +12,7 @@ from ring_attn.models.decoder import Decoder, DecoderConfig
 from ring_attn.train.command import parse
 from ring_attn.train.config import DataConfig, OptimConfig, RingConfig, RunConfig, TrainConfig, from_table, load, to_toml
 from ring_attn.train.job import check_sizes, join
+from ring_attn.train.loop import Trainer
 from ring_attn.train.optim import learning_rate, make_optimizer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -128,8 +129,9 @@ def test_sizes_that_do_not_fit_are_refused(sections, num_processes, message):
     ],
 )
 def test_one_process_refuses_what_it_cannot_do(sections, message):
-    with pytest.raises(ValueError, match=message), join(config_with(**sections)):
-        pass
+    config = config_with(**sections)
+    with pytest.raises(ValueError, match=message), join(config) as job:
+        Trainer.build(config, job)
 
 
 def test_the_learning_rate_rises_and_falls():
