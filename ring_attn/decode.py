@@ -88,21 +88,22 @@ def _all_gather(partials: list[Partial], ring: Ring) -> list[Partial]:
 def _validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call, cache: KVCache) -> None:
     """Raises unless the call can be done and all ranks make the same one on caches of one length.
 
-    Remembered without the length, which changes with every token: what was alike stays so while all append the same tokens.
+    That they do is remembered without the length, which changes with every token: what was alike stays so while all append the
+    same tokens. Whether it can be done is asked every time.
     """
     everything = (*call.signature(q, k, v), tuple(tuple(x.shape) for x in tensors))
-    known = (everything[0], *everything[3:])
-    if known in cache.agreed:
-        return
-    refusal = None
+    known, refusal = (everything[0], *everything[3:]), None
     try:
         _check(q, k, v, tensors, call)
     except ValueError as error:
         refusal = error
-    call.ring.agree(everything, q.device, refusal)
-    if len(cache.agreed) >= _REMEMBERED:
-        cache.agreed.clear()
-    cache.agreed.add(known)
+    if known not in cache.agreed:
+        call.ring.agree(everything, q.device, refusal)
+        if len(cache.agreed) >= _REMEMBERED:
+            cache.agreed.clear()
+        cache.agreed.add(known)
+    elif refusal is not None:
+        raise refusal
 
 
 _REMEMBERED = 64

@@ -297,6 +297,16 @@ def test_calls_that_do_not_fit_are_named():
         ra.tree_decode(q, cache, ring=aten, score=ra.SoftCap(3.0))
 
 
+def test_a_mask_that_fitted_before_the_cache_grew_is_refused():
+    ring = ra.Ring.simulated(2)
+    q, k, v, cache = small(ring)
+    mask = ra.Documents(lengths=[3, 5])
+    ra.tree_decode(q[:, -1:], cache, ring=ring, mask=mask)
+    cache.append(k[:, :1], v[:, :1])
+    with pytest.raises(ValueError, match="the documents add up to 8 positions, but seq_len is 9"):
+        ra.tree_decode(q[:, -1:], cache, ring=ring, mask=mask)
+
+
 def test_a_gradient_is_refused():
     ring = ra.Ring.simulated(2)
     q, k, v, cache = small(ring)
