@@ -63,8 +63,8 @@ def tree_decode(
         for query, k, scale, shard in shards:
             found = _tiles(newest, (shard.positions,), mask)
             inputs = unit_stride(query, k, shard.v)
-            options = {"scale": scale, "score": modifiers if modifiers.kinds else None}
-            partials.append(kernel.forward(*inputs, found, **options) if found else empty(q, shard.v.shape[3]))
+            nothing = empty(q, shard.v.shape[3])
+            partials.append(kernel.forward(*inputs, found, scale=scale, score=modifiers) if found else nothing)
         partials = _all_gather(partials, ring)
         if sinks is not None:
             # Here and once: a rank that started from the sinks would count them again.

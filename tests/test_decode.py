@@ -103,6 +103,14 @@ def test_every_kernel_here(kernel, mask):
         assert all(error <= FLOAT32_LIMIT for error in found), found
 
 
+@pytest.mark.parametrize("score", ["softcap, alibi", "cosine"])
+def test_the_triton_kernel_with_scores_that_are_bounded_and_that_are_not(score):
+    n = Sizes(t=40, d=16, dv=16, dtype=torch.float32)
+    pieces = [*pieces_of(score, n), *pieces_of("sinks", n)]
+    found = errors(hostile(3, "striped", kernel="triton"), n, ra.Causal() & ra.Window(20), pieces, prefill=24, new=2)
+    assert all(error <= FLOAT32_LIMIT for error in found), found
+
+
 def test_bfloat16_is_as_good_as_plain_attention_and_autocast_changes_nothing():
     ring = hostile(4, "striped")
     q, k, v, _ = random_qkv(1, 64, 64, 4, 2, 32, dtype=torch.bfloat16)

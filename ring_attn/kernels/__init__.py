@@ -31,8 +31,8 @@ class Problem:
     `left_bounded`: some tile's band has a lower bound, as under a sliding window. `lse_grad`: the backward gets a gradient
     through lse, so delta is not rowsum(dout * out) alone. `score`: the kinds of score modifiers, None for none. `predicate`:
     the mask is more than a band, "triton" where a Triton function stands beside every one of its functions, else "python".
-    `deterministic`: two runs must give the same bits. `kind` ("full", "causal", "window", "documents" or "decode") and `rows` (a
-    rank's queries, as a power of two) decide which is fastest.
+    `deterministic`: two runs must give the same bits. `kind` ("full", "causal", "window", "documents" or "decode") and `rows`
+    (a rank's queries, as a power of two) decide which is fastest.
     """
 
     direction: str  # "forward" or "backward"
