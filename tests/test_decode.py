@@ -94,6 +94,15 @@ def test_token_by_token(ring_size, layout):
             assert rel_error(lse, want_lse[..., at - new : at]) <= FLOAT64_LIMIT
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_ring_of_two_axes(layout):
+    """No heads are traded: all ranks of both axes hold rows."""
+    n = Sizes(t=30)
+    ring = hostile(4, layout, ulysses=2)
+    found = errors(ring, n, MASKS["window"](n.t), pieces_of("all", n), prefill=24, new=2)
+    assert all(error <= FLOAT64_LIMIT for error in found), found
+
+
 @pytest.mark.parametrize("kernel", ["reference", "aten", "triton", "auto"])
 @pytest.mark.parametrize("mask", ["causal", "window", "documents"])
 def test_every_kernel_here(kernel, mask):

@@ -1,11 +1,14 @@
 """ring-attn generate: a run's newest checkpoint writes the same text with any ring, and that of its weights on one device."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ring_attn import cli
 from ring_attn.models.decoder import Decoder
-from ring_attn.train.config import RingConfig
+from ring_attn.train.config import RingConfig, to_toml
 from ring_attn.train.generate import GenerateOptions, written
 from ring_attn.train.loop import train
 from tests.dist.harness import run_processes
@@ -46,6 +49,13 @@ def _same_text(rank: int, given: GenerateOptions, want: str) -> None:
 def test_processes_make_one_ring(run):
     given = options(run, temperature=1.0)
     run_processes(_same_text, 2, given, written(given))
+
+
+def test_a_run_on_two_axes_writes_on_in_one_process(run, tmp_path):
+    shutil.copytree(run[1], tmp_path / "run")
+    saved = to_toml(replace(run[0], ring=RingConfig(size=4, ulysses=2), run=replace(run[0].run, parallel="fsdp")))
+    (tmp_path / "run" / "config.toml").write_text(saved)
+    assert written(options((None, tmp_path / "run"))) == written(options(run))
 
 
 def test_the_command(run, capsys, tmp_path):
