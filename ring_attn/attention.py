@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.call import Call, called, name_kept, named, validate
+from ring_attn.exchange.base import GradTypes
 from ring_attn.kernels import Grads, Kernel, Upstream, resolve
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
@@ -130,7 +131,8 @@ def _backward(
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) for x in of_modifiers]
     score_grads = [part.tensors() for part in call.hosted_modifiers(totals, queries[0].shape[1])]
-    homeward = exchange.homeward(ring.transport, plan, up.lse.dtype)
+    dtypes = GradTypes(sums=up.lse.dtype, wire=ring.grad_dtype or up.lse.dtype)
+    homeward = exchange.homeward(ring.transport, plan, dtypes)
     for visit in exchange.tour(ring.transport, kv, plan, what=f"{exchange.name} backward"):
         buffers = homeward.buffers(visit)
         for i, rank in enumerate(ring.hosted):

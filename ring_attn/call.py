@@ -22,6 +22,7 @@ from ring_attn.exchange import Exchange, get_exchange, make_plan
 from ring_attn.kernels import Problem, resolve
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
+from ring_attn.partial import accumulator_dtype
 from ring_attn.score import Score, Scores, Sinks, sort_scores
 from ring_attn.tiles import Plan
 
@@ -80,7 +81,9 @@ class Call:
         """The one that the ring names, or under auto the fastest by formula."""
         if self.ring.exchange != "auto":
             return get_exchange(self.ring.exchange, self.ring.ranks_per_node)
-        work = Work(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size())
+        grad_dtype = self.ring.grad_dtype or accumulator_dtype(q.dtype)
+        sizes = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+        work = Work(*sizes, q.element_size(), grad_dtype.itemsize)
         machine, rows = MACHINES[self.ring.transport.link], self._max_rows(k, v)
         return fastest(Question(self.mask, *self.layouts(q, k), work, machine, rows, self.ring.ranks_per_node))
 
@@ -124,7 +127,8 @@ class Call:
     def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
         """What must be alike on every rank: the three shapes, then everything else."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
-        ring = self.ring.layout_name, self.kv_layout, self.ring.exchange, self.ring.ranks_per_node, self.ring.kv_memory
+        r = self.ring
+        ring = r.layout_name, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.grad_dtype
         return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale, ring)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:

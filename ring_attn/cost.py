@@ -3,7 +3,7 @@
 Note [formula]: a rank's visits follow each other. The transfer for the next one starts with the one before it, and while it
 runs the compute beside it goes slower, by as much as was measured: NCCL's kernels take multiprocessors, copy engines do not. A
 visit starts when its rows are there and the visit before it is done. A backward has 2.5 times the operations, meets KV again,
-and sends dK and dV in fp32: all but the last transfer beside compute. The slowest rank counts.
+and sends dK and dV: all but the last transfer beside compute. The slowest rank counts.
 
 The figures are few and round: they have to order three ways, not to predict a time.
 """
@@ -72,7 +72,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of a call beside its plan: batch rows, query and KV heads, head dims, bytes of a number."""
+    """Sizes of a call beside its plan: batch rows, query and KV heads, head dims, bytes of a number and of one of dK and dV."""
 
     batch: int
     num_heads: int
@@ -80,6 +80,7 @@ class Work:
     head_dim: int
     v_head_dim: int
     itemsize: int
+    grad_itemsize: int = 4
 
     @property
     def row(self) -> int:
@@ -156,7 +157,7 @@ def _total(estimate: Estimate) -> float:
 
 def _of_rank(name: str, plan: Plan, rank: int, work: Work, machine: Machine) -> Estimate:
     compute = calls = slowed = waiting = 0.0
-    for operations, grad_bytes in ((1.0, 0), (BACKWARD_OPERATIONS, 4)):
+    for operations, grad_bytes in ((1.0, 0), (BACKWARD_OPERATIONS, work.grad_itemsize)):
         visits = list(_visits(name, plan, rank, work, machine, operations))
         kv = [visit.link.us(visit.rows * work.row * work.itemsize) for visit in visits]
         home = [visit.link.us(visit.rows * work.row * grad_bytes) for visit in visits]

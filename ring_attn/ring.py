@@ -30,6 +30,8 @@ class Ring:
     kernel: "auto", the name of a kernel, or a pair such as "triton+flash2" for forward and backward;
     kv_memory: how many bytes of KV that came from other ranks a rank may hold in a forward, what is under way included; a
     backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once;
+    grad_dtype: in what dtype dK and dV travel, such as torch.bfloat16 for half the bytes; None: as they are summed, in fp32
+    (float64 for float64 inputs);
     ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.
 
     With `ulysses` above 1 the sequence is sharded over all `size` ranks, but the layout is that of `size // ulysses` ring
@@ -45,12 +47,15 @@ class Ring:
         exchange: str = "auto",
         kernel: str = "auto",
         kv_memory: int | None = None,
+        grad_dtype: torch.dtype | None = None,
         ranks_per_node: int | None = None,
     ) -> None:
         check_kernel_name(kernel)
+        if grad_dtype is not None and not grad_dtype.is_floating_point:
+            raise ValueError(f"grad_dtype must be a floating dtype, or None for that of the sums, got {grad_dtype}")
         if kv_memory is not None and kv_memory < 1:
             raise ValueError(f"kv_memory must be a number of bytes, at least 1, or None for no limit, got {kv_memory}")
-        self.kv_memory = kv_memory
+        self.kv_memory, self.grad_dtype = kv_memory, grad_dtype
         self.ranks_per_node = transport.ranks_per_node if ranks_per_node is None else ranks_per_node
         self.transport = transport
         self.layout_class = _choose("layout", layout, LAYOUTS)
@@ -60,7 +65,7 @@ class Ring:
         self._agreed: dict[tuple, None] = {}
         rings = dict(zip(transport.ulysses_hosted, transport.rings, strict=True)) if isinstance(transport, TwoAxes) else {}
         # By the Ulysses ranks hosted here: the rings in which they attend, each with its part of the heads.
-        choices = {"layout": layout, "exchange": exchange, "kernel": kernel, "kv_memory": kv_memory}
+        choices = {"layout": layout, "exchange": exchange, "kernel": kernel, "kv_memory": kv_memory, "grad_dtype": grad_dtype}
         choices["ranks_per_node"] = ranks_per_node and ranks_per_node // self.ulysses
         self.of_parts = {u: Ring(one, **choices) for u, one in rings.items()}
 
@@ -79,8 +84,7 @@ class Ring:
     def simulated(cls, ring_size: int, layout: str = "zigzag", *, ulysses: int = 1, hostile: bool = False, **choices) -> Ring:
         """A ring whose ranks all live in this process, in one tensor [b, t, ...] joined rank by rank.
 
-        `ulysses`: as in `from_group`. `hostile`: for tests; see LocalTransport. `choices`: exchange, kernel and kv_memory, as
-        for every ring.
+        `ulysses`: as in `from_group`. `hostile`: for tests; see LocalTransport. `choices`: what every ring takes, see Ring.
         """
         transport: Transport | TwoAxes = LocalTransport(ring_size, hostile=hostile)
         _check_ulysses(ulysses, ring_size)
@@ -102,7 +106,7 @@ class Ring:
         **choices,
     ) -> Ring:
         """A ring over a torch.distributed group (None: the default group), one rank a process unless `ranks_per_process` says
-        more. `choices`: exchange, kernel and kv_memory, as for every ring.
+        more. `choices`: what every ring takes, see Ring.
 
         `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group
         must then call this. `ulysses`: so many neighbouring processes trade heads, one ring rank together; a divisor of the

@@ -127,3 +127,30 @@ def test_nodes_are_named():
     ring = ra.Ring.simulated(4, "contiguous", exchange="two-level", ranks_per_node=2, kv_memory=11 * 128)
     with pytest.raises(ValueError, match=r"the shards of a node, 12 KV rows, but kv_memory is enough for 11"):
         ra.ring_attention(q, k, v, ring=ring)
+
+
+@pytest.mark.parametrize("exchange", ["ring", "gather", "pull", "two-level"])
+def test_gradients_travel_in_the_dtype_asked_for(exchange):
+    """float64 inputs over a wire of fp32: dK and dV as exact as that, the rest as ever."""
+    choice = {"exchange": exchange, "ranks_per_node": 2 if exchange == "two-level" else None}
+    ring = ra.Ring.simulated(4, "zigzag", grad_dtype=torch.float32, hostile=True, **choice)
+    sent = set()
+
+    def watch(name):
+        send = getattr(ring.transport, name)
+
+        def watched(payloads, *rest, what):
+            if "dK and dV" in what:
+                sent.update(x.dtype for row in payloads for x in (row if isinstance(row, list) else [row]))
+            return send(payloads, *rest, what=what)
+
+        setattr(ring.transport, name, watched)
+
+    for name in ("shift", "reduce_scatter", "push"):
+        watch(name)
+    found = errors(ring, Sizes(), ra.Causal() & ra.Window(20), [])
+    assert sent == {torch.float32}
+    assert all(1e-10 < found.pop(name) < 1e-6 for name in ("dk", "dv"))
+    assert max(found.values()) <= FLOAT64_LIMIT
+    with pytest.raises(ValueError, match=r"grad_dtype must be a floating dtype, .*, got torch\.int32"):
+        ra.Ring.simulated(4, grad_dtype=torch.int32)

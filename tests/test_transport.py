@@ -72,7 +72,8 @@ def parts_of_rows(transport, device):
             assert torch.equal(x, torch.cat([x.new_empty(b, 0, 3), *want], 1))
         assert all(map(torch.equal, shards, kept)), "what is pulled stays with its owner"
         sent = [torch.randint(-9, 9, (b, sum(len(p.rows) for p in own), 3), generator=gen).to(device, dtype) for own in parts]
-        sums = [torch.zeros(b, rows, 3, device=device, dtype=dtype) for _ in range(size)]
+        wide = torch.promote_types(dtype, torch.float32)
+        sums = [torch.zeros(b, rows, 3, device=device, dtype=wide) for _ in range(size)]
         for own, x in zip(parts, sent, strict=True):
             for part, piece in zip(own, x.split([len(p.rows) for p in own], 1) if own else (), strict=True):
                 sums[part.rank][:, part.rows.start : part.rows.stop] += piece

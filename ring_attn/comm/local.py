@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, sum_dtype
 from ring_attn.layout import places, total_rows
 
 
@@ -61,7 +61,7 @@ class LocalTransport:
         return self._by(copy, received, (), what)
 
     def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
-        sums = [x.new_empty(x.shape[0], rows, x.shape[2]) for x in grads]
+        sums = [x.new_empty(x.shape[0], rows, x.shape[2], dtype=sum_dtype(x.dtype)) for x in grads]
 
         def add() -> None:
             for x in sums:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, sum_dtype
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import watch
 from ring_attn.layout import places, total_rows
@@ -83,7 +83,7 @@ class ProcessGroupTransport:
 
     def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
         b, _, e = grads[0].shape
-        sums = [grads[0].new_zeros(b, rows, e) for _ in self.hosted]
+        sums = [grads[0].new_zeros(b, rows, e, dtype=sum_dtype(grads[0].dtype)) for _ in self.hosted]
         messages, arrivals = [], []
         for source in range(self.ring_size):
             rank_grads = self._own(grads, source)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
-from ring_attn.comm.transport import Parts, Pending, check_payloads
+from ring_attn.comm.transport import Parts, Pending, check_payloads, sum_dtype
 from ring_attn.layout import Part, places, total_rows
 
 SLOTS = 2
@@ -62,7 +62,7 @@ class SymmetricTransport(ProcessGroupTransport):
 
     def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
         (grad,), (rank,) = grads, self.hosted
-        total = grad.new_zeros(grad.shape[0], rows, grad.shape[2])
+        total = grad.new_zeros(grad.shape[0], rows, grad.shape[2], dtype=sum_dtype(grad.dtype))
         arrivals: list[tuple[Part, Tensor]] = []
         reads = []
         for source, wanted in enumerate(parts):

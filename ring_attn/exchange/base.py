@@ -24,8 +24,15 @@ class Visit(NamedTuple):
     last: bool
 
 
+class GradTypes(NamedTuple):
+    """In what dtype dK and dV are summed here, that of lse, and in what they travel."""
+
+    sums: torch.dtype
+    wire: torch.dtype
+
+
 class Homeward(Protocol):
-    """Collects dK and dV of a backward tour. Buffers are in the dtype of lse."""
+    """Collects dK and dV of a backward tour. Buffers are in the dtype of sums."""
 
     def buffers(self, visit: Visit) -> list[KV]:
         """Zeroed dk and dv for this visit's keys, one pair a hosted rank."""
@@ -45,7 +52,7 @@ class Exchange(Protocol):
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]: ...
 
-    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward: ...
+    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward: ...
 
 
 def visits(
@@ -72,16 +79,20 @@ def at_hand(kv: list[KV], plan: Plan) -> Pending[list[Tensor]]:
 class PackedHomeward:
     """What every way home shares: packed buffers of a visit, and the own rows to which arrivals are added."""
 
-    def __init__(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> None:
-        self.transport, self.plan, self.dtype = transport, plan, dtype
+    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> None:
+        self.transport, self.plan, self.dtypes = transport, plan, dtypes
         self.rows: list[Tensor] = []
         self.own: list[Tensor] = []
         self.pending: list[tuple[slice, Pending[list[Tensor]]]] = []
 
     def buffers(self, visit: Visit) -> list[KV]:
         self.widths = Widths.of(visit.kv[0])
-        self.rows = [self.widths.zeros(pair, self.dtype) for pair in visit.kv]
+        self.rows = [self.widths.zeros(pair, self.dtypes.sums) for pair in visit.kv]
         return [self.widths.unpack(rows) for rows in self.rows]
+
+    def sent(self, rows: list[Tensor]) -> list[Tensor]:
+        """The rows as they travel."""
+        return [x.to(self.dtypes.wire) for x in rows]
 
     def collect(self) -> list[KV]:
         self.add_arrived(self.own)

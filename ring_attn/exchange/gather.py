@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, PackedHomeward, Visit, Widths, pack, visits
+from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, pack, visits
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, in_position_order, span, steps_for
@@ -44,14 +44,14 @@ class GatherExchange:
 
         return visits(gather(plan.steps[0]), plan, gather, read)
 
-    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
-        return _GatherHomeward(transport, plan, dtype)
+    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
+        return _GatherHomeward(transport, plan, dtypes)
 
 
 class _GatherHomeward(PackedHomeward):
     def add(self, visit: Visit) -> None:
         parts = self.plan.meets[visit.step][0]
-        by_rank = [self._by_rank(rows, parts) for rows in self.rows]
+        by_rank = [self._by_rank(rows, parts) for rows in self.sent(self.rows)]
         sums = self.transport.reduce_scatter(by_rank, what=f"gather backward, dK and dV home from step {visit.step}")
         self.pending.append((_slice(span(parts)), sums))
         if not self.own:

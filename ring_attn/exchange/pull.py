@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
+from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
@@ -40,8 +39,8 @@ class PullExchange:
 
         return visits(own, plan, pull, lambda step, came: list(map(widths.unpack, came)) if step else kv)
 
-    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
-        return _PullHomeward(transport, plan, dtype)
+    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
+        return _PullHomeward(transport, plan, dtypes)
 
 
 class _PullHomeward(PackedHomeward):
@@ -51,4 +50,4 @@ class _PullHomeward(PackedHomeward):
             return
         what = f"pull backward, dK and dV home from step {visit.step}"
         parts, rows = self.plan.meets[visit.step], self.plan.kv_layout.shard_len
-        self.pending.append((slice(None), self.transport.push(self.rows, parts, rows, what=what)))
+        self.pending.append((slice(None), self.transport.push(self.sent(self.rows), parts, rows, what=what)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
+from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.tiles import Meets, Plan
@@ -36,8 +35,8 @@ class RingExchange:
 
         return visits(at_hand(kv, plan), plan, shift, lambda step, came: list(map(widths.unpack, came)) if step else kv)
 
-    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
-        return _RingHomeward(transport, plan, dtype)
+    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
+        return _RingHomeward(transport, plan, dtypes)
 
 
 class _RingHomeward(PackedHomeward):
@@ -54,4 +53,4 @@ class _RingHomeward(PackedHomeward):
         steps = self.plan.steps
         offset = -visit.step if visit.last else steps[steps.index(visit.step) + 1] - visit.step
         where = f"ring backward, dK and dV {'home' if visit.last else 'on'} from step {visit.step}"
-        self.pending = [(slice(None), self.transport.shift(self.rows, offset, what=where))]
+        self.pending = [(slice(None), self.transport.shift(self.sent(self.rows), offset, what=where))]

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, PackedHomeward, Visit, Widths, at_hand
+from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.parts import needed
@@ -78,15 +77,15 @@ class TwoLevelExchange:
         away, size = step // 2 * self.ranks_per_node, plan.layout.ring_size
         return [[part._replace(rank=(part.rank + away) % size) for part in parts] for parts in plan.meets[step]]
 
-    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
-        return _TwoLevelHomeward(transport, plan, dtype, self)
+    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
+        return _TwoLevelHomeward(transport, plan, dtypes, self)
 
 
 class _TwoLevelHomeward(PackedHomeward):
     """dK and dV are pushed to the rank that holds the shard, and follow it from node to node, one level behind."""
 
-    def __init__(self, transport: Transport, plan: Plan, dtype: torch.dtype, exchange: TwoLevelExchange) -> None:
-        super().__init__(transport, plan, dtype)
+    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes, exchange: TwoLevelExchange) -> None:
+        super().__init__(transport, plan, dtypes)
         self.exchange, self.level = exchange, 0
         self.held: list[Tensor] | None = None
         self.travelling: Pending[list[Tensor]] | None = None
@@ -101,7 +100,7 @@ class _TwoLevelHomeward(PackedHomeward):
         what, shard_len = f"two-level backward, dK and dV of step {visit.step}", self.plan.kv_layout.shard_len
         if self.held is None:
             self.held = [rows.new_zeros(rows.shape[0], shard_len, rows.shape[2]) for rows in self.rows]
-        pushed = self.transport.push(self.rows, self.exchange.holders(self.plan, visit.step), shard_len, what=what)
+        pushed = self.transport.push(self.sent(self.rows), self.exchange.holders(self.plan, visit.step), shard_len, what=what)
         self.pending = [(slice(None), pushed)]
 
     def collect(self) -> list[KV]:
@@ -120,5 +119,5 @@ class _TwoLevelHomeward(PackedHomeward):
                 self.add_arrived(self.held)
             away = (level - self.level) * self.exchange.ranks_per_node
             where = f"from {self.level} nodes away to {level}"
-            self.travelling = self.transport.shift(self.held, away, what=f"two-level backward, dK and dV {where}")
+            self.travelling = self.transport.shift(self.sent(self.held), away, what=f"two-level backward, dK and dV {where}")
         self.held, self.level = None, level
