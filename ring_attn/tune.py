@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
@@ -173,9 +174,12 @@ def timed_apart(
     left = list(wanted)
     while left:
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=worker, args=(there, launch, left, options), daemon=True)
+        process = context.Process(target=_announced, args=(worker, there, launch, left, options), daemon=True)
         process.start()
         there.close()
+        # Starting, which imports PyTorch, is not the first candidate's time.
+        with suppress(EOFError):
+            here.recv()
         reason = ""
         while left and not reason:
             try:
@@ -188,6 +192,11 @@ def timed_apart(
             yield left.pop(0), ({}, reason) if reason else result
         process.kill()
         process.join()
+
+
+def _announced(worker: Callable, to: Connection, *rest) -> None:
+    to.send("started")
+    worker(to, *rest)
 
 
 def time_all(to: Connection, launch: str, wanted: list[Config], options: TuneOptions) -> None:

@@ -31,9 +31,9 @@ def worker(to, launch, wanted, options):
 
 def test_a_candidate_that_breaks_or_hangs_costs_its_own_row_only():
     wanted = [GOOD, BROKEN, BROKEN, GOOD, HANGING, GOOD]
-    found = list(timed_apart(worker, "dq", wanted, TuneOptions(patience=8.0)))
+    found = list(timed_apart(worker, "dq", wanted, TuneOptions(patience=4.0)))
     assert [config for config, _ in found] == wanted
-    ended, hung = ({}, "its process ended with status 7"), ({}, "hung for 8 s")
+    ended, hung = ({}, "its process ended with status 7"), ({}, "hung for 4 s")
     fine = ({"dq": 1.0}, "")
     assert [result for _, result in found] == [fine, ended, ended, fine, hung, fine]
 
