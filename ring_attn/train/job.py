@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ring_attn.comm.start import device_of, is_distributed, process_group
 from ring_attn.ring import Ring
 from ring_attn.train.config import TrainConfig
 
@@ -66,24 +67,17 @@ def join(config: TrainConfig) -> Iterator[Job]:
     A process group made here is destroyed on the way out. Raises ValueError where the number of processes, the ring size and
     the batch do not fit together.
     """
-    joined = dist.is_initialized()
-    distributed = joined or "WORLD_SIZE" in os.environ
-    num_processes = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
+    distributed = is_distributed()
+    num_processes = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     ring_size = check_sizes(config, num_processes, distributed)
-    device = _device(config.run.device)
+    device = device_of(config.run.device)
     ring = config.ring
     choice = {"layout": ring.layout, "exchange": ring.exchange, "kernel": ring.kernel, "ulysses": ring.ulysses}
     if not distributed:
         yield Job(device, Ring.simulated(ring_size, **choice))
         return
-    if not joined:
-        on_cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
-    try:
+    with process_group(device):
         yield _distributed_job(config, device, ring_size, choice)
-    finally:
-        if not joined:
-            dist.destroy_process_group()
 
 
 def _distributed_job(config: TrainConfig, device: torch.device, ring_size: int, choice: dict) -> Job:
@@ -139,19 +133,3 @@ def check_seq_len(config: TrainConfig, ring: Ring) -> None:
             f"data.seq_len = {config.data.seq_len} must be a multiple of {ring.shard_multiple} for the {ring.layout_name} "
             f"layout over {ring.size} ranks"
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device = 'cuda', but PyTorch sees no CUDA device here; set 'auto' or 'cpu'")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; start fewer "
-            f"processes, or set run.device = 'cpu'"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
