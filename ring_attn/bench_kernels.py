@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ring_attn.bench_results import Row, append, draw, table, write_order
+from ring_attn.bench_results import Row, append, draw, machine, table, write_order
+from ring_attn.bench_timing import timed
 from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.partial import accumulator_dtype
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     rows = [row for mask in options.masks for name in _names(options) for row in bench(get_kernel(name), mask, options)]
     print(table(rows, options))
     if options.results:
-        append(rows, options)
+        append(rows, options, machine())
     if options.plot:
         draw(rows, options)
     if options.table:
@@ -91,25 +92,26 @@ def problem_of(mask_name: str, options: KernelBenchOptions, direction: str) -> P
     return Problem(direction, "cuda", getattr(torch, options.dtype), *dims, left_bounded=mask_name == "window")
 
 
-def mask_of(name: str, length: int) -> Mask:
-    """The mask of that name at that length."""
+def mask_of(name: str, length: int, window: int = 1024, documents: Sequence[int] | None = None) -> Mask:
+    """The mask of that name at that length. `window`: how far it reaches; `documents`: their lengths where not log-normal."""
     match name:
         case "full":
             return Full()
         case "causal":
             return Causal()
         case "window":
-            return Causal() & Window(1024)
+            return Causal() & Window(window)
         case "documents":
-            return Causal() & Documents(lengths=document_lengths(length))
+            return Causal() & Documents(lengths=document_lengths(length) if documents is None else documents)
     raise ValueError(f"mask {name!r} is not one of causal, full, window, documents")
 
 
-def document_lengths(length: int) -> list[int]:
-    """Lengths that add up to `length`, log-normal about 2,048 and at most a quarter of it."""
+def document_lengths(length: int, multiple: int = 1, scale: float = 1.0) -> list[int]:
+    """Multiples of `multiple` that add up to `length`, log-normal about 2,048 * scale and at most a quarter of it."""
     generator, lengths = random.Random(0), []
     while (left := length - sum(lengths)) > 0:
-        lengths.append(max(1, min(left, length // 4, int(generator.lognormvariate(7.6, 1.0)))))
+        wanted = min(left, length // 4, int(scale * generator.lognormvariate(7.6, 1.0)))
+        lengths.append(max(1, wanted // multiple) * multiple)
     return lengths
 
 
@@ -212,19 +214,8 @@ def measure(kernel: Kernel, mask_name: str, length: int, direction: str, options
 
 def median_ms(run: Callable[[], object], repeats: int) -> tuple[float, int]:
     """(median milliseconds, peak bytes beyond what was allocated) of `run`, after two runs to warm up."""
-    for _ in range(2):
-        run()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times), torch.cuda.max_memory_allocated() - before
+    times, extra = timed(run, repeats, torch.device("cuda"))
+    return statistics.median(times), extra
 
 
 def _names(options: KernelBenchOptions) -> list[str]:

@@ -1,25 +1,51 @@
-"""What a kernel benchmark leaves: a table, rows in a results file, a drawing, and the order that kernel="auto" goes by."""
+"""What a benchmark leaves: rows in a results file, a drawing, and of the kernels a table and the order that auto goes by."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from ring_attn.kernels.order import MEASURED
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from matplotlib.figure import FigureBase
+
     from ring_attn.bench_kernels import KernelBenchOptions
+
+
+class Options(Protocol):
+    """What the options of every benchmark say."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    results: str
+
+
+class Measured(Protocol):
+    """What a row needs to be drawn; `label` names its curve."""
+
+    label: str
+    direction: str
+    mask: str
+    length: int
+    tflops: float | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, or the reason why there is none."""
+    """One measurement of a kernel, or the reason why there is none."""
 
     kernel: str
     direction: str
@@ -30,10 +56,14 @@ class Row:
     extra_gib: float | None = None
     why_not: str | None = None
 
+    @property
+    def label(self) -> str:
+        return self.kernel
+
 
 def table(rows: list[Row], options: KernelBenchOptions) -> str:
     """TFLOP/s by kernel and length, with the percentage of the fastest; then why kernels are missing."""
-    lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, "
+    lines = [f"{machine()}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, "
              f"{options.heads} query and {options.kv_heads} KV heads: TFLOP/s (percentage of the fastest)"]  # fmt: skip
     for mask in options.masks:
         for direction in ("forward", "backward"):
@@ -51,14 +81,19 @@ def _cell(row: Row, best: float) -> str:
     return f"{'-':>13s}" if row.tflops is None else f"{row.tflops:7.0f} ({100 * row.tflops / best:3.0f})"
 
 
-def append(rows: list[Row], options: KernelBenchOptions) -> None:
-    """Adds a JSON line a measurement to the results file, with commit, GPU and versions."""
+def machine(device: str = "cuda") -> str:
+    """The name of this process's GPU, or how many cores the CPU has."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+
+
+def append(rows: Sequence[DataclassInstance], options: Options, machine: str) -> None:
+    """Adds a JSON line a measurement to the results file, with commit, machine, versions and the shape of the inputs."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit or "unknown"}
+    where = {"machine": machine, "torch": torch.__version__, "commit": commit or "unknown"}
     shape = {k: getattr(options, k) for k in ("heads", "kv_heads", "head_dim", "dtype")}
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
     with Path(options.results).open("a") as file:
-        file.writelines(json.dumps(when | machine | shape | asdict(row)) + "\n" for row in rows)
+        file.writelines(json.dumps(when | where | shape | asdict(row)) + "\n" for row in rows)
 
 
 def write_order(rows: list[Row], options: KernelBenchOptions) -> None:
@@ -82,24 +117,31 @@ def write_order(rows: list[Row], options: KernelBenchOptions) -> None:
 
 def draw(rows: list[Row], options: KernelBenchOptions) -> None:
     """Draws TFLOP/s over length, a panel a mask and direction."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(options.masks), 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(options.masks), sharex=True, squeeze=False)
-    for column, mask in enumerate(options.masks):
-        for line, direction in zip(axes[:, column], ("forward", "backward"), strict=True):
-            for kernel in dict.fromkeys(row.kernel for row in rows if row.tflops):
-                points = [
-                    (r.length, r.tflops)
-                    for r in rows
-                    if (r.kernel, r.mask, r.direction) == (kernel, mask, direction) and r.tflops
-                ]
-                line.plot(*zip(*points, strict=True), marker="o", label=kernel) if points else None
-            line.set(title=f"{mask}, {direction}", ylim=(0, None), ylabel="TFLOP/s", xlabel="length")
-            line.set_xscale("log", base=2)
-            line.set_xticks(options.lengths, [f"{length // 1024}k" for length in options.lengths])
-            line.minorticks_off()
-            line.legend()
+    draw_panels(figure, rows, options.masks, options.lengths)
     figure.savefig(options.plot, dpi=120)
+
+
+def draw_panels(figure: FigureBase, rows: Sequence[Measured], masks: Sequence[str], lengths: Sequence[int]) -> None:
+    """Draws TFLOP/s over length into a figure: a column a mask, a line of panels a direction, a curve a label."""
+    timed = [row for row in rows if row.tflops]
+    directions = tuple(dict.fromkeys(row.direction for row in timed))
+    if not timed:
+        return
+    axes = figure.subplots(len(directions), len(masks), sharex=True, squeeze=False)
+    for (line, direction), (column, mask) in product(enumerate(directions), enumerate(masks)):
+        panel = axes[line, column]
+        for number, label in enumerate(dict.fromkeys(row.label for row in timed)):
+            mine = [row for row in timed if (row.mask, row.direction, row.label) == (mask, direction, label)]
+            points = [(row.length, row.tflops) for row in mine]
+            panel.plot(
+                *zip(*points, strict=True), f"C{number % 10}{'os^vD'[number // 10 % 5]}-", label=label
+            ) if points else None
+        panel.set(title=f"{mask}, {direction}", ylim=(0, None), ylabel="TFLOP/s", xlabel="length")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
+        panel.minorticks_off()
+    handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside right upper")

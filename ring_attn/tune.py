@@ -6,21 +6,20 @@ timed in a process of its own, so that one that hangs or breaks the GPU's contex
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ring_attn.bench_kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit, error, median_ms
+from ring_attn.bench_results import append, machine
 from ring_attn.kernels import Grads, Upstream, get_kernel
 from ring_attn.kernels.triton_blocks import Config, Configs
 from ring_attn.mask import Causal, Documents
@@ -88,10 +87,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"there are no candidates for head dim {options.head_dim}; add them to ring_attn/tune_candidates.py")
         return 2
     rows = tune(wanted, options)
-    print(f"\n{torch.cuda.get_device_name()}, {report(rows, options)}")
+    print(f"\n{machine()}, {report(rows, options)}")
     if options.results:
-        with Path(options.results).open("a") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        append(rows, options, machine())
     return int(any(row.why_not for row in rows))
 
 

@@ -1,0 +1,78 @@
+"""How long a call takes, and how much memory, on a GPU or a CPU; and what the other processes found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ring_attn.comm.transport import Transport
+
+Mark = torch.cuda.Event | float
+"""A point in time: where the current stream stands, or, on a CPU, the host's seconds."""
+
+
+def mark(device: torch.device) -> Mark:
+    """This point in time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def ms_between(start: Mark, stop: Mark) -> float:
+    """Milliseconds from one mark to another; waits for the later one."""
+    if isinstance(stop, float):
+        return 1e3 * (stop - start)
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def timed(
+    run: Callable[[], object], repeats: int, device: torch.device, ready: Callable[[], None] = lambda: None
+) -> tuple[list[float], int | None]:
+    """(milliseconds of each run, peak bytes beyond what was allocated before), after two runs to warm up.
+
+    `ready` is called before each timed run. The bytes are None on a CPU, where PyTorch does not count them.
+    """
+    for _ in range(2):
+        run()
+    on_cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_cuda else 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(repeats):
+        ready()
+        start = mark(device)
+        run()
+        times.append(ms_between(start, mark(device)))
+    return times, torch.cuda.max_memory_allocated(device) - before if on_cuda else None
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """The processes that a transport joins, this one among them."""
+
+    transport: Transport
+    device: torch.device
+
+    def tell(self, numbers: Sequence[float]) -> Tensor:
+        """[processes, n] float64, on the CPU: the numbers of every process, known to all of them."""
+        hosted = self.transport.hosted
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        told = self.transport.all_gather([mine] * len(hosted), what="what every process found").wait()
+        return torch.stack(told[:: len(hosted)]).cpu()
+
+    def meet(self) -> None:
+        """Returns when every process has come here."""
+        self.tell([0.0])
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process prints and writes what is printed and written once."""
+        return self.transport.hosted[0] == 0
