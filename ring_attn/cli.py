@@ -14,7 +14,7 @@ COMMANDS = {
     "plan": ("ring_attn.plan_report", "who attends to what at each step, and how evenly the work is spread"),
     "train": ("ring_attn.train.command", "train a small decoder: ring-attn train CONFIG.toml [--section.key value ...]"),
     "generate": ("ring_attn.train.generate", "let what was trained write on: ring-attn generate RUN_FOLDER --prompt TEXT"),
-    "bench": ("ring_attn.bench", "how fast the kernels are on this GPU"),
+    "bench": ("ring_attn.bench", "how fast: the kernels on this GPU, or rings of it (under torchrun), beside other libraries"),
     "check": ("ring_attn.check", "which kernels, exchanges and devices work on this machine, and their error"),
 }
 

@@ -1,0 +1,197 @@
+"""What `ring-attn bench ring` holds against each other: the cases, what a contender is, ring attention itself, and its bound.
+
+Note [bound]: the bound of a ring is the same call over wires that bring nothing, at once: the same plan, loop, kernels, merges
+and copies, and no communication. What it computes is nonsense, how long it takes is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ring_attn.attention import ring_attention
+from ring_attn.call import Call, validate
+from ring_attn.comm.transport import Parts, Pending, Transport
+from ring_attn.comm.two_axes import TwoAxes
+from ring_attn.kernels import resolve
+from ring_attn.layout import total_rows
+from ring_attn.mask import Mask
+from ring_attn.ring import Ring
+from ring_attn.tiles import tiles
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From this process's rows of q, k and v to its rows of the output."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Inputs beside their length."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def random(self, rows: int, seed: int) -> list[Tensor]:
+        """q, k, v, which want gradients, and dout."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        make = {"generator": generator, "device": self.device, "dtype": self.dtype}
+        heads = self.heads, self.kv_heads, self.kv_heads, self.heads
+        *leaves, dout = (torch.randn(1, rows, h, self.head_dim, **make) for h in heads)
+        return [*(x.requires_grad_() for x in leaves), dout]
+
+    def blank(self, rows: int) -> list[Tensor]:
+        """q, k and v that hold nothing, for questions about sizes."""
+        one = torch.empty(1, dtype=self.dtype, device=self.device)
+        return [one.expand(1, rows, h, self.head_dim) for h in (self.heads, self.kv_heads, self.kv_heads)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The work of a measurement: a mask over a whole sequence. `documents`: lengths of packed documents; `window`: its keys."""
+
+    name: str
+    mask: Mask
+    length: int
+    shape: Shape
+    documents: tuple[int, ...] | None = None
+    window: int | None = None
+
+    @cached_property
+    def cells(self) -> int:
+        """The allowed cells, for one head."""
+        return sum(tile.cells for tile in tiles((range(self.length),), [(range(self.length),)], self.mask))
+
+
+class Contender(Protocol):
+    """A way to do a case. `chosen`: what it took where it had a choice. `processes`: among how many its work is spread.
+
+    `gate_rows`: of a rank, at the length at which it is checked.
+    """
+
+    name: str
+    layout: str
+    chosen: str
+    processes: int
+    gate_rows: int
+
+    def why_not(self, case: Case) -> str | None:
+        """None, or why it cannot do the case, in the user's words."""
+
+    def positions(self, case: Case) -> Tensor:
+        """The global positions of this process's rows, int64 [rows], in row order."""
+
+    def attention(self, case: Case) -> AbstractContextManager[Attend]:
+        """Within it, forward and backward may run."""
+
+
+@dataclass(frozen=True)
+class OnRing:
+    """Ring attention. `chosen`: exchange and kernels, once `settled`."""
+
+    name: str
+    ring: Ring
+    chosen: str = ""
+
+    gate_rows = 298  # no multiple of a block
+
+    @property
+    def layout(self) -> str:
+        return self.ring.layout_name
+
+    @property
+    def processes(self) -> int:
+        return self.ring.size // len(self.ring.hosted)
+
+    def why_not(self, case: Case) -> str | None:
+        try:
+            self.settled(case)
+        except ValueError as reason:
+            return str(reason)
+        return None
+
+    def settled(self, case: Case) -> OnRing:
+        """The same with exchange and kernels by name, as "auto" takes them for this case: so what is checked at one length is
+        what is timed at another. Raises ValueError where the ring cannot do the case.
+        """
+        ring, whole = self.ring, case.shape.blank(len(self.positions(case)))
+        asked = Call.make(ring, case.mask, None, case.shape.head_dim**-0.5)
+        validate(*whole, [], asked)
+        call, *inputs = asked.of_part(*whole)
+        exchange = call.exchange(*inputs).name
+        kernels = [resolve(ring.kernel, call.problem(*inputs, direction)).name for direction in ("forward", "backward")]
+        chosen = f"{exchange}, {' + '.join(dict.fromkeys(kernels))}"
+        return replace(self, ring=self._ring(ring.transport, exchange, "+".join(kernels)), chosen=chosen)
+
+    def without_wires(self) -> OnRing:
+        """Its bound, see Note [bound]."""
+        return replace(self, ring=self._ring(silent(self.ring.transport), self.ring.exchange, self.ring.kernel))
+
+    def _ring(self, transport: Transport | TwoAxes, exchange: str, kernel: str) -> Ring:
+        nodes = self.ring.ranks_per_node if exchange == "two-level" else None
+        return Ring(transport, layout=self.layout, exchange=exchange, kernel=kernel, ranks_per_node=nodes)
+
+    def positions(self, case: Case) -> Tensor:
+        return self.ring.positions(case.length)
+
+    @contextmanager
+    def attention(self, case: Case) -> Iterator[Attend]:
+        yield partial(ring_attention, ring=self.ring, mask=case.mask)
+
+
+def silent(transport: Transport | TwoAxes) -> Transport | TwoAxes:
+    """The same without communication."""
+    if isinstance(transport, TwoAxes):
+        return TwoAxes([Silent(traders) for traders in transport.traders], [Silent(ring) for ring in transport.rings])
+    return Silent(transport)
+
+
+@dataclass
+class Silent:
+    """A transport that moves nothing: what is received has the right size, is there at once, and was never sent by anybody.
+
+    Where own payloads have the size, they are what is received. Other rows are kept from call to call: filling them would take
+    time that no bound has.
+    """
+
+    inner: Transport
+    _rows: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.link, self.ranks_per_node = self.inner.link, self.inner.ranks_per_node
+        self.ring_size, self.hosted = self.inner.ring_size, self.inner.hosted
+
+    def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
+        return _at_once(list(shards), what)
+
+    def all_gather(self, shards: Sequence[Tensor], *, what: str = "all-gather") -> Pending[list[Tensor]]:
+        return _at_once([shards[rank % len(shards)] for rank in range(self.ring_size)], what)
+
+    def reduce_scatter(self, parts: Sequence[Sequence[Tensor]], *, what: str = "reduce-scatter") -> Pending[list[Tensor]]:
+        return _at_once([row[rank] for rank, row in zip(self.hosted, parts, strict=True)], what)
+
+    def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
+        return _at_once([list(row) for row in parts], what)
+
+    def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+        return _at_once([self._kept(x, total_rows(parts[rank])) for rank, x in zip(self.hosted, shards, strict=True)], what)
+
+    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
+        return _at_once([self._kept(x, rows) for x in grads], what)
+
+    def _kept(self, like: Tensor, rows: int) -> Tensor:
+        key = rows, like.shape[2], like.dtype
+        if key not in self._rows:
+            self._rows[key] = torch.randn_like(like[:, :1].expand(-1, rows, -1), memory_format=torch.contiguous_format)
+        return self._rows[key]
+
+
+def _at_once(received: list, what: str) -> Pending:
+    return Pending(received, lambda: None, what)

@@ -1,0 +1,237 @@
+"""`ring-attn bench ring`: every exchange and layout beside its bound, one device and peers: right first, then how fast.
+
+Where ring attention is wrong nothing is timed, and a peer that is wrong is not. Times are medians of the slowest process's.
+Floating-point operations count the allowed cells alone: 4 * d a cell and head forward, 3.5 times that forward and backward.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Literal
+
+import torch
+
+from ring_attn.bench_contenders import Case, Contender, OnRing, Shape
+from ring_attn.bench_gate import FAILURES, Gate
+from ring_attn.bench_kernels import document_lengths, mask_of
+from ring_attn.bench_peers import peers
+from ring_attn.bench_results import append, machine
+from ring_attn.bench_ring_report import RingRow, draw, table
+from ring_attn.bench_timeline import Timeline, timeline
+from ring_attn.bench_timing import Everyone, timed
+from ring_attn.comm.start import device_of, is_distributed, process_group
+from ring_attn.comm.transport import Transport
+from ring_attn.comm.two_axes import TwoAxes
+from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES
+from ring_attn.layout import LAYOUTS
+from ring_attn.ring import Ring
+
+DIRECTIONS = {"forward": 1.0, "forward + backward": 3.5}
+
+
+@dataclass(frozen=True)
+class RingBenchOptions:
+    """Times ring attention beside its bound, one device and other libraries; under torchrun a ring of all its processes.
+
+    Attributes:
+        lengths: Lengths of the whole sequence.
+        layouts: Which positions each rank holds.
+        exchanges: How ranks meet each other's KV: auto, or one by name.
+        ulysses: How many ranks trade heads for rows, for each of these.
+        ranks_per_node: For the exchange that knows nodes, where torchrun does not tell it.
+        masks: Of causal, full, window and documents (packed, log-normal lengths); all causal but full.
+        window: How many keys back the window reaches, at most half a sequence.
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: Head dimension of q, k and v.
+        dtype: Of the inputs.
+        kernel: As for a ring.
+        repeats: Timed runs, of which the median counts.
+        peers: Other libraries as well, where they are installed.
+        device: auto, cpu or cuda.
+        simulated: Without torchrun, how many ranks this one process hosts.
+        results: A JSONL file that rows are appended to; empty for none.
+        plot: A PNG file to draw TFLOP/s over length and a timeline of every exchange's visits to; empty for none.
+    """
+
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    exchanges: tuple[str, ...] = ("auto", *EXCHANGES)
+    ulysses: tuple[int, ...] = (1,)
+    ranks_per_node: int | None = None
+    masks: tuple[str, ...] = ("causal", "documents", "window")
+    window: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    kernel: str = "auto"
+    repeats: int = 7
+    peers: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    simulated: int = 4
+    results: str = ""
+    plot: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints a table; 1 where ring attention is wrong, and then nothing was timed; 2 where the options break a rule."""
+    import tyro
+
+    options = tyro.cli(RingBenchOptions, args=list(argv), prog="ring-attn bench ring")
+    try:
+        device = device_of(options.device)
+        with process_group(device):
+            make = Ring.from_group if is_distributed() else partial(Ring.simulated, options.simulated)
+            return Bench(options, [make(ulysses=ranks).transport for ranks in (1, *options.ulysses)], device).run()
+    except ValueError as error:
+        print(f"ring-attn bench ring: {error}", file=sys.stderr)
+        return 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender at a case. `refusal`: why it cannot do it. `fault`: what the gate found."""
+
+    contender: Contender
+    case: Case
+    refusal: str | None = None
+    fault: str | None = None
+
+    @property
+    def why_not(self) -> str | None:
+        return self.refusal or self.fault
+
+
+class Bench:
+    """One run, over a transport of one axis and one for each of options.ulysses. Raises ValueError where options do not fit."""
+
+    def __init__(self, options: RingBenchOptions, transports: Sequence[Transport | TwoAxes], device: torch.device) -> None:
+        transport, *of_ulysses = transports
+        self.options, self.everyone = options, Everyone(transport, device)
+        self.shape = Shape(options.heads, options.kv_heads, options.head_dim, getattr(torch, options.dtype), device)
+        multiple = 2 * transport.ring_size
+        if any(length < 4 * multiple or length % multiple for length in options.lengths):
+            raise ValueError(
+                f"lengths must be multiples of 2 * ring size = {multiple}, at least {4 * multiple}, got {options.lengths}"
+            )
+        self.rings = [self.ring(*choices) for choices in product(of_ulysses, options.exchanges, options.layouts)]
+        alone = OnRing("one device", Ring.simulated(1, "contiguous", exchange="ring", kernel=options.kernel))
+        self.others: list[Contender] = [alone, *(peers(transport) if options.peers else [])]
+        self.machine = machine(device.type)
+        self.cases = [self.case(mask, length) for mask, length in product(options.masks, options.lengths)]
+        self.gate = Gate(self.everyone, self.case)
+
+    def ring(self, transport: Transport | TwoAxes, exchange: str, layout: str) -> OnRing:
+        """Ring attention over that transport, in that way."""
+        nodes = self.options.ranks_per_node if exchange in ("auto", "two-level") else None
+        ring = Ring(transport, layout=layout, exchange=exchange, kernel=self.options.kernel, ranks_per_node=nodes)
+        return OnRing(exchange if ring.ulysses == 1 else f"Ulysses {ring.ulysses} x {exchange}", ring)
+
+    def case(self, mask: str, length: int) -> Case:
+        """The case of that mask at that length. Documents divide as some peers need it, and differ at small lengths too."""
+        window, documents = min(self.options.window, length // 2), None
+        if mask == "documents":
+            multiple = 2 * self.everyone.transport.ring_size
+            documents = tuple(document_lengths(length, multiple, scale=min(1.0, length / 32768)))
+        found = mask_of(mask, length, window, documents)
+        return Case(mask, found, length, self.shape, documents, window if mask == "window" else None)
+
+    def run(self) -> int:
+        """The exit status, when all is checked, timed and, by the leader, printed, written and drawn."""
+        entries = [[self.entry(contender, case) for contender in (*self.rings, *self.others)] for case in self.cases]
+        wrong = any(entry.fault and isinstance(entry.contender, OnRing) for row in entries for entry in row)
+        rows: list[RingRow] = []
+        for of_case in entries:
+            found = list(self.not_timed(of_case) if wrong else self.timed(of_case))
+            rows += found
+            if self.everyone.leads and self.options.results:
+                append(found, self.options, self.machine)
+        timelines = self.timelines(entries, rows) if self.options.plot and not wrong else []
+        if self.everyone.leads:
+            print(table(rows, self.options, self.machine, self.everyone.transport.ring_size))
+            if self.options.plot and not wrong:
+                draw(rows, timelines, self.options)
+        return int(wrong)
+
+    def entry(self, contender: Contender, case: Case) -> Entry:
+        """The contender as it would be timed at this case, checked."""
+        refusal = contender.why_not(case)
+        if refusal is not None:
+            return Entry(contender, case, refusal)
+        if isinstance(contender, OnRing):
+            contender = contender.settled(case)
+        return Entry(contender, case, fault=self.gate.fault(contender, case.name))
+
+    def not_timed(self, entries: Sequence[Entry]) -> Iterator[RingRow]:
+        """Rows without numbers, one a contender."""
+        for entry in entries:
+            yield self.row(entry, why_not=entry.why_not or "not timed: ring attention is wrong, see the other rows")
+
+    def timed(self, entries: Sequence[Entry]) -> Iterator[RingRow]:
+        """The rows of a case: rings beside their own bounds, the best of these, and beside that the others."""
+        rings, others = entries[: len(self.rings)], entries[len(self.rings) :]
+        bounds = []
+        for entry in rings:
+            rows = self.measured(entry)
+            bound = self.measured(replace(entry, contender=entry.contender.without_wires())) if rows[0].ms else rows
+            bounds += [bound] if bound[0].ms else []
+            yield from map(beside, rows, bound)
+        best = max(bounds, key=lambda rows: rows[-1].tflops, default=[])
+        yield from (replace(beside(row, row), name="no communication") for row in best)
+        for entry in others:
+            rows = self.measured(entry)
+            yield from map(beside, rows, best) if best else rows
+
+    def measured(self, entry: Entry) -> list[RingRow]:
+        """A row a direction, or one that says why there is none."""
+        why_not = entry.why_not
+        if why_not is None:
+            try:
+                speeds = self.speeds(entry.contender, entry.case)
+                return [self.row(entry, direction, *speed) for direction, speed in zip(DIRECTIONS, speeds, strict=True)]
+            except FAILURES as error:
+                why_not = f"it fails at this length: {type(error).__name__}: {error}"
+        return [self.row(entry, why_not=why_not)]
+
+    def row(self, entry: Entry, direction: str = "", *speed: float | None, why_not: str | None = None) -> RingRow:
+        contender, case = entry.contender, entry.case
+        where = contender.name, contender.layout, contender.chosen, self.everyone.transport.ring_size
+        return RingRow(*where, case.name, case.length, direction, *speed, why_not=why_not)
+
+    def speeds(self, contender: Contender, case: Case) -> Iterator[tuple[float, float, float | None]]:
+        """Median ms of the slowest process, TFLOP/s a process and, on a GPU, the most GiB beside the inputs; by direction."""
+        options, everyone = self.options, self.everyone
+        q, k, v, dout = case.shape.random(len(contender.positions(case)), seed=everyone.transport.hosted[0])
+        with contender.attention(case) as attend:
+            forward = torch.no_grad()(partial(attend, q, k, v))
+            runs = forward, lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+            for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
+                times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
+                slowest = everyone.tell([*times, torch.nan if extra is None else extra / 2**30]).amax(0).tolist()
+                ms = statistics.median(slowest[:-1])
+                flops = factor * 4 * options.head_dim * options.heads * case.cells / contender.processes
+                yield ms, flops / ms / 1e9, None if extra is None else slowest[-1]
+
+    def timelines(self, entries: Sequence[Sequence[Entry]], rows: Sequence[RingRow]) -> list[Timeline]:
+        """Of every exchange, in its fastest layout, at the longest case of the first mask."""
+        of_case = max(entries[: len(self.options.lengths)], key=lambda row: row[0].case.length)
+        rings = {(entry.contender.name, entry.contender.layout): entry.contender for entry in of_case[: len(self.rings)]}
+        case, found = of_case[0].case, {}
+        for row in sorted(rows, key=lambda row: row.ms or 0.0):
+            contender = rings.get((row.name, row.layout))
+            if row.ms and contender and (row.mask, row.length, row.direction) == (case.name, case.length, list(DIRECTIONS)[-1]):
+                found.setdefault(contender.ring.exchange, contender)
+        return [timeline(found[name], case, self.everyone) for name in EXCHANGE_NAMES if name in found]
+
+
+def beside(row: RingRow, bound: RingRow) -> RingRow:
+    """The row with what it reaches of its bound, where both were timed."""
+    if not row.tflops or not bound.tflops:
+        return row
+    return replace(row, bound=bound.tflops, percent=100 * row.tflops / bound.tflops)

@@ -1,0 +1,95 @@
+"""When each visit of a call runs on each process: what `ring-attn bench ring --plot` draws below the speeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+
+from ring_attn import call
+from ring_attn.bench_contenders import Case, OnRing
+from ring_attn.bench_timing import Everyone, Mark, mark, ms_between
+from ring_attn.comm.transport import Transport
+from ring_attn.exchange import get_exchange
+from ring_attn.exchange.base import KV, Exchange, Homeward, Visit
+from ring_attn.layout import Layout
+from ring_attn.mask import Mask
+from ring_attn.tiles import Meets, Plan
+
+
+class Bar(NamedTuple):
+    """One visit's kernels on one process, in milliseconds since all processes met."""
+
+    process: int
+    direction: str
+    step: int
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    title: str
+    bars: tuple[Bar, ...]
+
+
+def timeline(contender: OnRing, case: Case, everyone: Everyone) -> Timeline:
+    """One forward and backward of a settled ring, after one to warm up. Every process must call this."""
+    q, k, v, dout = case.shape.random(len(contender.positions(case)), seed=everyone.transport.hosted[0])
+    with contender.attention(case) as attend, _watched(everyone.device) as seen:
+        torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+        seen.clear()
+        everyone.meet()
+        origin = mark(everyone.device)
+        torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
+    mine = [ms_between(origin, at) for visit in seen for at in (visit.start, visit.stop)]
+    bars = tuple(
+        Bar(process, visit.direction, visit.step, start, stop)
+        for process, numbers in enumerate(everyone.tell(mine))
+        for visit, (start, stop) in zip(seen, numbers.view(-1, 2).tolist(), strict=True)
+    )
+    return Timeline(f"{contender.chosen}, {contender.layout}, {case.name} {case.length:,}", bars)
+
+
+class _Seen(NamedTuple):
+    direction: str
+    step: int
+    start: Mark
+    stop: Mark
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """An exchange that notes when the loop gets each visit and when it comes back for more. It has the plans of its equals."""
+
+    inner: Exchange
+    device: torch.device
+    seen: list[_Seen] = field(compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
+        return self.inner.meets(layout, kv_layout, mask, max_rows)
+
+    def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
+        for visit in self.inner.tour(transport, kv, plan, what=what):
+            start = mark(self.device)
+            yield visit
+            self.seen.append(_Seen(what.split()[-1], visit.step, start, mark(self.device)))
+
+    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
+        return self.inner.homeward(transport, plan, dtype)
+
+
+@contextmanager
+def _watched(device: torch.device) -> Iterator[list[_Seen]]:
+    """Within it the exchanges that calls name are watched."""
+    seen: list[_Seen] = []
+    with patch.object(call, "get_exchange", lambda *name: _Watched(get_exchange(*name), device, seen)):
+        yield seen

@@ -1,0 +1,292 @@
+"""`ring-attn bench ring`: the rows it leaves, its gate, its bound and its arithmetic, on a simulated ring and over gloo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import product
+from pathlib import Path
+from unittest.mock import patch
+
+import matplotlib.image
+import pytest
+import torch
+
+import ring_attn as ra
+from ring_attn import bench_ring, call
+from ring_attn.bench_contenders import OnRing, Silent
+from ring_attn.bench_kernels import document_lengths
+from ring_attn.bench_peers import RingAttentionPytorch, RingFlashAttn
+from ring_attn.bench_ring import Bench, RingBenchOptions, beside
+from ring_attn.bench_ring_report import RingRow
+from ring_attn.bench_timeline import timeline
+from ring_attn.cli import main
+from ring_attn.comm.local import LocalTransport
+from ring_attn.comm.transport import Transport
+from ring_attn.exchange import EXCHANGES, get_exchange
+from tests import fake_peers, sabotage
+from tests.dist.harness import run_processes
+
+SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float32", "device": "cpu"}
+DIRECTIONS = ("forward", "forward + backward")
+
+
+def command(*args: str) -> list[str]:
+    shape = [word for name, value in SHAPE.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return ["bench", "ring", *shape, "--repeats", "2", *args]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def small_bench(transport: Transport | None = None, **changes) -> Bench:
+    options = RingBenchOptions(**SHAPE, lengths=(64,), masks=("causal",), repeats=3, peers=False, **changes)
+    return Bench(options, [transport or LocalTransport(2)] * 2, torch.device("cpu"))
+
+
+def test_every_exchange_layout_and_mask_has_its_rows_and_a_bound(tmp_path, capsys):
+    results, plot = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    args = command("--lengths", "64", "128", "--masks", "causal", "documents", "--layouts", "striped", "zigzag")
+    assert main([*args, "--simulated", "2", "--results", str(results), "--plot", str(plot)]) == 0
+    rows = read(results)
+    timed = {(r["name"], r["layout"], r["mask"], r["length"], r["direction"]) for r in rows if r["ms"]}
+    work = list(product(("causal", "documents"), (64, 128), DIRECTIONS))
+    rings = set(product(("auto", "ring", "gather", "pull"), ("striped", "zigzag")))
+    assert {row for row in timed if row[0] != "no communication"} == {
+        (*who, *what) for who, what in product([*rings, ("one device", "contiguous")], work)
+    }
+    assert len([row for row in timed if row[0] == "no communication"]) == len(work)
+    for row in rows:
+        if row["ms"]:
+            assert row["chosen"].startswith(row["name"] if row["name"] in EXCHANGES else tuple(EXCHANGES))
+            assert row["percent"] == pytest.approx(100 * row["tflops"] / row["bound"])
+            assert row["extra_gib"] is None and row["dtype"] == "float32" and row["ring_size"] == 2 and row["torch"]
+    out = capsys.readouterr().out
+    assert "yunchang Ulysses (contiguous): yunchang is not installed" in out
+    assert "torch context_parallel all-gather flash (zigzag): it needs a process a rank: start with torchrun" in out
+    assert "documents, 128 positions" in out
+    assert matplotlib.image.imread(plot).std() > 0.05
+
+
+def test_two_axes_and_nodes_are_timed_beside_the_rings(tmp_path):
+    results = tmp_path / "rows.jsonl"
+    args = command("--lengths", "64", "--masks", "causal", "--layouts", "zigzag", "--exchanges", "pull", "two-level")
+    more = "--simulated", "4", "--ulysses", "1", "2", "--ranks-per-node", "2", "--no-peers", "--results", str(results)
+    assert main([*args, *more]) == 0
+    rows = [row for row in read(results) if row["direction"] == "forward"]
+    assert [row["name"] for row in rows if "x" in row["name"]] == ["Ulysses 2 x pull", "Ulysses 2 x two-level"]
+    assert {row["chosen"].split(",")[0] for row in rows[:4]} == {"pull", "two-level"} and all(row["percent"] for row in rows)
+
+
+def test_what_a_ring_cannot_do_is_said_and_the_others_are_timed(capsys):
+    args = command("--lengths", "64", "--masks", "causal", "--layouts", "zigzag", "--exchanges", "ring", "--no-peers")
+    assert main([*args, "--simulated", "3", "--lengths", "96", "--ulysses", "1", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "Ulysses 3 x ring (zigzag): num_heads 4 must be a multiple of ulysses 3" in out
+    assert "  ring (zigzag)" in out
+
+
+def test_results_are_added_to_what_is_there(tmp_path):
+    results = tmp_path / "rows.jsonl"
+    args = command("--lengths", "32", "--masks", "window", "--layouts", "zigzag", "--exchanges", "pull", "--no-peers")
+    for times in (1, 2):
+        assert main([*args, "--simulated", "2", "--results", str(results)]) == 0
+        assert len(read(results)) == times * 2 * len(("pull", "no communication", "one device"))
+
+
+@pytest.mark.parametrize("broken", ["push_to_the_next_rank", "pull_a_row_too_late"])
+def test_nothing_is_timed_where_an_exchange_is_wrong(broken, tmp_path, capsys):
+    results, plot = tmp_path / "rows.jsonl", tmp_path / "plot.png"
+    args = command("--lengths", "64", "--masks", "causal", "--layouts", "zigzag", "--simulated", "4", "--no-peers")
+    with getattr(sabotage, broken)(), patch.object(bench_ring, "timed", side_effect=AssertionError("timed")):
+        assert main([*args, "--results", str(results), "--plot", str(plot)]) == 1
+    rows = {row["name"]: row for row in read(results)}
+    assert all(row["ms"] is None for row in rows.values())
+    assert rows["pull"]["why_not"].startswith("wrong: ")
+    assert rows["gather"]["why_not"] == "not timed: ring attention is wrong, see the other rows"
+    assert "pull (zigzag): wrong: " in capsys.readouterr().out
+    assert not plot.exists()
+
+
+def test_times_are_medians_and_operations_count_the_allowed_cells():
+    bench = small_bench(exchanges=("ring",), layouts=("zigzag",))
+    with patch.object(bench_ring, "timed", return_value=([1.0, 8.0, 2.0], None)):
+        found = list(bench.speeds(bench.rings[0], bench.cases[0]))
+    tflops = 4 * 8 * 4 * (64 * 65 // 2) / 2.0 / 1e9
+    assert found == [(2.0, pytest.approx(tflops), None), (2.0, pytest.approx(3.5 * tflops), None)]
+
+
+def test_the_percentage_is_of_the_bound():
+    row = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=4.0, tflops=300.0)
+    bound = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=3.0, tflops=400.0)
+    assert (beside(row, bound).percent, beside(row, bound).bound) == (75.0, 400.0)
+    missing = RingRow("pull", "zigzag", "", 4, "causal", 64, "", why_not="out of memory")
+    assert beside(row, missing) == row and beside(missing, bound) == missing
+
+
+def test_rings_are_held_against_their_own_bound_and_one_device_against_the_fastest():
+    bench = small_bench(exchanges=("ring", "pull"), layouts=("zigzag",))
+    tflops = {("ring", False): 200.0, ("ring", True): 400.0, ("pull", False): 300.0, ("pull", True): 500.0}
+
+    def speeds(contender, case):
+        silent = isinstance(contender.ring.transport, Silent)
+        yield from [(1.0, tflops.get((contender.name, silent), 100.0), None)] * 2
+
+    with patch.object(bench, "speeds", speeds):
+        rows = list(bench.timed([bench.entry(contender, bench.cases[0]) for contender in (*bench.rings, *bench.others)]))
+    assert [(row.name, row.tflops, row.bound, row.percent) for row in rows if row.direction == "forward"] == [
+        ("ring", 200.0, 400.0, 50.0),
+        ("pull", 300.0, 500.0, 60.0),
+        ("no communication", 500.0, 500.0, 100.0),
+        ("one device", 100.0, 500.0, 20.0),
+    ]
+
+
+def test_the_gate_asks_again_where_auto_takes_something_else():
+    bench = small_bench()
+    pull, gather = (OnRing("auto", ra.Ring.simulated(2, exchange=name)).settled(bench.cases[0]) for name in ("pull", "gather"))
+    with sabotage.push_to_the_next_rank():
+        assert bench.gate.fault(pull, "causal").startswith("wrong: dk") and bench.gate.fault(gather, "causal") is None
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("mask", [ra.Causal(), ra.Causal() & ra.Window(5)])
+def test_the_bound_makes_every_visit_and_moves_nothing(exchange, mask):
+    class Broken(LocalTransport):
+        shift = all_gather = reduce_scatter = all_to_all = pull = push = None
+
+    ring = ra.Ring(Silent(Broken(4)), exchange=exchange)
+    q, k, v = (torch.randn(2, 64, h, 8, requires_grad=True) for h in (4, 2, 2))
+    out = ra.ring_attention(q, k, v, ring=ring, mask=mask)
+    grads = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert out.shape == q.shape and [g.shape for g in grads] == [x.shape for x in (q, k, v)]
+    assert all(x.isfinite().all() for x in (out, *grads))
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_the_timeline_shows_every_visit_in_order(exchange):
+    bench = small_bench(exchanges=(exchange,), layouts=("zigzag",))
+    case = bench.cases[0]
+    bars = timeline(bench.rings[0].settled(case), case, bench.everyone).bars
+    steps = range(1 if exchange == "gather" else 2)
+    assert [(bar.process, bar.direction, bar.step) for bar in bars] == [
+        (0, direction, step) for direction in ("forward", "backward") for step in steps
+    ]
+    times = [at for bar in bars for at in (bar.start, bar.stop)]
+    assert times == sorted(times) and times[0] > 0
+    assert call.get_exchange is get_exchange
+
+
+def test_what_is_checked_is_what_auto_takes_at_the_length_that_is_timed():
+    ring = ra.Ring.simulated(4, exchange="auto", kernel="auto")
+    bench = small_bench()
+    settled = OnRing("auto", ring).settled(bench.cases[0])
+    assert settled.ring.exchange in EXCHANGES and "auto" not in settled.ring.kernel
+    assert settled.chosen.startswith(settled.ring.exchange)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--lengths", "100"], "lengths must be multiples of 2 * ring size = 8, at least 32, got (100,)"),
+        (["--masks", "padding"], "mask 'padding' is not one of causal, full, window, documents"),
+        (["--layouts", "spiral"], "layout 'spiral' is not one of contiguous, striped, zigzag"),
+        (["--exchanges", "mail"], "exchange 'mail' is not one of auto, ring, gather, pull, two-level"),
+        (["--exchanges", "two-level"], "exchange='two-level' needs ranks_per_node, how many neighbouring ranks share a node"),
+    ],
+)
+def test_options_that_break_a_rule(args, message, capsys):
+    assert main(command(*args)) == 2
+    assert capsys.readouterr().err == f"ring-attn bench ring: {message}\n"
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 16])
+def test_documents_divide_and_fill_the_length(multiple):
+    for length, scale in ((65536, 1.0), (1024, 1 / 32)):
+        lengths = document_lengths(length, multiple, scale)
+        assert sum(lengths) == length and len(set(lengths)) > 4
+        assert all(0 < x <= length // 4 and x % multiple == 0 for x in lengths)
+
+
+def _over_gloo(rank: int, folder: str) -> None:
+    args = command("--lengths", "64", "--masks", "causal", "--layouts", "zigzag", "--results", f"{folder}/{rank}.jsonl")
+    assert main([*args, "--plot", f"{folder}/{rank}.png"]) == 0
+
+
+def test_over_gloo_the_leader_alone_writes_and_torch_says_why_not(tmp_path):
+    run_processes(_over_gloo, 2, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.jsonl", "0.png"]
+    rows = read(tmp_path / "0.jsonl")
+    assert {row["name"] for row in rows if row["ms"]} == {*EXCHANGES, "auto", "no communication", "one device"}
+    refusals = {row["name"]: row["why_not"] for row in rows if row["why_not"]}
+    assert refusals["torch context_parallel all-gather flash"].startswith("it fails: NotImplementedError: Operator aten")
+    assert refusals["ring-flash-attn zigzag"] == "ring_flash_attn is not installed"
+
+
+def _slowest(rank: int) -> None:
+    bench = small_bench(ra.Ring.from_group(None).transport)
+    times = [[1.0, 9.0, 1.0], [2.0, 2.0, 3.0]][rank]
+    with patch.object(bench_ring, "timed", return_value=(times, None)):
+        ms, tflops, _ = next(iter(bench.speeds(bench.rings[0], bench.cases[0])))
+    assert ms == 3.0
+    assert tflops == pytest.approx(4 * 8 * 4 * (64 * 65 // 2) / 2 / 3.0 / 1e9)
+
+
+def test_the_slowest_process_counts_in_every_run():
+    run_processes(_slowest, 2)
+
+
+def _peers(rank: int, folder: str) -> None:
+    fake_peers.install()
+    args = command("--lengths", "64", "--masks", "causal", "documents", "window", "--layouts", "zigzag", "--exchanges", "ring")
+    assert main([*args, "--results", f"{folder}/rows.jsonl"]) == 0
+
+
+def test_peers_are_sharded_checked_and_timed_as_they_want_it(tmp_path):
+    run_processes(_peers, 2, str(tmp_path))
+    rows = [row for row in read(tmp_path / "rows.jsonl") if "-" in row["name"] or "yunchang" in row["name"]]
+    timed = {(row["name"], row["mask"]) for row in rows if row["ms"]}
+    by_name = "ring-flash-attn zigzag", "ring-flash-attn basic", "ring-flash-attn llama3"
+    others = "yunchang Ulysses", "yunchang Ulysses 2 x ring", "ring-attention-pytorch striped"
+    assert timed == {
+        *product((*by_name, *others), ("causal",)),
+        *product(by_name, ("documents",)),
+        ("ring-flash-attn llama3", "window"),
+    }
+    (wrong,) = (row for row in rows if row["name"] == "ring-flash-attn stripe" and row["mask"] == "causal")
+    assert wrong["why_not"].startswith("wrong: ") and wrong["ms"] is None
+
+
+def test_a_package_whose_init_fails_is_imported_without_it(tmp_path, monkeypatch):
+    package = tmp_path / "ring_flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("from transformers import gone_since_5_0")
+    (package / "zigzag_ring_flash_attn.py").write_text("from .utils import one\nzigzag_ring_flash_attn_func = one")
+    (package / "utils.py").write_text("one = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        peer = RingFlashAttn("zigzag", "zigzag", LocalTransport(2))
+        assert peer.load("zigzag_ring_flash_attn").zigzag_ring_flash_attn_func == 1
+    finally:
+        _forget("ring_flash_attn")
+
+
+def test_a_package_that_ends_the_process_without_triton_nightly_is_told_tritons_version(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    package = tmp_path / "ring_attention_pytorch"
+    package.mkdir()
+    check = "from importlib.metadata import version\ntry:\n    version('triton-nightly')\nexcept Exception:\n    exit()\n"
+    (package / "__init__.py").write_text("")
+    (package / "triton_flash_attn.py").write_text(check)
+    (package / "ring_flash_attention_cuda.py").write_text("ring_flash_attn_cuda = len")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert RingAttentionPytorch("striped", "striped", LocalTransport(2)).load() is len
+    finally:
+        _forget("ring_attention_pytorch")
+
+
+def _forget(package: str) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        del sys.modules[name]
