@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import ring_attn as ra
-from ring_attn import bench_ring, call
-from ring_attn.bench_contenders import OnRing, Silent
-from ring_attn.bench_kernels import document_lengths
-from ring_attn.bench_peers import RingAttentionPytorch, RingFlashAttn
-from ring_attn.bench_ring import Bench, RingBenchOptions, beside
-from ring_attn.bench_ring_report import RingRow
-from ring_attn.bench_timeline import timeline
+from ring_attn import call
+from ring_attn.bench import ring as bench_ring
+from ring_attn.bench.contenders import OnRing, Silent
+from ring_attn.bench.kernels import document_lengths
+from ring_attn.bench.peers import RingAttentionPytorch, RingFlashAttn
+from ring_attn.bench.ring import Bench, RingBenchOptions, beside
+from ring_attn.bench.ring_report import RingRow
+from ring_attn.bench.timeline import timeline
 from ring_attn.cli import main
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Transport

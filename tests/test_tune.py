@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+from ring_attn.bench.tune import GATE_DOCUMENTS, GATE_ROWS, TuneOptions, main, timed_apart
+from ring_attn.bench.tune_candidates import LAUNCHES, candidates
+from ring_attn.bench.tune_report import Timed, brief, report
 from ring_attn.kernels.triton_ahead import Resources
 from ring_attn.kernels.triton_blocks import Config
-from ring_attn.tune import GATE_DOCUMENTS, GATE_ROWS, TuneOptions, main, timed_apart
-from ring_attn.tune_candidates import LAUNCHES, candidates
-from ring_attn.tune_report import Timed, brief, report
 
 GOOD, BROKEN, HANGING = Config(16, 16, 4, 1), Config(16, 32, 4, 1), Config(16, 64, 4, 1)
 

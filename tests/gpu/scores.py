@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ring_attn.bench_kernels import mask_of
+from ring_attn.bench.kernels import mask_of
 from ring_attn.kernels import Grads, Upstream, get_kernel
 from ring_attn.kernels.triton_kernel import interpreted
 from ring_attn.partial import only_sinks

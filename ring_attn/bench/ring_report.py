@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ring_attn.bench_results import draw_panels
+from ring_attn.bench.results import draw_panels
 
 if TYPE_CHECKING:
-    from ring_attn.bench_ring import RingBenchOptions
-    from ring_attn.bench_timeline import Timeline
+    from ring_attn.bench.ring import RingBenchOptions
+    from ring_attn.bench.timeline import Timeline
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ring_attn.bench_contenders import Attend, Case, Contender
+from ring_attn.bench.contenders import Attend, Case, Contender
 from ring_attn.comm.transport import Transport
 from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.sharding import positions

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 
 from ring_attn import call
-from ring_attn.bench_contenders import Case, OnRing
-from ring_attn.bench_timing import Everyone, Mark, mark, ms_between
+from ring_attn.bench.contenders import Case, OnRing
+from ring_attn.bench.timing import Everyone, Mark, mark, ms_between
 from ring_attn.comm.transport import Transport
 from ring_attn.exchange import get_exchange
 from ring_attn.exchange.base import KV, Exchange, Homeward, Visit

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ring_attn.bench_kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit, error, median_ms
-from ring_attn.bench_results import append, machine
+from ring_attn.bench.kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit, error, median_ms
+from ring_attn.bench.results import append, machine
+from ring_attn.bench.tune_candidates import LAUNCHES, candidates
+from ring_attn.bench.tune_report import Timed, line, report
 from ring_attn.kernels import Grads, Upstream, get_kernel
 from ring_attn.kernels.triton_blocks import Config, Configs
 from ring_attn.mask import Causal, Documents
 from ring_attn.partial import Partial
 from ring_attn.tiles import tiles
-from ring_attn.tune_candidates import LAUNCHES, candidates
-from ring_attn.tune_report import Timed, line, report
 
 if TYPE_CHECKING:
     from ring_attn.kernels.triton_ahead import Resources
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     wanted = [(launch, config) for launch in options.launches for config in candidates(launch, options.head_dim)]
     if not wanted:
-        print(f"there are no candidates for head dim {options.head_dim}; add them to ring_attn/tune_candidates.py")
+        print(f"there are no candidates for head dim {options.head_dim}; add them to ring_attn/bench/tune_candidates.py")
         return 2
     rows = tune(wanted, options)
     print(f"\n{machine()}, {report(rows, options)}")

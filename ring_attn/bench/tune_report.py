@@ -12,8 +12,8 @@ import torch
 from ring_attn.kernels.triton_blocks import Config, configs
 
 if TYPE_CHECKING:
+    from ring_attn.bench.tune import TuneOptions
     from ring_attn.kernels.triton_ahead import Resources
-    from ring_attn.tune import TuneOptions
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.figure import FigureBase
 
-    from ring_attn.bench_kernels import KernelBenchOptions
+    from ring_attn.bench.kernels import KernelBenchOptions
 
 
 class Options(Protocol):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ring_attn.bench_results import Row, append, draw, machine, table, write_order
-from ring_attn.bench_timing import timed
+from ring_attn.bench.results import Row, append, draw, machine, table, write_order
+from ring_attn.bench.timing import timed
 from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.partial import accumulator_dtype

@@ -16,14 +16,14 @@ from typing import Literal
 
 import torch
 
-from ring_attn.bench_contenders import Case, Contender, OnRing, Shape
-from ring_attn.bench_gate import FAILURES, Gate
-from ring_attn.bench_kernels import document_lengths, mask_of
-from ring_attn.bench_peers import peers
-from ring_attn.bench_results import append, machine
-from ring_attn.bench_ring_report import RingRow, draw, table
-from ring_attn.bench_timeline import Timeline, timeline
-from ring_attn.bench_timing import Everyone, timed
+from ring_attn.bench.contenders import Case, Contender, OnRing, Shape
+from ring_attn.bench.gate import FAILURES, Gate
+from ring_attn.bench.kernels import document_lengths, mask_of
+from ring_attn.bench.peers import peers
+from ring_attn.bench.results import append, machine
+from ring_attn.bench.ring_report import RingRow, draw, table
+from ring_attn.bench.timeline import Timeline, timeline
+from ring_attn.bench.timing import Everyone, timed
 from ring_attn.comm.start import device_of, is_distributed, process_group
 from ring_attn.comm.transport import Transport
 from ring_attn.comm.two_axes import TwoAxes

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from ring_attn.bench_contenders import Case, Contender
-from ring_attn.bench_timing import Everyone
+from ring_attn.bench.contenders import Case, Contender
+from ring_attn.bench.timing import Everyone
 from ring_attn.check import NAMES, Problem, Sizes, differentiated, make_problem
 
 logger = logging.getLogger("ring_attn")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-BENCHMARKS = {"kernels": "ring_attn.bench_kernels", "ring": "ring_attn.bench_ring", "tune": "ring_attn.tune"}
+BENCHMARKS = {"kernels": "ring_attn.bench.kernels", "ring": "ring_attn.bench.ring", "tune": "ring_attn.bench.tune"}
 
 
 def main(argv: Sequence[str]) -> int:
