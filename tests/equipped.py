@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -23,8 +24,8 @@ BLOCK = re.compile(r"(<!-- capabilities -->\n```text\n)(.*?)(\n```\n)", re.DOTAL
 @contextmanager
 def equipped() -> Iterator[None]:
     facts = [
-        (flash, "load", object()),
-        (flash, "load4", object()),
+        (flash, "load", flash._Library(ModuleType("flash_attn"), (2, 8, 3))),
+        (flash, "load4", SimpleNamespace(utils=SimpleNamespace(create_softcap_scoremod_bwd=None))),
         (gluon_kernel, "_installation_refusal", None),
         (triton_kernel, "interpreted", False),
         (triton_kernel, "find_spec", object()),

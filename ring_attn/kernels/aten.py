@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream
 from ring_attn.kernels.split import squares, strips, windows
-from ring_attn.kernels.tilewise import Gradients, Pack, Packing, Tilewise, refusal
+from ring_attn.kernels.tilewise import Gradients, Pack, Packing, Scaling, Tilewise, refusal
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile
@@ -76,31 +76,31 @@ class CudaFlash(Packing):
     def pieces(self, tile: Tile) -> Iterable[Tile]:
         return windows(tile)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
-        return self._forward(q, k, v, (None, None, q.shape[1], k.shape[1]), tile.window, scale)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> tuple[Tensor, Tensor]:
+        return self._forward(q, k, v, (None, None, q.shape[1], k.shape[1]), tile.window, scaling)
 
-    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Gradients:
-        return self._backward(up, q, k, v, (None, None, q.shape[1], k.shape[1]), tile.window, scale)
+    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> Gradients:
+        return self._backward(up, q, k, v, (None, None, q.shape[1], k.shape[1]), tile.window, scaling)
 
-    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
-        return self._forward(q, k, v, (pack.cu_q, pack.cu_kv, pack.max_q, pack.max_kv), pack.window, scale)
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: Scaling) -> tuple[Tensor, Tensor]:
+        return self._forward(q, k, v, (pack.cu_q, pack.cu_kv, pack.max_q, pack.max_kv), pack.window, scaling)
 
-    def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> Gradients:
-        return self._backward(up, q, k, v, (pack.cu_q, pack.cu_kv, pack.max_q, pack.max_kv), pack.window, scale)
+    def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: Scaling) -> Gradients:
+        return self._backward(up, q, k, v, (pack.cu_q, pack.cu_kv, pack.max_q, pack.max_kv), pack.window, scaling)
 
-    def _forward(self, q, k, v, lengths: tuple, window: tuple, scale: float) -> tuple[Tensor, Tensor]:
+    def _forward(self, q, k, v, lengths: tuple, window: tuple, scaling: Scaling) -> tuple[Tensor, Tensor]:
         left, right = window
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *lengths, 0.0, False, False, scale=scale, window_size_left=left, window_size_right=right
+            q, k, v, *lengths, 0.0, False, False, scale=scaling.scale, window_size_left=left, window_size_right=right
         )
         return out, lse
 
-    def _backward(self, up: Upstream, q, k, v, lengths: tuple, window: tuple, scale: float) -> Gradients:
+    def _backward(self, up: Upstream, q, k, v, lengths: tuple, window: tuple, scaling: Scaling) -> Gradients:
         left, right = window
         state = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._flash_attention_backward(
             up.dout, q, k, v, up.out, up.lse, *lengths, 0.0, False, *state,
-            scale=scale, window_size_left=left, window_size_right=right,
+            scale=scaling.scale, window_size_left=left, window_size_right=right,
         )  # fmt: skip
 
 
@@ -120,18 +120,18 @@ class CpuFlash(Tilewise):
     def pieces(self, tile: Tile) -> Iterable[Tile]:
         return squares(tile) if tile.band.lo is None else strips(tile, self.strip)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> tuple[Tensor, Tensor]:
         causal, mask = _causal_or_mask(tile, q.dtype)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        out, lse = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling.scale)
         return out.transpose(1, 2), lse
 
-    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Gradients:
+    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> Gradients:
         causal, mask = _causal_or_mask(tile, q.dtype)
         q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, up.dout, up.out))
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        grads = differentiate(dout, q, k, v, out, up.lse, 0.0, causal, attn_mask=mask, scale=scale)
+        grads = differentiate(dout, q, k, v, out, up.lse, 0.0, causal, attn_mask=mask, scale=scaling.scale)
         return tuple(x.transpose(1, 2) for x in grads)
 
 
@@ -155,24 +155,26 @@ class CudnnKernel(Tilewise):
     def pieces(self, tile: Tile) -> Iterable[Tile]:
         return squares(tile)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> tuple[Tensor, Tensor]:
         if k.shape[1] == 1:
-            return _attend_one_key(q, k, v, scale)
+            return _attend_one_key(q, k, v, scaling.scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         attend = torch.ops.aten._scaled_dot_product_cudnn_attention
-        out, lse, *_ = attend(q, k, v, None, True, 0.0, tile.band.hi is not None, False, scale=scale)
+        out, lse, *_ = attend(q, k, v, None, True, 0.0, tile.band.hi is not None, False, scale=scaling.scale)
         return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
-    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Gradients:
+    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> Gradients:
         if k.shape[1] == 1:
-            return _differentiate_one_key(up, q, k, v, scale)
+            return _differentiate_one_key(up, q, k, v, scaling.scale)
         q, k, v, dout, out = (x.transpose(1, 2) for x in (q, k, v, up.dout, up.out))
         lse = up.lse.reshape(*up.lse.shape, *(1,) * (_cudnn_lse_dims(q.device) - 3))
         # This pair's lengths: the operator takes them at their word.
         lengths, causal = (q.shape[2], k.shape[2]), tile.band.hi is not None
         seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
         differentiate = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-        grads = differentiate(dout, q, k, v, out, lse, seed, offset, None, None, None, *lengths, 0.0, causal, scale=scale)
+        grads = differentiate(
+            dout, q, k, v, out, lse, seed, offset, None, None, None, *lengths, 0.0, causal, scale=scaling.scale
+        )
         return tuple(x.transpose(1, 2) for x in grads)
 
 

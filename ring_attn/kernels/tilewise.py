@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
 from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, normalize
-from ring_attn.score import Scores
+from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
 
 # Row numbers as an index of [b, s, ...]: one batch row's slice, or the two coordinates of every row.
@@ -40,6 +40,7 @@ def refusal(
     head_dim_max: int | None = None,
     any_v_head_dim: bool = False,
     takes_lse_grad: bool = False,
+    takes_softcap: bool = False,
 ) -> str | None:
     """None, or why a library with these limits cannot do the problem."""
     if problem.dtype not in dtypes:
@@ -51,9 +52,11 @@ def refusal(
             return f"it needs a head_dim that is a multiple of {head_dim_step}, not {dim}"
         if head_dim_max is not None and dim > head_dim_max:
             return f"it takes a head_dim up to {head_dim_max}, not {dim}"
-    refused = modifier_refusal(problem)
+    refused = modifier_refusal(problem, ("softcap",) if takes_softcap else ())
     if refused is not None:
         return refused
+    if len(problem.score or ()) > 1:
+        return "it takes one SoftCap, not two; triton and reference take any number"
     if problem.direction == "backward" and problem.lse_grad and not takes_lse_grad:
         return "its backward recomputes delta from out and dout: no gradient through lse enters; triton and reference take one"
     return None
@@ -61,6 +64,23 @@ def refusal(
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a library makes scores of products: times `scale`; then, unless `softcap` is 0, softcap * tanh(score / softcap)."""
+
+    scale: float
+    softcap: float = 0.0
+
+    @staticmethod
+    def of(scale: float, score: Scores | None) -> Scaling:
+        match score.steps if score else ():
+            case ():
+                return Scaling(scale)
+            case (SoftCap(cap),):
+                return Scaling(scale, cap)
+        raise AssertionError(score)
 
 
 class Tilewise(ABC):
@@ -76,11 +96,11 @@ class Tilewise(ABC):
         """Tiles with the same cells, each of which `attend` can express."""
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> tuple[Tensor, Tensor]:
         """(out [b, i, h, dv], lse [b, h, i]) of the tile's queries [b, i, h, d] on its keys [b, j, g, d]."""
 
     @abstractmethod
-    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Gradients:
+    def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> Gradients:
         """(dq, dk, dv) of one such tile; `up` holds its rows, with lse contiguous."""
 
     def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
@@ -100,12 +120,12 @@ class Tilewise(ABC):
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
-        calls = list(self.calls(tiles, q))
+        calls, scaling = list(self.calls(tiles, q)), Scaling.of(scale, score)
         if into is None and len(calls) == 1 and calls[0].covers(q):
-            return _alone(*calls[0].attend(self, q, k, v, scale), out)
+            return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = empty(q, v.shape[-1]) if into is None else into
         for n, call in enumerate(calls, 1):
-            call.merge(into, *call.attend(self, q, k, v, scale), out if n == len(calls) else None)
+            call.merge(into, *call.attend(self, q, k, v, scaling), out if n == len(calls) else None)
         if out is not None and not calls:
             out.copy_(normalize(into, out.dtype))
         return into
@@ -122,19 +142,20 @@ class Tilewise(ABC):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
+        scaling = Scaling.of(scale, score)
         for call in self.calls(tiles, q):
-            call.add(into, *call.differentiate(self, up, q, k, v, scale))
+            call.add(into, *call.differentiate(self, up, q, k, v, scaling))
 
 
 class Packing(Tilewise):
     """A tilewise kernel whose library also takes packs; see Note [packs]."""
 
     @abstractmethod
-    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> tuple[Tensor, Tensor]:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: Scaling) -> tuple[Tensor, Tensor]:
         """(out [n, h, dv], lse [h, n]) of packed queries [n, h, d] on packed keys [nkv, g, d]."""
 
     @abstractmethod
-    def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float) -> Gradients:
+    def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: Scaling) -> Gradients:
         """(dq, dk, dv) of a pack; `up` holds dout and out [n, h, dv] and lse [h, n], contiguous."""
 
     def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
@@ -152,8 +173,8 @@ class Dense:
         """Whether it holds every row of q."""
         return len(self.tile.q_rows) == q.shape[1] and self.tile.batch is None
 
-    def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        return kernel.attend(q[self._q], k[self._kv], v[self._kv], self.tile, scale)
+    def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+        return kernel.attend(q[self._q], k[self._kv], v[self._kv], self.tile, scaling)
 
     def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> None:
         """Merges a result into its rows; with `target`, the normalised output of all rows goes there."""
@@ -166,11 +187,11 @@ class Dense:
         if target is not None:
             target.copy_(normalize(into, target.dtype))
 
-    def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
+    def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         batch, rows = self._q
         dlse = None if up.dlse is None else up.dlse[batch, :, rows].contiguous()
         up = Upstream(up.dout[batch, rows], up.out[batch, rows], up.lse[batch, :, rows].contiguous(), dlse)
-        return kernel.differentiate(up, q[self._q], k[self._kv], v[self._kv], self.tile, scale)
+        return kernel.differentiate(up, q[self._q], k[self._kv], v[self._kv], self.tile, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         into.dq[self._q] += dq
@@ -214,9 +235,9 @@ class Packed:
         rows = self.pack.q_rows[1]
         return q.shape[0] == 1 and isinstance(rows, slice) and rows == slice(0, q.shape[1])
 
-    def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
-        out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scale)
+        out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scaling)
         return out.unsqueeze(0), lse.unsqueeze(0)
 
     def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> None:
@@ -228,11 +249,11 @@ class Packed:
         if target is not None:
             target.copy_(normalize(into, target.dtype))
 
-    def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
+    def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
         lse, dlse = (None if x is None else x.transpose(1, 2)[rows].T.contiguous() for x in (up.lse, up.dlse))
         up = Upstream(up.dout[rows], up.out[rows], lse, dlse)
-        return kernel.differentiate_packed(up, q[rows], k[kv], v[kv], self.pack, scale)
+        return kernel.differentiate_packed(up, q[rows], k[kv], v[kv], self.pack, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         into.dq[self.pack.q_rows] += dq

@@ -127,6 +127,8 @@ def cases(pair: tuple[str, str], quick: bool) -> Iterator[Case]:
             for kind in ("full", "causal", "documents"):
                 yield Case(kind, torch.bfloat16, *dims, next(heads), next(sizes), next(visits))
     if not set(pair) <= OWN:
+        for dtype, dim, kind in product(HALF, (64, 128), ("causal", "strict", "batch rows", "many")):
+            yield Case(kind, dtype, dim, dim, next(heads), next(sizes), next(visits), score="softcap")
         return
     for dtype in HALF:
         for dim in (33, 256):

@@ -17,16 +17,18 @@ LIMITS = {torch.float64: FLOAT64_LIMIT, torch.float32: FLOAT32_LIMIT}
 HALF_LSE_LIMIT = 1e-5
 
 
-def exact(q, k, v, dout, tile_lists, *, scale, dlse=None) -> dict[str, Tensor]:
+def exact(q, k, v, dout, tile_lists, **options) -> dict[str, Tensor]:
     """`plain` in float64."""
-    return plain(*(x.double() for x in (q, k, v, dout)), tile_lists, scale=scale, dlse=dlse)
+    return plain(*(x.double() for x in (q, k, v, dout)), tile_lists, **options)
 
 
-def plain(q, k, v, dout, tile_lists: Sequence[tuple[Tile, ...]], *, scale: float, dlse=None) -> dict[str, Tensor]:
-    """out, lse, dq, dk, dv of one dense softmax over the cells of all visits, in the inputs' dtype."""
+def plain(
+    q, k, v, dout, tile_lists: Sequence[tuple[Tile, ...]], *, scale: float, dlse=None, modify=lambda scores: scores
+) -> dict[str, Tensor]:
+    """out, lse, dq, dk, dv of one dense softmax of `modify(scores)` over the cells of all visits, in the inputs' dtype."""
     seen = cells_of([tile for visit in tile_lists for tile in visit], q.shape[0], q.shape[1], k.shape[1])
     inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out, lse = dense(*inputs, seen, scale)
+    out, lse = dense(*inputs, seen, scale, modify)
     target = (out * dout).sum()
     if dlse is not None:
         target = target + (lse.masked_fill(lse == -torch.inf, 0) * dlse).sum()

@@ -1,4 +1,4 @@
-"""Stand-ins for flash-attn 2.5 to 2.8 in plain PyTorch: their signatures, returns, shapes and windows, on any device.
+"""Stand-ins for flash-attn 2.5 to 2.8 and 4 in plain PyTorch: signatures, returns, shapes, windows, softcap, on any device.
 
 They check what the CUDA code takes on trust: that lse is contiguous and of the one right shape, and that dq, dk, dv are buffers
 of the right dtype. A window is read as the CUDA code reads it, sides of Sk or more being open.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -43,6 +44,7 @@ _SIGNATURES = {
 }
 _SIGNATURES["2.8.3"] = _SIGNATURES["2.7.4.post1"]
 VERSIONS = tuple(_SIGNATURES)
+CAPPED = VERSIONS[2:]  # those with a softcap
 
 
 _PACKAGE, _INTERFACE = "flash_attn", "flash_attn.flash_attn_interface"
@@ -115,33 +117,33 @@ def _function(name: str, parameters: str, version: str, calls: list):
     return function
 
 
-def _forward(version, q, k, v, softmax_scale, **options):
+def _forward(version, q, k, v, **options):
     out, lse = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1])
     for b in range(len(q)):
-        out[b], lse[b] = _attend(q[b], k[b], v[b], softmax_scale, _sides(options, k.shape[1]))
+        out[b], lse[b] = _attend(q[b], k[b], v[b], _Rule.of(options, k.shape[1]))
     return _forward_result(version, q, k, v, out, lse)
 
 
-def _backward(version, dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, **options):
+def _backward(version, dout, q, k, v, out, softmax_lse, dq, dk, dv, **options):
     _check_lse(softmax_lse, (q.shape[0], q.shape[2], q.shape[1]))
     for b in range(len(q)):
         rows = dout[b], q[b], k[b], v[b], out[b], softmax_lse[b]
-        _fill((dq[b], dk[b], dv[b]), _differentiate(*rows, softmax_scale, _sides(options, k.shape[1])))
+        _fill((dq[b], dk[b], dv[b]), _differentiate(*rows, _Rule.of(options, k.shape[1])))
     return _backward_result(version, dq, dk, dv)
 
 
-def _varlen_forward(version, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **options):
+def _varlen_forward(version, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
     out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
     padded = torch.full((len(cu_seqlens_q) - 1, q.shape[1], max_seqlen_q), torch.nan)
     for i, (a, b) in enumerate(_members(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
-        out[a], lse[:, a] = _attend(q[a], k[b], v[b], softmax_scale, _sides(options, max_seqlen_k))
+        out[a], lse[:, a] = _attend(q[a], k[b], v[b], _Rule.of(options, max_seqlen_k))
         padded[i, :, : a.stop - a.start] = lse[:, a]
     return _forward_result(version, q, k, v, out, padded if version < "2.6" else lse)
 
 
 def _varlen_backward(
     version, dout, q, k, v, out, softmax_lse, dq, dk, dv,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **options,
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options,
 ):  # fmt: skip
     pads = version < "2.6"
     shape = (len(cu_seqlens_q) - 1, q.shape[1], max_seqlen_q) if pads else (q.shape[1], q.shape[0])
@@ -149,43 +151,54 @@ def _varlen_backward(
     for i, (a, b) in enumerate(_members(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
         lse = softmax_lse[i, :, : a.stop - a.start] if pads else softmax_lse[:, a]
         rows = dout[a], q[a], k[b], v[b], out[a], lse
-        _fill((dq[a], dk[b], dv[b]), _differentiate(*rows, softmax_scale, _sides(options, max_seqlen_k)))
+        _fill((dq[a], dk[b], dv[b]), _differentiate(*rows, _Rule.of(options, max_seqlen_k)))
     return _backward_result(version, dq, dk, dv)
 
 
-def _sides(options: dict, max_kv: int) -> tuple[int, int] | None:
-    """(left, right) as the CUDA code reads them, None for no window; the other options must be off."""
-    left, right = options.get("window_size") or (options["window_size_left"], options["window_size_right"])
-    assert (options["dropout_p"], options.get("softcap", 0.0), options["alibi_slopes"]) == (0.0, 0.0, None)
-    assert min(left, right) >= -1, f"window ({left}, {right}) would hide a whole row"
-    left, right = (-1 if side >= max_kv else side for side in (left, right))
-    if options["causal"]:
-        right = 0
-    if left < 0 and right < 0:
-        return None
-    return (max_kv if left < 0 else left), (max_kv if right < 0 else right)
+@dataclass(frozen=True)
+class _Rule:
+    """What the options of a call say of its scores; `sides` (left, right) as the CUDA code reads them, None for no window."""
+
+    scale: float
+    softcap: float
+    sides: tuple[int, int] | None
+
+    @staticmethod
+    def of(options: dict, max_kv: int) -> _Rule:
+        """The other options must be off."""
+        assert (options["dropout_p"], options["alibi_slopes"]) == (0.0, None)
+        left, right = options.get("window_size") or (options["window_size_left"], options["window_size_right"])
+        assert min(left, right) >= -1, f"window ({left}, {right}) would hide a whole row"
+        left, right = (-1 if side >= max_kv else side for side in (left, right))
+        if options["causal"]:
+            right = 0
+        sides = None if max(left, right) < 0 else tuple(max_kv if side < 0 else side for side in (left, right))
+        return _Rule(options["softmax_scale"], options.get("softcap", 0.0), sides)
+
+    def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | float]:
+        """([h, i, j] in float64, -inf outside the bottom-right aligned window; their derivative by scaled products)."""
+        scores, slope = torch.einsum("ihd,jhd->hij", q.double(), _expand(k, q).double()) * self.scale, 1.0
+        if self.softcap > 0:
+            ratio = (scores / self.softcap).tanh()
+            scores, slope = ratio * self.softcap, 1 - ratio**2
+        if self.sides is None:
+            return scores, slope
+        offset = torch.arange(len(k)) - torch.arange(len(q)).unsqueeze(1) - (len(k) - len(q))
+        return scores.masked_fill((offset < -self.sides[0]) | (offset > self.sides[1]), -torch.inf), slope
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, sides: tuple[int, int] | None) -> Tensor:
-    """[h, i, j] in float64, -inf outside the bottom-right aligned window."""
-    scores = torch.einsum("ihd,jhd->hij", q.double(), _expand(k, q).double()) * scale
-    if sides is None:
-        return scores
-    offset = torch.arange(len(k)) - torch.arange(len(q)).unsqueeze(1) - (len(k) - len(q))
-    return scores.masked_fill((offset < -sides[0]) | (offset > sides[1]), -torch.inf)
-
-
-def _attend(q, k, v, scale, sides) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, scale, sides)
+def _attend(q, k, v, rule: _Rule) -> tuple[Tensor, Tensor]:
+    scores, _ = rule.scores(q, k)
     out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), _expand(v, q).double())
     return out.to(q.dtype), scores.logsumexp(-1).float()
 
 
-def _differentiate(dout, q, k, v, out, lse, scale, sides) -> tuple[Tensor, Tensor, Tensor]:
-    p = (_scores(q, k, scale, sides) - lse.double().unsqueeze(-1)).exp()
+def _differentiate(dout, q, k, v, out, lse, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
+    scores, slope = rule.scores(q, k)
+    p = (scores - lse.double().unsqueeze(-1)).exp()
     dout = dout.double()
     delta = (dout * out.double()).sum(-1).T.unsqueeze(-1)
-    ds = p * (torch.einsum("ihd,jhd->hij", dout, _expand(v, q).double()) - delta) * scale
+    ds = p * (torch.einsum("ihd,jhd->hij", dout, _expand(v, q).double()) - delta) * slope * rule.scale
     dq = torch.einsum("hij,jhd->ihd", ds, _expand(k, q).double())
     dk, dv = torch.einsum("hij,ihd->jhd", ds, q.double()), torch.einsum("hij,ihd->jhd", p, dout)
     return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
@@ -225,3 +238,50 @@ def _forward_result(version, q, k, v, out, lse):
 def _backward_result(version, dq, dk, dv):
     softmax_d = torch.full((1,), torch.nan)
     return softmax_d if version >= "2.7" else (dq, dk, dv, softmax_d)
+
+
+@contextmanager
+def installed4(derivative: bool = True) -> Iterator[list[tuple[str, dict]]]:
+    """Inside, flash-attn 4 is a stand-in; without `derivative`, one that leaves a softcap out of its gradients."""
+    cute, interface, utils = (ModuleType(f"flash_attn.cute{name}") for name in ("", ".interface", ".utils"))
+    cute.interface, interface.utils, interface.calls = interface, utils, []
+    if derivative:
+        utils.create_softcap_scoremod_bwd = None
+    for name, body in (("_flash_attn_fwd", _forward4), ("_flash_attn_bwd", _backward4)):
+        setattr(interface, name, _recorded(name, body, interface.calls))
+    with in_place_of_flash_attn({_PACKAGE: ModuleType(_PACKAGE), cute.__name__: cute}):
+        yield interface.calls
+
+
+def _recorded(name: str, body: Callable, calls: list) -> Callable:
+    def function(*args, **kwargs):
+        calls.append((name, kwargs))
+        return body(*args, **kwargs)
+
+    return function
+
+
+def _forward4(q, k, v, *, return_lse, cu_seqlens_q=None, **options):
+    assert return_lse
+    if cu_seqlens_q is None:
+        return *_forward("4", q, k, v, **_OFF, **_as_version_2(options))[:2], None
+    return *_varlen_forward("4", q, k, v, cu_seqlens_q, **_OFF, **_as_version_2(options))[:2], None
+
+
+def _backward4(q, k, v, out, dout, lse, *, deterministic, dlse, cu_seqlens_q=None, **options):
+    assert dlse is None
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    arguments = dout, q, k, v, out, lse, *grads
+    if cu_seqlens_q is None:
+        _backward("4", *arguments, **_OFF, **_as_version_2(options))
+    else:
+        _varlen_backward("4", *arguments, cu_seqlens_q, **_OFF, **_as_version_2(options))
+    return *grads, None
+
+
+_OFF = {"dropout_p": 0.0, "alibi_slopes": None, "causal": False}
+
+
+def _as_version_2(options: dict) -> dict:
+    """Version 4's options with None for an open side as version 2 writes it."""
+    return {name: -1 if value is None else value for name, value in options.items()}

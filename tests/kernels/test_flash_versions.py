@@ -1,4 +1,4 @@
-"""The flash-attn adapter on stand-ins for every supported version: calls, numbers, and the words it refuses with.
+"""The flash-attn adapters on stand-ins for every supported version: calls, numbers, and the words they refuse with.
 
 The stand-ins check what the CUDA code takes on trust; tests/gpu/kernels.py runs the installed library itself.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from types import ModuleType
 
 import pytest
@@ -15,14 +16,16 @@ import torch
 
 from ring_attn.kernels import KernelUnavailable, Problem, flash, get_kernel, resolve
 from ring_attn.mask import Causal, Documents
+from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Band, Tile, tiles
 from tests.kernels.comparison import check_half, exact, plain
-from tests.kernels.fake_flash import VERSIONS, in_place_of_flash_attn, installed
+from tests.kernels.fake_flash import CAPPED, VERSIONS, in_place_of_flash_attn, installed, installed4
 from tests.support import BAND_KINDS, band_tiles, random_qkv, run_kernel, split_tiles
 
 DENSE = ["_flash_attn_backward", "_flash_attn_forward"]
 PACKED = ["_flash_attn_varlen_backward", "_flash_attn_varlen_forward"]
-FLASH2 = get_kernel("flash2")
+FLASH2, FLASH4 = get_kernel("flash2"), get_kernel("flash4")
+CAP = 0.7
 
 
 @pytest.fixture(params=VERSIONS)
@@ -33,16 +36,17 @@ def calls(request):
 
 
 @cache
-def example(kind, num_q, num_kv, h=4, g=2, visits=1, dtype=torch.float16):
+def example(kind, num_q, num_kv, h=4, g=2, visits=1, dtype=torch.float16, capped=False):
     """(inputs, visits, dense softmax in float64, dense softmax in dtype) of one case; made once for all versions."""
     inputs = random_qkv(2, num_q, num_kv, h, g, 16, dtype=dtype, seed=1)
     tile_lists = split_tiles(band_tiles(kind, num_q, num_kv), visits)
-    return inputs, tile_lists, exact(*inputs, tile_lists, scale=0.25), plain(*inputs, tile_lists, scale=0.25)
+    options = {"scale": 0.25} | ({"modify": lambda scores: CAP * torch.tanh(scores / CAP)} if capped else {})
+    return inputs, tile_lists, exact(*inputs, tile_lists, **options), plain(*inputs, tile_lists, **options)
 
 
-def check(case, forward=FLASH2, backward=FLASH2):
+def check(case, forward=FLASH2, backward=FLASH2, score=None):
     inputs, tile_lists, want, dense_half = case
-    check_half(run_kernel(forward, *inputs, tile_lists, scale=0.25, backward=backward), want, dense_half)
+    check_half(run_kernel(forward, *inputs, tile_lists, scale=0.25, backward=backward, score=score), want, dense_half)
 
 
 @pytest.mark.parametrize("size", [(37, 44), (53, 20)])
@@ -55,6 +59,19 @@ def test_every_band(calls, kind, size):
 @pytest.mark.parametrize("kind", ["documents", "batch rows", "many"])
 def test_several_visits(calls, kind):
     check(example(kind, 37, 44, visits=3))
+
+
+CAPPING = {version: (FLASH2, partial(installed, version)) for version in CAPPED} | {"4": (FLASH4, installed4)}
+
+
+@pytest.mark.parametrize("version", CAPPING)
+@pytest.mark.parametrize("kind", ["causal", "window", "documents", "batch rows", "many"])
+def test_a_softcap_is_the_library_s_own(version, kind):
+    kernel, installation = CAPPING[version]
+    for cap, score in ((CAP, Scores((SoftCap(CAP),), bound=CAP)), (0.0, Scores(()))):
+        with installation() as calls:
+            check(example(kind, 37, 44, visits=2, capped=cap > 0), kernel, kernel, score)
+            assert {arguments["softcap"] for _, arguments in calls} == {cap}
 
 
 @pytest.mark.parametrize(("h", "g"), [(4, 4), (4, 1), (1, 1)])
@@ -157,7 +174,7 @@ def test_every_version_supports(calls, direction):
         ({"head_dim": 20, "v_head_dim": 20}, "it needs a head_dim that is a multiple of 8, not 20"),
         ({"head_dim": 264, "v_head_dim": 264}, "it takes a head_dim up to 256, not 264"),
         ({"v_head_dim": 8}, "it needs v_head_dim = head_dim, not 8 and 16; triton and reference do not"),
-        ({"score": ("softcap",)}, "it has no .*softcap.*"),
+        ({"score": ("alibi",)}, "it has no alibi"),
         ({"direction": "backward", "lse_grad": True}, "no gradient through lse enters; triton and reference take one"),
     ],
 )
@@ -165,6 +182,48 @@ def test_what_it_refuses(calls, change, reason):
     start = f"kernel 'flash2' cannot do this {change.get('direction', 'forward')}: "
     with pytest.raises(KernelUnavailable, match=f"^{start}.*{reason}; kernel='auto' picks one that can$"):
         resolve("flash2", problem(**change))
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("version", [*VERSIONS, "2.6.0", "2.6.2.post1", "2.7.0rc2"])
+def test_which_versions_take_a_softcap(version, direction):
+    with in_place_of_flash_attn(release(version)):
+        said = FLASH2.supports(problem(score=("softcap",), direction=direction))
+    if version.startswith(("2.5", "2.6.0", "2.6.2")):
+        assert re.fullmatch(r"it takes a softcap from flash_attn 2\.6\.3 on, 2\.[56]\.[029] is installed", said)
+    else:
+        assert said is None
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+def test_a_flash4_without_a_derivative_of_it_takes_no_softcap(on_hopper):
+    asked = problem(score=("softcap",), head_dim=64, v_head_dim=64)
+    with installed4():
+        assert FLASH4.supports(asked) is None
+    with installed4(derivative=False):
+        assert FLASH4.supports(asked) == "this flash-attn 4 has no derivative of a softcap, version 4.0.0b36 has"
+        assert FLASH4.supports(replace(asked, score=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reason"),
+    [
+        (("softcap", "softcap"), "it takes one SoftCap, not two; triton and reference take any number"),
+        (("softcap", "dropout"), "it has no dropout"),
+        (("alibi", "softcap"), "it has no alibi"),
+    ],
+)
+def test_a_softcap_stands_alone(on_hopper, kinds, reason):
+    asked = problem(score=kinds, head_dim=64, v_head_dim=64)
+    with installed4():
+        assert FLASH4.supports(asked) == reason
+    with installed("2.8.3"):
+        assert FLASH2.supports(asked) == reason
 
 
 def test_a_gradient_through_lse_is_no_matter_to_the_forward(calls):
