@@ -12,7 +12,7 @@ starts, and `Window(None, kv_len - q_len)` the ends, as flash-attn does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 from ring_attn.typed import is_jitted
@@ -204,6 +204,7 @@ class MaskMod(Mask):
 
     fn: Callable
     triton: Callable | None = None
+    first_head: int = field(default=0, kw_only=True)  # the number of a call's head 0, where ranks attend to a part of the heads
 
     def __post_init__(self) -> None:
         if self.triton is not None and not is_jitted(self.triton):
@@ -216,18 +217,7 @@ class MaskMod(Mask):
         return (Rule(predicates=(self,)),)
 
     def from_head(self, first: int) -> Mask:
-        return MaskMod(_FromHead(self.fn, first))
-
-
-@dataclass(frozen=True)
-class _FromHead:
-    """A function of (b, h, i, j) whose head 0 is head `first` of `fn`."""
-
-    fn: Callable
-    first: int
-
-    def __call__(self, b, h, i, j):
-        return self.fn(b, h + self.first, i, j)
+        return replace(self, first_head=self.first_head + first)
 
 
 @dataclass(frozen=True)

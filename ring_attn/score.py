@@ -265,7 +265,7 @@ class ScoreMod(Score):
         return replace(self, fn=recapture(self.fn, tuple(wide)))
 
     def from_head(self, first: int) -> Score:
-        return ScoreMod(self.fn, first_head=self.first_head + first)
+        return replace(self, first_head=self.first_head + first)
 
     def check_gradients(self) -> None:
         if self.triton is not None and any(x.requires_grad for x in self.tensors()):

@@ -187,7 +187,8 @@ class _Block:
         allowed = (offset >= self.lo) & (offset <= self.hi)
         for predicate in self.tile.predicates:
             c = self._cells
-            allowed = allowed & over_cells(predicate.fn)(c.batch, c.heads, c.q_pos, c.kv_pos).bool()
+            heads = c.heads + predicate.first_head
+            allowed = allowed & over_cells(predicate.fn)(c.batch, heads, c.q_pos, c.kv_pos).bool()
         return allowed
 
     @cached_property

@@ -7,7 +7,8 @@ the way back leaves the factors out: `scale`, with which the backward ends, is a
 
 Note [positions]: a step that asks where a score lies gets global positions. They are linear in the rows of one entry of the
 block table, see Note [block table]. A difference of positions is taken from the first walked one of a block, near which
-float32 holds every position.
+float32 holds every position. Heads are counted from 0 in a launch; a user's function brings the number of the first one along,
+see Note [parts of the heads] in `ring_attn.score`.
 
 Note [names]: Triton names generated code by the module and the qualified name of its function, so of two functions of one
 name the second would silently run the first one's code. `check_names` refuses them.
@@ -100,7 +101,8 @@ def chain_of(score: Scores | None, tiles: Sequence[Tile], dtype: torch.dtype) ->
     predicates = tiles[0].predicates if tiles else ()
     functions = [fn for one in score.steps if isinstance(one, ScoreMod) for fn in one.triton] + [x.triton for x in predicates]
     check_names(functions)
-    steps = *(_step(one, dtype) for one in score.steps), *(Step(hidden, through_hidden, x.triton) for x in predicates)
+    hiding = (Step(hidden, through_hidden, (x.triton, x.first_head)) for x in predicates)
+    steps = *(_step(one, dtype) for one in score.steps), *hiding
     alibi = next((n for n, one in enumerate(score.steps) if isinstance(one, Alibi)), None)
     slopes = None if alibi is None else sum(len(one.tensors()) for one in score.steps[:alibi])
     return Chain(steps, bool(functions) or alibi is not None, alibi, slopes, score.bound)
@@ -115,7 +117,7 @@ def _step(score: Score, dtype: torch.dtype) -> Step:
         case Alibi(slopes):
             return Step(sloped, through_sloped, slopes.float().contiguous())
         case ScoreMod(_, functions):
-            return Step(called, through_called, functions)
+            return Step(called, through_called, (*functions, score.first_head))
     raise AssertionError(score)
 
 
@@ -251,21 +253,21 @@ def distance(cells):
 
 
 @triton.jit
-def called(score, cells, functions):
-    return functions[0](score, cells[0], cells[1], cells[2], cells[3])
+def called(score, cells, mod):
+    return mod[0](score, cells[0], cells[1] + mod[2], cells[2], cells[3])
 
 
 @triton.jit
-def through_called(dscore, score, cells, functions):
-    return functions[1](dscore, score, cells[0], cells[1], cells[2], cells[3])
+def through_called(dscore, score, cells, mod):
+    return mod[1](dscore, score, cells[0], cells[1] + mod[2], cells[2], cells[3])
 
 
 @triton.jit
-def hidden(score, cells, predicate):
-    return tl.where(predicate(cells[0], cells[1], cells[2], cells[3]), score, float("-inf"))
+def hidden(score, cells, mask):
+    return tl.where(mask[0](cells[0], cells[1] + mask[1], cells[2], cells[3]), score, float("-inf"))
 
 
 @triton.jit
-def through_hidden(dscore, score, cells, predicate):
+def through_hidden(dscore, score, cells, mask):
     # The probability of what is hidden is 0, and so is its gradient.
     return dscore

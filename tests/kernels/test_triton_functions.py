@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -13,13 +14,13 @@ from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import Causal, MaskMod, Window
 from ring_attn.score import Alibi, ScoreMod, Scores, SoftCap
-from tests.scores import Piece, Sizes, alibi, cosine, errors, positions, sinks, softcap
-from tests.support import FLOAT32_LIMIT, band_tiles, random_qkv, run_kernel
+from tests.scores import Piece, Sizes, alibi, compared, cosine, errors, positions, sinks, softcap
+from tests.support import FLOAT32_LIMIT, band_tiles, random_qkv, rel_error, run_kernel
 
 triton = pytest.importorskip("triton")
 functions = pytest.importorskip("tests.kernels.triton_functions")
-BOW, SEES, SEES_NEAR, bow, through_bow = (
-    getattr(functions, name) for name in ("BOW", "SEES", "SEES_NEAR", "bow", "through_bow")
+BOW, SHRINK, SEES, SEES_NEAR, bow, through_bow = (
+    getattr(functions, name) for name in ("BOW", "SHRINK", "SEES", "SEES_NEAR", "bow", "through_bow")
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -29,16 +30,19 @@ pytestmark = [
 ]
 
 
-def user_mod(n: Sizes) -> Piece:
-    b, h, (i, j) = torch.arange(n.b)[:, None, None, None], torch.arange(n.h)[:, None, None], positions(n)
-    return Piece(lambda x, ring: BOW, step=lambda s: BOW.fn(s, b, h, i, j))
+def user_mod(mod: ScoreMod) -> Callable[[Sizes], Piece]:
+    def piece(n: Sizes) -> Piece:
+        b, h, (i, j) = torch.arange(n.b)[:, None, None, None], torch.arange(n.h)[:, None, None], positions(n)
+        return Piece(lambda x, ring: mod, step=lambda s: mod.fn(s, b, h, i, j))
+
+    return piece
 
 
 RINGS = {
     "softcap, alibi": ([softcap, alibi], Causal()),
     "alibi, softcap, sinks": ([alibi, softcap, sinks], Window(9, 4)),
     "cosine, softcap, sinks": ([cosine(4.0, 2), softcap, sinks], Causal() & ra.Documents(lengths=[7, 0, 17])),
-    "functions": ([user_mod, alibi], Causal() & SEES),
+    "functions": ([user_mod(BOW), alibi], Causal() & SEES),
 }
 WAYS = list(product((3, 4), LAYOUTS, ("ring", "gather")))
 
@@ -51,6 +55,30 @@ def test_over_a_ring(number):
     n = Sizes(h=2, g=1, b=1, d=8, dv=6, dtype=torch.float32, seed=number)
     found = errors(ring, n, mask, [piece(n) for piece in pieces])
     assert all(error < FLOAT32_LIMIT for error in found.values()), found
+
+
+ULYSSES = {
+    "functions": ([user_mod(BOW), user_mod(SHRINK), alibi], Causal() & SEES),
+    "a mask function": ([], SEES),
+    "alibi": ([alibi, sinks], Window(9, 4)),
+    "softcap": ([softcap], Causal()),
+}
+ULYSSES_WAYS = [(2, 1, "contiguous", "ring"), (2, 2, "zigzag", "gather"), (4, 1, "striped", "pull")]
+
+
+@pytest.mark.parametrize("way", ULYSSES_WAYS, ids=lambda way: "-".join(map(str, way)))
+@pytest.mark.parametrize("name", ULYSSES)
+def test_heads_of_another_rank_keep_their_numbers(name, way):
+    """On a ring of two axes, against the plain softmax and against the reference kernel."""
+    parts, rings, layout, exchange = way
+    pieces, mask = ULYSSES[name]
+    n, found = Sizes(t=16, b=1, d=8, dv=6, dtype=torch.float32), {}
+    for kernel in ("triton", "reference"):
+        ring = ra.Ring.simulated(parts * rings, layout, exchange=exchange, kernel=kernel, hostile=True, ulysses=parts)
+        found[kernel] = compared(ring, n, mask, [piece(n) for piece in pieces])
+    for name, (x, ref) in found["triton"].items():
+        assert rel_error(x, ref) < FLOAT32_LIMIT, name
+        assert rel_error(x, found["reference"][name][0]) < FLOAT32_LIMIT, name
 
 
 @pytest.mark.parametrize(("layout", "kv_layout"), [("striped", "contiguous"), ("zigzag", "striped")])
