@@ -8,7 +8,8 @@ from ring_attn.kernels import KernelUnavailable
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, MaskMod, Window
 from ring_attn.module import RingSelfAttention
 from ring_attn.ring import Ring
-from ring_attn.score import Alibi, Bias, CosineSim, Dropout, RelativeBias, ScoreMod, Sinks, SoftCap
+from ring_attn.score import Alibi, Bias, CosineSim, Dropout, RelativeBias, Sinks, SoftCap
+from ring_attn.score_mod import ScoreMod
 from ring_attn.sharding import global_token_loss, pad_to, shift_labels
 
 __all__ = [

@@ -17,7 +17,8 @@ from ring_attn.call import Call
 from ring_attn.kernels import KERNEL_NAMES, Problem, get_kernel
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Mask, MaskMod, Window
 from ring_attn.ring import Ring
-from ring_attn.score import Alibi, Bias, CosineSim, Dropout, RelativeBias, Score, ScoreMod, Sinks, SoftCap
+from ring_attn.score import Alibi, Bias, CosineSim, Dropout, RelativeBias, Score, Sinks, SoftCap
+from ring_attn.score_mod import ScoreMod
 
 YES = "yes"
 FORWARD_ONLY = "forward only: "

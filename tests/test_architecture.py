@@ -18,6 +18,7 @@ LEVELS = [
     {"tiles"},
     {"parts"},
     {"score"},
+    {"score_mod"},
     {"partial"},
     {"comm"},
     {"kernels"},

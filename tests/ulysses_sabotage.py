@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from unittest.mock import patch
 
-from ring_attn import layout, mask, score, ulysses
+from ring_attn import layout, mask, score, score_mod, ulysses
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
 
@@ -95,7 +95,7 @@ def bias_in_reverse() -> AbstractContextManager:
 
 SCORE_SABOTAGES: dict[str, tuple[str, str, Callable[[], AbstractContextManager]]] = {
     "MaskMod counts heads from 0": ("nothing", "blind rows", lambda: from_head_0(mask.MaskMod)),
-    "ScoreMod counts heads from 0": ("global mod", "causal", lambda: from_head_0(score.ScoreMod)),
+    "ScoreMod counts heads from 0": ("global mod", "causal", lambda: from_head_0(score_mod.ScoreMod)),
     "Dropout counts heads from 0": ("dropout", "causal", lambda: from_head_0(score.Dropout)),
     "slopes of another part": ("alibi", "causal", lambda: numbers_of_another_part(score._ByHead)),
     "sinks of another part": ("sinks", "causal", lambda: numbers_of_another_part(score._ByHead)),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream
 from ring_attn.partial import Partial, accumulator_dtype, empty, merge_, normalize
-from ring_attn.score import Cells, Scores, function_transforms, over_cells
+from ring_attn.score import Cells, Scores
+from ring_attn.score_mod import function_transforms, over_cells
 from ring_attn.tiles import Tile
 
 

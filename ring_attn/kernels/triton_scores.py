@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 
 from ring_attn.kernels.triton_blocks import ENTRY, PLACED_ENTRY
-from ring_attn.score import Alibi, Score, ScoreMod, Scores, SoftCap
+from ring_attn.score import Alibi, Score, Scores, SoftCap
+from ring_attn.score_mod import ScoreMod
 from ring_attn.tiles import Tile
 from ring_attn.typed import is_jitted
 

@@ -13,7 +13,8 @@ from ring_attn.kernels import KernelUnavailable
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import Causal, MaskMod, Window
-from ring_attn.score import Alibi, ScoreMod, Scores, SoftCap
+from ring_attn.score import Alibi, Scores, SoftCap
+from ring_attn.score_mod import ScoreMod
 from tests.scores import Piece, Sizes, alibi, compared, cosine, errors, positions, sinks, softcap
 from tests.support import FLOAT32_LIMIT, band_tiles, random_qkv, rel_error, run_kernel
 

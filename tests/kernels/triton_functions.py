@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ring_attn.mask import MaskMod
-from ring_attn.score import ScoreMod
+from ring_attn.score_mod import ScoreMod
 
 
 @triton.jit
