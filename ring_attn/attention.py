@@ -80,7 +80,7 @@ def ring_attention(
 
 def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
     """(q, k, scale) whose scaled products are the scores, scale above 0; differentiable."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = max(1, q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale)
     if cosine is not None:
         if softmax_scale is not None:
             raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
@@ -114,6 +114,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
                 into=partials[i],
                 out=outs[i] if visit.last else None,
             )
+        # Before the tour goes on and asks for the visit after the next.
+        del visit
     return out, torch.cat([partial.lse for partial in partials], -1)
 
 
@@ -146,6 +148,7 @@ def _backward(
                 into=Grads(dqs[i], *buffers[i], score_grads[i]),
             )
         homeward.add(visit)
+        del visit, buffers
     dk, dv = (torch.cat(parts, 1) for parts in zip(*homeward.collect(), strict=True))
     if sinks is not None:
         # A sink is a key with v = 0, so its dp is 0.

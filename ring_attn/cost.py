@@ -5,7 +5,7 @@ runs the compute beside it goes slower, by as much as was measured: NCCL's kerne
 visit starts when its rows are there and the visit before it is done. A backward has 2.5 times the operations, meets KV again,
 and sends dK and dV: all but the last transfer beside compute. The slowest rank counts.
 
-The figures are few and round: they have to order three ways, not to predict a time.
+The figures are few and round: they have to order the ways, not to predict a time.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Estimate:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{field.name} {getattr(self, field.name):,.0f}" for field in fields(self)[1:])
-        return f"{self.exchange:7} {self.total:>12,.0f} us: {parts}"
+        return f"{self.exchange:9} {self.total:>12,.0f} us: {parts}"
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class KeyPadding(Mask):
     """Keys before starts[row] (padding on the left) and from lengths[row] on (on the right) are seen by no query of that row.
 
     Both count from position 0: a row of 3 valid keys behind 5 of padding is `starts=[5]`. Each is one int a batch row, or a
-    single one for all rows; an integer tensor is taken too.
+    single one for all rows; an integer tensor is taken too. A start beyond the keys leaves a row none.
     """
 
     lengths: Ends | None
@@ -176,6 +176,11 @@ class KeyPadding(Mask):
             raise ValueError("KeyPadding takes lengths=... (padding on the right), starts=... (on the left), or both")
         for name, given in (("lengths", lengths), ("starts", starts)):
             object.__setattr__(self, name, None if given is None else _counts(name, given))
+        if None not in (self.lengths, self.starts):
+            rows = max(len(self.lengths), len(self.starts))
+            for name in ("lengths", "starts"):
+                counts = getattr(self, name)
+                object.__setattr__(self, name, counts * rows if len(counts) == 1 else counts)
         if None not in (self.lengths, self.starts) and len(self.lengths) != len(self.starts):
             raise ValueError(f"KeyPadding needs as many starts as lengths, got {len(self.starts)} and {len(self.lengths)}")
 
@@ -185,11 +190,9 @@ class KeyPadding(Mask):
         return tuple(Rule(first_key=start, num_keys=length) for start, length in zip(starts, lengths, strict=True))
 
     def check(self, seq_len: int, kv_len: int, batch: int) -> None:
-        for name, counts in (("lengths", self.lengths), ("starts", self.starts)):
-            if counts is not None:
-                _check_rows("KeyPadding", len(counts), batch)
-                if max(counts) > kv_len:
-                    raise ValueError(f"KeyPadding {name} {list(counts)} must not exceed the number of keys, {kv_len}")
+        _check_rows("KeyPadding", len(self.lengths or self.starts), batch)
+        if max(self.lengths or (0,)) > kv_len:
+            raise ValueError(f"KeyPadding lengths {list(self.lengths)} must not exceed the number of keys, {kv_len}")
 
 
 @dataclass(frozen=True, repr=False)

@@ -82,6 +82,10 @@ def plan_of(options: PlanOptions) -> Plan:
         raise ValueError(f"exchange {options.exchange!r} is not one of auto, {', '.join(EXCHANGE_NAMES)}")
     if options.exchange == "two-level" and options.ranks_per_node is None:
         raise ValueError("the two-level exchange needs --ranks-per-node")
+    if options.ranks_per_node is not None and options.exchange not in ("auto", "two-level") and not options.explain:
+        raise ValueError(f"--ranks-per-node is for the two-level exchange and for --explain, not for {options.exchange}")
+    if options.ranks_per_node is not None and (options.ranks_per_node < 1 or options.ring_size % options.ranks_per_node):
+        raise ValueError(f"--ranks-per-node {options.ranks_per_node} must divide --ring-size {options.ring_size}")
     layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
     mask = mask_of(options)
     mask.check(options.seq_len, options.seq_len, 1)

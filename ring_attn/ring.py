@@ -53,8 +53,8 @@ class Ring:
         check_kernel_name(kernel)
         if grad_dtype is not None and not grad_dtype.is_floating_point:
             raise ValueError(f"grad_dtype must be a floating dtype, or None for that of the sums, got {grad_dtype}")
-        if kv_memory is not None and kv_memory < 1:
-            raise ValueError(f"kv_memory must be a number of bytes, at least 1, or None for no limit, got {kv_memory}")
+        if kv_memory is not None and (not isinstance(kv_memory, int) or kv_memory < 1):
+            raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")
         self.kv_memory, self.grad_dtype = kv_memory, grad_dtype
         self.ranks_per_node = transport.ranks_per_node if ranks_per_node is None else ranks_per_node
         self.transport = transport

@@ -209,7 +209,7 @@ def cases(draw) -> dict:
         "ulysses": ulysses,
         "layout": layout,
         "exchange": exchange,
-        "kv_rows": draw(st.none() | st.integers(1, 40)) if exchange != "ring" else None,
+        "kv_rows": draw(st.none() | st.integers(2 * ring if exchange == "gather" else 1, 50)) if exchange != "ring" else None,
         "kernel": draw(st.sampled_from(KERNELS)),
         "t": t,
         "b": b,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from unittest.mock import patch
 
 from ring_attn import attention, exchange, mask, tiles
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
-from ring_attn.exchange import base
+from ring_attn.exchange import base, gather
 from ring_attn.kernels import Upstream, reference
 from ring_attn.partial import Partial
 from tests.matrix import Case, cases, check, simulated
@@ -112,7 +112,10 @@ def write_into_what_was_sent() -> AbstractContextManager:
         rows = pack(pair)
         return _SHARED.setdefault((rows.shape, rows.dtype), rows.clone()).copy_(rows)
 
-    return patch.object(base, "pack", aliased)
+    stack = ExitStack()
+    for module in (base, gather):
+        stack.enter_context(patch.object(module, "pack", aliased))
+    return stack
 
 
 _SHARED: dict = {}

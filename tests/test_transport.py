@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+from ring_attn.comm import process_group
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.layout import Part
@@ -125,3 +126,22 @@ def _conform_on_gloo(rank, ranks_per_process):
 @pytest.mark.parametrize(("num_processes", "ranks_per_process"), [(1, 1), (2, 1), (3, 1), (2, 2), (2, 3)])
 def test_gloo(num_processes, ranks_per_process):
     run_processes(_conform_on_gloo, num_processes, ranks_per_process)
+
+
+@pytest.mark.parametrize(
+    ("on_host", "ranks", "link"),
+    [
+        (4, range(4), ("gpus", 4)),
+        (4, range(4, 8), ("gpus", 4)),
+        (8, range(16), ("network", 8)),
+        (8, range(12), ("network", 4)),
+        (2, (0, 2, 1, 3), ("network", 1)),
+        (2, (0, 1, 4, 5), ("network", 2)),
+    ],
+)
+def test_what_lies_between_processes_and_how_many_share_a_host(monkeypatch, on_host, ranks, link):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_host))
+    monkeypatch.setattr(process_group.dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(process_group.dist, "get_world_size", lambda *group: 24)
+    monkeypatch.setattr(process_group.dist, "get_process_group_ranks", lambda group: list(ranks))
+    assert process_group._link(None) == link

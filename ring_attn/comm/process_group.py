@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -221,7 +223,8 @@ def _link(group: dist.ProcessGroup) -> tuple[str, int]:
         return "gloo", dist.get_world_size(group)
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     hosts = [rank // on_host for rank in dist.get_process_group_ranks(group)]
-    return "gpus" if len(set(hosts)) == 1 else "network", hosts.count(hosts[0])
+    # Where hosts hold uneven runs of them, nodes are what divides all.
+    return "gpus" if len(set(hosts)) == 1 else "network", math.gcd(*(len(list(run)) for _, run in groupby(hosts)))
 
 
 def _timeout_s(group: dist.ProcessGroup) -> float:

@@ -3,11 +3,10 @@
 A process hosts one or more ranks of the ring. Real training hosts one; `LocalTransport` hosts all of them in one process; the
 loops above are the same for both. A payload is one contiguous tensor a hosted rank, of equal shape and dtype on all ranks.
 
-Contract. Every process calls the same operations in the same order with the same offsets. What is sent belongs to the transport
-from the call until `wait()` has returned, and its content is undefined afterwards (it may serve as the next receive buffer).
-What is received may be read only after `wait()`. `pull` alone leaves what it reads with its owner, who may go on reading it but
-not write to it before `wait()`. No operation synchronises the host with a device or holds all ranks at a
-barrier.
+Contract. Every process calls the same operations in the same order with the same offsets. What is sent may be read, and not
+written, from the call until `wait()` has returned; afterwards its content is undefined (it may serve as the next receive
+buffer), but for `pull`, which leaves it as it was. What is received may be read only after `wait()`. No operation synchronises
+the host with a device or holds all ranks at a barrier.
 """
 
 from __future__ import annotations

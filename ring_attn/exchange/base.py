@@ -56,19 +56,21 @@ class Exchange(Protocol):
 
 
 def visits(
-    first: Pending[list[Tensor]],
+    pending: Pending[list[Tensor]],
     plan: Plan,
     post: Callable[[int, list[Tensor]], Pending[list[Tensor]]],
     read: Callable[[int, list[Tensor]], list[KV]],
 ) -> Iterator[Visit]:
     """The visits of a tour, each with the next one under way: `post(step, what came)` asks for a step, `read` makes it KV."""
-    pending = first
     for n, step in enumerate(plan.steps):
         came = pending.wait()
-        last = n + 1 == len(plan.steps)
+        kv, last = read(step, came), n + 1 == len(plan.steps)
         if not last:
             pending = post(plan.steps[n + 1], came)
-        yield Visit(step, read(step, came), last)
+        # While a visit is attended, nothing lives but it and what is under way.
+        del came
+        yield Visit(step, kv, last)
+        del kv
 
 
 def at_hand(kv: list[KV], plan: Plan) -> Pending[list[Tensor]]:

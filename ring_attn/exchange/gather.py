@@ -11,23 +11,36 @@ from ring_attn.comm.transport import Pending, Transport
 from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, pack, visits
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
-from ring_attn.parts import evenly, in_position_order, span, steps_for
+from ring_attn.parts import evenly, in_position_order, span
 from ring_attn.tiles import Meets, Plan
 
 
 class GatherExchange:
     """One all-gather, one visit with every rank's KV in position order, one reduce-scatter: few launches, memory for all KV.
 
-    Where `max_rows` allows less, a visit holds the same slice of every shard.
+    Where `max_rows` allows less, a visit holds the same slice of every shard; what came and its copy in position order live
+    beside the next slice for a moment, so a slice is two thirds of what another exchange's visit may be.
     """
 
     name = "gather"
 
     def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
         ranks, length = range(layout.ring_size), kv_layout.shard_len
-        slices = evenly(length, min(length, steps_for(length * len(ranks), max_rows)))
+        slices = evenly(length, 1 if max_rows is None else self._slices(length, len(ranks), max_rows))
         visits = (in_position_order(kv_layout, [Part(rank, rows) for rank in ranks]) for rows in slices)
         return tuple((parts,) * len(ranks) for parts in visits)
+
+    def _slices(self, length: int, ring_size: int, max_rows: int) -> int:
+        """How many slices a shard is cut into."""
+        if length * ring_size <= max_rows:
+            return 1
+        rows = 2 * max_rows // (3 * ring_size)
+        if rows < 1:
+            raise ValueError(
+                f"the gather exchange takes a row of all {ring_size} ranks at a time, three times over, but kv_memory is "
+                f"enough for {2 * max_rows} rows; exchange='pull' takes less at a time"
+            )
+        return -(-length // rows)
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
         widths, packed = Widths.of(kv[0]), [pack(pair) for pair in kv]
@@ -50,13 +63,16 @@ class GatherExchange:
 
 class _GatherHomeward(PackedHomeward):
     def add(self, visit: Visit) -> None:
-        parts = self.plan.meets[visit.step][0]
-        by_rank = [self._by_rank(rows, parts) for rows in self.sent(self.rows)]
-        sums = self.transport.reduce_scatter(by_rank, what=f"gather backward, dK and dV home from step {visit.step}")
-        self.pending.append((_slice(span(parts)), sums))
         if not self.own:
             b, _, e = self.rows[0].shape
             self.own = [rows.new_zeros(b, self.plan.kv_layout.shard_len, e) for rows in self.rows]
+        parts = self.plan.meets[visit.step][0]
+        by_rank = [self._by_rank(rows, parts) for rows in self.sent(self.rows)]
+        sums = self.transport.reduce_scatter(by_rank, what=f"gather backward, dK and dV home from step {visit.step}")
+        # One way home at a time: what is kept is bounded as visits are.
+        self.add_arrived(self.own)
+        self.pending = [(_slice(span(parts)), sums)]
+        self.rows = []
 
     def _by_rank(self, rows: Tensor, parts: tuple[Part, ...]) -> list[Tensor]:
         """The rows of each rank, in the order of its shard."""

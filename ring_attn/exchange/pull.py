@@ -50,4 +50,7 @@ class _PullHomeward(PackedHomeward):
             return
         what = f"pull backward, dK and dV home from step {visit.step}"
         parts, rows = self.plan.meets[visit.step], self.plan.kv_layout.shard_len
-        self.pending.append((slice(None), self.transport.push(self.sent(self.rows), parts, rows, what=what)))
+        # One way home at a time: what is kept is bounded as visits are.
+        self.add_arrived(self.own)
+        self.pending = [(slice(None), self.transport.push(self.sent(self.rows), parts, rows, what=what))]
+        self.rows = []

@@ -58,6 +58,8 @@ def _one_rank_alone_breaks_a_rule(rank):
         _call(contiguous if alone else ra.Ring.from_group(None, "striped"))
     with differ:
         _call(contiguous if alone else ra.Ring.from_group(None, "contiguous", exchange="gather"))
+    with differ:
+        _call(ra.Ring.from_group(None, "contiguous", exchange="pull", kv_memory=10000 + alone))
     ring = ra.Ring.from_group(None, "contiguous", kernel="cudnn" if alone else "reference")
     why = "kernel 'cudnn' cannot do this forward" if alone else r"ranks \[1\] cannot make this call"
     with pytest.raises(ValueError, match=why):
