@@ -5,6 +5,7 @@ The masks, layouts and exchanges are in the matrix, real processes in tests/dist
 
 from contextlib import closing
 from itertools import chain, cycle
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.library import opcheck
 
 import ring_attn as ra
 from ring_attn import call, ulysses
+from ring_attn.comm.local import LocalTransport
 from ring_attn.kernels import resolve
 from ring_attn.layout import LAYOUTS, Shared
 from tests.matrix import cases
@@ -60,9 +62,21 @@ def test_a_bound_on_memory_counts_the_heads_of_a_rank(exchange):
     n, mask = Sizes(h=4, g=4), MASKS["causal"](24)
     row = 2 * n.b * (n.g // 2) * (n.d + n.dv) * 8
     options = {"exchange": exchange, "kernel": "reference", "ulysses": 2, "hostile": True}
-    for rows in (1, 5):
-        found = errors(ra.Ring.simulated(6, **options, kv_memory=rows * row), n, mask, pieces_of("alibi", n))
-        assert max(found.values()) <= FLOAT64_LIMIT
+    operation, posted = "pull" if exchange == "pull" else "all_gather", []
+    post = getattr(LocalTransport, operation)
+
+    def counted(self, *payloads, what):
+        posted.append("KV" in what)
+        return post(self, *payloads, what=what)
+
+    with patch.object(LocalTransport, operation, counted):
+        transfers = []
+        for memory in (None, 15 * row, 5 * row):
+            posted.clear()
+            found = errors(ra.Ring.simulated(6, **options, kv_memory=memory), n, mask, pieces_of("alibi", n))
+            assert max(found.values()) <= FLOAT64_LIMIT
+            transfers.append(sum(posted))
+    assert transfers[0] < transfers[1] < transfers[2]
     with pytest.raises(ValueError, match=f"kv_memory {row - 1} is below the {row} bytes that one KV row at a time takes"):
         errors(ra.Ring.simulated(6, **options, kv_memory=row - 1), n, mask, [])
 
