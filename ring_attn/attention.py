@@ -59,8 +59,14 @@ def ring_attention(
     merged = q.dim() == 3
     q, k, v = (x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v))
     cosine, modifiers, sinks = sort_scores(score)
-    q, k, scale = scaled(q, k, cosine, softmax_scale)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
+    try:
+        q, k, scale = scaled(q, k, cosine, softmax_scale)
+    except ValueError as refusal:
+        if not torch.compiler.is_compiling():
+            # A rank that left here alone would keep the others waiting.
+            ring.agree(Call.make(ring, mask, score, math.nan, kv_layout).signature(q, k, v, tensors), q.device, refusal)
+        raise
     if torch.compiler.is_compiling():
         name = name_kept(ring, mask, scale, kv_layout, *listed(score))
     else:

@@ -40,16 +40,18 @@ class Call:
     sinks: bool
     scale: float
     kv_layout: str | None = None
+    cosine: tuple[int, bool] | None = None  # groups, and whether the scale is learned, which q then holds
 
     @classmethod
     def make(
         cls, ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float, kv_layout: str | None = None
     ) -> Call:
-        _, modifiers, sinks = sort_scores(score)
+        cosine, modifiers, sinks = sort_scores(score)
         if torch.is_grad_enabled():
             for step in modifiers.steps:
                 step.check_gradients()
-        return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout)
+        of_cosine = None if cosine is None else (cosine.groups, isinstance(cosine.scale, Tensor))
+        return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout, of_cosine)
 
     def parts(self, num_heads: int) -> tuple[Call, ...]:
         """On a ring of two axes: each hosted Ulysses rank's call on its own ring, for its part of the heads."""
@@ -124,12 +126,13 @@ class Call:
             rows=1 << max(1, q.shape[1] // len(self.ring.hosted)).bit_length() - 1,
         )
 
-    def signature(self, q: Tensor, k: Tensor, v: Tensor) -> tuple:
-        """What must be alike on every rank: the three shapes, then everything else."""
+    def signature(self, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> tuple:
+        """What must be alike on every rank: the three shapes, then everything else. `tensors`: those of the scores."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
         ring = r.layout_name, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.grad_dtype
-        return (tuple(q.shape), tuple(k.shape), tuple(v.shape), kinds, self.mask, self.modifiers, self.scale, ring)
+        shapes, of_scores = (tuple(x.shape) for x in (q, k, v)), tuple((tuple(x.shape), str(x.dtype)) for x in tensors)
+        return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), ring, of_scores)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """The rows of each hosted rank."""
@@ -190,7 +193,7 @@ name_kept._dynamo_marked_constant = part_names._dynamo_marked_constant = True
 
 def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
     """Raises unless the call can be done and all ranks make the same one; remembered, so it costs once a signature."""
-    signature = (*call.signature(q, k, v), tuple(tuple(x.shape) for x in tensors))
+    signature = call.signature(q, k, v, tensors)
     if call.ring.has_agreed(signature):
         return
     refusal = None

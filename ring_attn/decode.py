@@ -91,7 +91,7 @@ def _validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: 
     That they do is remembered without the length, which changes with every token: what was alike stays so while all append the
     same tokens. Whether it can be done is asked every time.
     """
-    everything = (*call.signature(q, k, v), tuple(tuple(x.shape) for x in tensors))
+    everything = call.signature(q, k, v, tensors)
     known, refusal = (everything[0], *everything[3:]), None
     try:
         _check(q, k, v, tensors, call)

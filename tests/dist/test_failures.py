@@ -1,5 +1,6 @@
 """What goes wrong between processes is named, in bounded time: unequal calls, a rank that dies, a rank that stalls."""
 
+import math
 import os
 import time
 
@@ -12,9 +13,9 @@ from tests.dist.harness import run_processes
 from tests.support import random_qkv
 
 
-def _call(ring, rows=8, mask=None, seed=0):
+def _call(ring, rows=8, mask=None, seed=0, **options):
     q, k, v, _ = random_qkv(1, rows, rows, 2, 1, 4, seed=seed)
-    return ra.ring_attention(q, k, v, ring=ring, mask=mask or ra.Causal())
+    return ra.ring_attention(q, k, v, ring=ring, mask=mask or ra.Causal(), **options)
 
 
 def _calls(ring, count):
@@ -60,6 +61,15 @@ def _one_rank_alone_breaks_a_rule(rank):
         _call(contiguous if alone else ra.Ring.from_group(None, "contiguous", exchange="gather"))
     with differ:
         _call(ra.Ring.from_group(None, "contiguous", exchange="pull", kv_memory=10000 + alone))
+    with differ:
+        _call(contiguous, softmax_scale=math.nan if alone else 0.5)
+    scale = torch.ones(2)
+    with differ:
+        _call(contiguous, score=ra.CosineSim(scale, groups=2 if alone else 1))
+    with differ:
+        _call(contiguous, score=ra.CosineSim(scale, groups=3 if alone else 1))
+    with differ:
+        _call(contiguous, score=ra.Alibi(scale.double() if alone else scale))
     ring = ra.Ring.from_group(None, "contiguous", kernel="cudnn" if alone else "reference")
     why = "kernel 'cudnn' cannot do this forward" if alone else r"ranks \[1\] cannot make this call"
     with pytest.raises(ValueError, match=why):
