@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ring_attn.call import Call, called, name_kept, named, validate
 from ring_attn.exchange.base import GradTypes
@@ -52,7 +53,7 @@ def ring_attention(
     only where it is named may they come from a sequence of another length than the queries'.
 
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, KernelUnavailable (a ValueError) where a kernel
-    asked for by name cannot do it, RuntimeError where a transfer failed.
+    asked for by name cannot do it, RuntimeError where a transfer failed, NotImplementedError under forward-mode AD.
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
@@ -70,6 +71,8 @@ def ring_attention(
     if torch.compiler.is_compiling():
         name = name_kept(ring, mask, scale, kv_layout, *listed(score))
     else:
+        if any(unpack_dual(x).tangent is not None for x in (q, k, v, *tensors)):
+            raise NotImplementedError("ring_attention has no forward-mode derivative (jvp); take its gradients by backward")
         name, call = named(Call.make(ring, mask, score, scale, kv_layout))
         validate(q, k, v, tensors, call)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):

@@ -131,7 +131,8 @@ class Call:
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
         ring = r.layout_name, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.grad_dtype
-        shapes, of_scores = (tuple(x.shape) for x in (q, k, v)), tuple((tuple(x.shape), str(x.dtype)) for x in tensors)
+        shapes = (tuple(x.shape) for x in (q, k, v))
+        of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
         return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), ring, of_scores)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
@@ -145,6 +146,12 @@ class Call:
 
     def check_scores(self, q: Tensor, kv_len: int, tensors: Sequence[Tensor]) -> None:
         """Raises ValueError where the tensors of scores do not fit q [b, rows, h, d] and `kv_len` keys of all ranks."""
+        elsewhere = [x for x in tensors if x.device != q.device]
+        if elsewhere:
+            shapes = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in elsewhere)
+            raise ValueError(
+                f"the tensors of a score must be on the device of q, {q.device}, got {shapes}; move them with .to(q.device)"
+            )
         of_modifiers, sinks = self.split(tensors)
         for score in (*self.modifiers.with_tensors(of_modifiers).steps, *([] if sinks is None else [Sinks(sinks)])):
             score.check(q.shape[2], q.shape[0], q.shape[1], kv_len)

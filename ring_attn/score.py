@@ -253,6 +253,10 @@ class CosineSim(Score):
             return q, k, float(self.scale)
         if tuple(self.scale.shape) != (q.shape[2],):
             raise ValueError(f"CosineSim scale must be a number or [num_heads] = [{q.shape[2]}], got {tuple(self.scale.shape)}")
+        if self.scale.device != q.device:
+            raise ValueError(
+                f"CosineSim scale must be on the device of q, {q.device}, got {self.scale.device}; move it with .to"
+            )
         return (q * self.scale[:, None]).to(k.dtype), k, 1.0
 
     def bound(self, size: float) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import ring_attn as ra
 from ring_attn import attention, call
@@ -191,6 +192,17 @@ def test_types_and_unbuilt_combinations_are_refused():
         ra.ring_attention(q, k, v, **(options | {"mask": torch.ones(8, 8)}))
     with pytest.raises(TypeError, match="score must be a ring_attn score"):
         ra.ring_attention(q, k, v, **options, score=[object()])
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "slopes"])
+def test_forward_mode_is_refused(name):
+    q, k, v, options = broken()
+    leaves = {"q": q, "k": k, "v": v, "slopes": torch.ones(q.shape[2])}
+    with forward_ad.dual_level():
+        leaves[name] = forward_ad.make_dual(leaves[name], torch.ones_like(leaves[name]))
+        slopes = leaves.pop("slopes")
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            ra.ring_attention(**leaves, **options, score=ra.Alibi(slopes))
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,10 @@ def run(feature, ring, device, dtype, backward=True):
     q, k, v, dout, dlse = inputs(feature)
     leaves = [x.to(device, dtype, copy=True).requires_grad_(backward) for x in (q, k, v)]
     dlse = dlse.to(device, dtype if dtype == torch.float64 else torch.float32)
+    with torch.device(device):
+        score = feature.scores(ring)
     with deterministically() if feature.deterministic else nullcontext():
-        out, lse = ra.ring_attention(
-            *map(ring.shard, leaves), ring=ring, mask=feature.mask, score=feature.scores(ring), return_lse=True
-        )
+        out, lse = ra.ring_attention(*map(ring.shard, leaves), ring=ring, mask=feature.mask, score=score, return_lse=True)
         found, up = [ring.unshard(out)], [dout.to(device, dtype)]
         if feature.lse_grad:
             found, up = [*found, ring.unshard(lse, 2)], [*up, dlse]

@@ -245,6 +245,16 @@ HOLDER = holds(w=GRAD)
             ValueError,
             r"ScoreMod\(.*lambda.*\) reaches a tensor",
         ),
+        (
+            lambda: ra.Alibi(torch.ones(4, device="meta")),
+            ValueError,
+            r"must be on the device of q, cpu, got \(4,\) on meta; move them with",
+        ),
+        (
+            lambda: ra.CosineSim(torch.ones(4, device="meta")),
+            ValueError,
+            "CosineSim scale must be on the device of q, cpu, got meta",
+        ),
         (lambda: 5, TypeError, "score must be a ring_attn score such as SoftCap.*got int"),
         (lambda: [torch.zeros(24, 24)], TypeError, "score must be a ring_attn score .*got Tensor"),
         (lambda: [[ra.SoftCap(1.0)]], TypeError, "score must be a ring_attn score .*got list"),

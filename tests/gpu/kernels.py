@@ -6,21 +6,24 @@ of an fp32 sum and of the hardware's exp2 and log2, about 1e-7 to 1e-6 of its si
 16 bits; where scores are capped, the hardware's tanh has a relative error of 2^-11, and lse one of LSE_LIMIT_CAPPED. In fp32
 every tensor keeps FLOAT32_LIMIT.
 
-Each pair of kernels runs in a process of its own, so a crash that takes the CUDA context along hides no other pair.
+Each pair of kernels runs in processes of its own, so a crash that takes the CUDA context along hides no other pair, and in
+several, so that kernels are compiled side by side; a pair's rows are printed as soon as it is done. flash-attn 4 keeps what it
+compiled where FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import cycle, product
+from itertools import chain, cycle, islice, product
 from pathlib import Path
 
 import torch
@@ -56,7 +59,10 @@ PAIRS = (
     ("cudnn", "flash2"),
     ("reference", "reference"),
 )
+PARTS = {"triton": 6, "flash4": 8}  # processes for a pair whose forward is this; two for the others
 GRADS = ("dq", "dk", "dv")
+TENSORS = ("out", *GRADS, "lse")
+HEADING = " ".join(["forward+backward  dtype     d       cases ", *(f"{name:>7s}" for name in TENSORS)])
 LSE_LIMIT, LSE_LIMIT_CAPPED = 1e-5, 1e-3
 HALF = (torch.bfloat16, torch.float16)
 HEADS = ((4, 4), (8, 2), (4, 1))
@@ -188,10 +194,10 @@ def _first(shard: Shard, count: int) -> Shard:
     return tuple(taken)
 
 
-def check_pair(pair: tuple[str, str], quick: bool = False) -> list[Row]:
-    """Runs every case of a pair (forward kernel, backward kernel)."""
+def check_pair(pair: tuple[str, str], quick: bool = False, part: int = 0, parts: int = 1) -> list[Row]:
+    """Runs every case of a pair (forward kernel, backward kernel), or one of several parts of them."""
     rows: dict[tuple, Row] = {}
-    for case in cases(pair, quick):
+    for case in islice(cases(pair, quick), part, None, parts):
         dims = str(case.head_dim) if case.head_dim == case.v_head_dim else f"{case.head_dim}/{case.v_head_dim}"
         row = rows.setdefault((case.dtype, dims), Row("+".join(dict.fromkeys(pair)), _word(case.dtype), dims))
         # Whatever a kernel raises is a result here: it belongs in the table, beside the others.
@@ -257,53 +263,73 @@ def _plain(q, k, v, dout, dlse, seen, scale, modify) -> dict:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """One line a row: measures are ratios to plain PyTorch's error in 16 bits, relative errors in fp32."""
-    names = " ".join(f"{name:>7s}" for name in ("out", *GRADS, "lse"))
-    lines = [f"{'forward+backward':17s} {'dtype':9s} {'d':7s} {'cases':>5s}  {names}"]
+    """One line a row under HEADING: measures are ratios to plain PyTorch's error in 16 bits, relative errors in fp32."""
+    lines = []
     for row in rows:
-        measures = " ".join(f"{row.worst[n]:7.2g}" if n in row.worst else "      -" for n in ("out", *GRADS, "lse"))
+        measures = " ".join(f"{row.worst[n]:7.2g}" if n in row.worst else "      -" for n in TENSORS)
         refused = f"; {len(row.refused)} refused: {row.refused[0]}" if row.refused else ""
         verdict = f"{len(row.failures)} FAILED" if row.failures else "ok" if row.cases else "-"
         lines.append(f"{row.pair:17s} {row.dtype:9s} {row.dims:7s} {row.cases:5d}  {measures}  {verdict}{refused[:110]}")
     return lines
 
 
-def _in_process(arguments: list[str], path: Path) -> list | str:
+def _in_process(arguments: list[str]) -> list | str:
     """What a child process wrote as JSON, or the end of its error."""
-    command = [sys.executable, "-m", "tests.gpu.kernels", *arguments, "--json", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    except subprocess.TimeoutExpired:
-        return "it took more than 900 s"
-    return json.loads(path.read_text()) if done.returncode == 0 else f"exit {done.returncode}: {done.stderr[-600:]}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.json")
+        command = [sys.executable, "-m", "tests.gpu.kernels", *arguments, "--json", str(path)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        except subprocess.TimeoutExpired:
+            return "it took more than 900 s"
+        return json.loads(path.read_text()) if done.returncode == 0 else f"exit {done.returncode}: {done.stderr[-600:]}"
+
+
+def joined(parts: Iterable[list[Row]]) -> list[Row]:
+    """The rows of a pair's parts, those of one dtype and head dim as one."""
+    rows: dict[tuple, Row] = {}
+    for row in chain.from_iterable(parts):
+        total = rows.setdefault((row.dtype, row.dims), Row(row.pair, row.dtype, row.dims))
+        total.cases += row.cases
+        total.refused += row.refused
+        total.failures += row.failures
+        total.worst = {name: max(total.worst.get(name, 0.0), row.worst.get(name, 0.0)) for name in total.worst | row.worst}
+    return list(rows.values())
+
+
+def check_in_processes(pair: tuple[str, str], arguments: list[str], pool: ThreadPoolExecutor) -> Callable[[], list[str]]:
+    """Starts a pair's processes; the result prints its rows and gives its failures."""
+    name = "+".join(pair)
+    count = PARTS.get(pair[0], 2)
+    found = [pool.submit(_in_process, ["--pair", name, "--part", f"{i}/{count}", *arguments]) for i in range(count)]
+
+    def finish() -> list[str]:
+        results = [future.result() for future in found]
+        rows = joined([Row(**row) for row in result] for result in results if not isinstance(result, str))
+        print("\n".join(table(rows)), flush=True)
+        failures = [f"{row.pair}: {text}" for row in rows for text in row.failures[:3]]
+        return failures + [f"{name}: {result}" for result in results if isinstance(result, str)]
+
+    return finish
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer head groupings and random problems")
-    parser.add_argument("--pair", help="only this pair, as forward+backward, in this process")
-    parser.add_argument("--json", help="write the result there and print nothing")
+    parser.add_argument("--pair", action="append", help="only this pair, as forward+backward; may be given several times")
+    parser.add_argument("--part", default="0/1", help="which of how many parts of a pair's cases")
+    parser.add_argument("--json", help="run the one pair's part in this process, write the result there and print nothing")
     args = parser.parse_args()
-    if args.pair:
-        result = check_pair(tuple(args.pair.split("+")), args.quick)
-        if args.json:
-            Path(args.json).write_text(json.dumps([asdict(row) for row in result]))
-            return 0
-        print("\n".join(table(result)))
-        return _report([f for row in result for f in row.failures])
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(PAIRS)) as pool:
-        names = ["+".join(pair) for pair in PAIRS]
-        quick = ["--quick"] * args.quick
-        found = list(pool.map(lambda n: _in_process(["--pair", n, *quick], Path(folder, n)), names))
+    pairs = [tuple(pair.split("+")) for pair in args.pair] if args.pair else PAIRS
+    if args.json:
+        result = check_pair(*pairs, args.quick, *map(int, args.part.split("/")))
+        Path(args.json).write_text(json.dumps([asdict(row) for row in result]))
+        return 0
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
-    rows = [Row(**row) for result in found if not isinstance(result, str) for row in result]
-    failures = [f"{row.pair}: {text}" for row in rows for text in row.failures[:3]]
-    failures += [f"{name}: {result}" for name, result in zip(names, found, strict=True) if isinstance(result, str)]
-    print("\n".join(table(rows)))
-    return _report(failures)
-
-
-def _report(failures: list[str]) -> int:
+    print(HEADING)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = [check_in_processes(pair, ["--quick"] * args.quick, pool) for pair in pairs]
+        failures = [failure for finish in running for failure in finish()]
     print("\n".join(failures[:40]))
     print(f"{len(failures)} failures" if failures else "all within the limits")
     return 1 if failures else 0

@@ -1,8 +1,9 @@
 """The ring on real GPUs over NCCL: conformance, the matrix in float64, 16 bits against plain PyTorch, and times.
 
-    torchrun --standalone --nproc-per-node 4 -m tests.gpu.nccl [--quick]
+    torchrun --standalone --nproc-per-node 4 -m tests.gpu.nccl [--only symmetric]
 
 Every rank checks its own rows; rank 0 prints a short table last; exits non-zero on every rank where anything was wrong on any.
+Symmetric memory needs TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import os
 import random
 import statistics
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -111,63 +115,82 @@ def timing(ring: ra.Ring, seq_len: int, h: int = 32, g: int = 8, d: int = 128) -
     return f"forward {forward:8.2f} ms {flops / forward:5.0f} TF   both {both:8.2f} ms {3.5 * flops / both:5.0f} TF"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="no times")
-    options = parser.parse_args()
-    torch.cuda.set_device(DEVICE)
-    dist.init_process_group("nccl", device_id=DEVICE, timeout=timedelta(seconds=120))
-    rows, failures = [], []
+class Report:
+    """What was attempted: a line for each, and what failed."""
 
-    def attempt(name: str, function, *args) -> None:
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.failures: list[str] = []
+
+    def attempt(self, name: str, function: Callable, *args) -> None:
+        start = time.monotonic()
         try:
-            rows.append(f"{name:52s} {function(*args) or 'ok'}")
+            self.rows.append(f"{name:52s} {function(*args) or 'ok'}  [{time.monotonic() - start:.1f} s]")
         except Exception as error:  # a report: one failure must not hide the others
             traceback.print_exc()
-            failures.append(f"rank {dist.get_rank()}: {name}: {type(error).__name__}: {error}")
+            self.failures.append(f"rank {dist.get_rank()}: {name}: {type(error).__name__}: {error}")
 
-    attempt("transport conformance", lambda: conform(ProcessGroupTransport(), DEVICE))
-    symmetric = symmetric_ring("zigzag")
-    attempt("symmetric memory: conformance", lambda: conform(symmetric.transport, DEVICE))
+
+def symmetric(report: Report) -> None:
+    """Copy engines: the wires, the matrix, and delays."""
+    ring = symmetric_ring("zigzag")
+    report.attempt("symmetric memory: conformance", lambda: conform(ring.transport, DEVICE))
+    report.attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
     pulled = [case for case in cases() if case.exchange == "pull"]
-    attempt(
+    report.attempt(
         "symmetric memory: float64 matrix",
         lambda: [check(case, symmetric_ring(case.layout, case.kernel), device=DEVICE) for case in pulled] and None,
     )
-    attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
+
+
+def messages(report: Report) -> None:
+    """NCCL: the wires and the matrix."""
+    report.attempt("transport conformance", lambda: conform(ProcessGroupTransport(), DEVICE))
     for exchange in EXCHANGES:
-        attempt(f"float64 matrix, {exchange}", lambda e=exchange: [run_case(c) for c in cases() if c.exchange == e] and None)
+        report.attempt(
+            f"float64 matrix, {exchange}", lambda e=exchange: [run_case(c) for c in cases() if c.exchange == e] and None
+        )
     if dist.get_world_size() % 2 == 0:
-        attempt("float64 matrix, two axes", lambda: [run_case(c) for c in cases(ulysses=2)[::5]] and None)
-    for layout in LAYOUTS:
+        report.attempt("float64 matrix, two axes", lambda: [run_case(c) for c in cases(ulysses=2)[::5]] and None)
+
+
+def kernels(report: Report) -> None:
+    """16 bits, by what auto takes and by kernels."""
+    for layout, exchange in product(LAYOUTS, EXCHANGES):
+        for mask in ("full", "causal", "causal window", "causal documents", "causal padding"):
+            name = f"bf16 auto {layout} {exchange} {mask}"
+            report.attempt(name, check_16_bits, layout, exchange, mask, "auto", torch.bfloat16)
+    for kernel, dtype in product(("triton", "flash2", "cudnn", "aten", "triton+flash2"), (torch.bfloat16, torch.float16)):
+        name = f"{dtype} {kernel} zigzag ring causal".removeprefix("torch.")
+        report.attempt(name, check_16_bits, "zigzag", "ring", "causal", kernel, dtype)
+
+
+def times(report: Report) -> None:
+    for seq_len in (8192, 32768, 131072):
         for exchange in EXCHANGES:
-            for mask in ("full", "causal", "causal window", "causal documents", "causal padding"):
-                attempt(f"bf16 auto {layout} {exchange} {mask}", check_16_bits, layout, exchange, mask, "auto", torch.bfloat16)
-    for kernel in ("triton", "flash2", "cudnn", "aten"):
-        for dtype in (torch.bfloat16, torch.float16):
-            attempt(
-                f"{dtype} {kernel} zigzag ring causal".removeprefix("torch."),
-                check_16_bits,
-                "zigzag",
-                "ring",
-                "causal",
-                kernel,
-                dtype,
-            )
-    if not options.quick:
-        for seq_len in (8192, 32768, 131072):
-            for exchange in EXCHANGES:
-                for kernel in ("auto", "cudnn"):
-                    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, kernel=kernel)
-                    attempt(f"time {exchange} {kernel} {seq_len}", timing, ring, seq_len)
-            attempt(f"time pull by copy engines, auto {seq_len}", timing, symmetric, seq_len)
+            report.attempt(f"time {exchange} {seq_len}", timing, ra.Ring.from_group(None, "zigzag", exchange=exchange), seq_len)
+        report.attempt(f"time pull by copy engines {seq_len}", timing, symmetric_ring("zigzag"), seq_len)
+
+
+STAGES = {stage.__name__: stage for stage in (symmetric, messages, kernels, times)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=STAGES, nargs="+", default=list(STAGES))
+    options = parser.parse_args()
+    torch.cuda.set_device(DEVICE)
+    dist.init_process_group("nccl", device_id=DEVICE, timeout=timedelta(seconds=120))
+    report = Report()
+    for stage in options.only:
+        STAGES[stage](report)
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, failures)
+    dist.all_gather_object(everyone, report.failures)
     wrong = [failure for rank in everyone for failure in rank]
     if dist.get_rank() == 0:
         print(f"\n{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
         print("16-bit columns: out dq dk dv as multiples of plain PyTorch's error")
-        print("\n".join(rows))
+        print("\n".join(report.rows))
         print("\n".join(wrong) if wrong else "all ranks agree: nothing wrong")
     dist.destroy_process_group()
     sys.exit(bool(wrong))
