@@ -130,7 +130,7 @@ class Call:
         """What must be alike on every rank: the three shapes, then everything else. `tensors`: those of the scores."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
-        ring = r.layout_name, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.grad_dtype
+        ring = r.layout_name, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.grad_dtype, r.transport.link
         shapes = (tuple(x.shape) for x in (q, k, v))
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
         return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), ring, of_scores)

@@ -43,7 +43,7 @@ class PlanOptions:
     exchange: str = "ring"
     ranks_per_node: int | None = None
     explain: bool = False
-    machine: Literal["gpus", "network", "gloo", "process"] = "gpus"
+    machine: Literal["symmetric", "gpus", "network", "gloo", "process"] = "symmetric"
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128

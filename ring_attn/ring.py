@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ring_attn import sharding
 from ring_attn.comm.local import LocalTransport
-from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, cut_two_axes, split_group, two_axes
+from ring_attn.comm.process_group import all_reduce_sum, cut_two_axes, split_group, two_axes
+from ring_attn.comm.symmetric import wires
 from ring_attn.comm.transport import Transport
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import EXCHANGE_NAMES
@@ -121,7 +122,9 @@ class Ring:
             )
         if ring_size is not None:
             group = split_group(group, ring_size, ranks_per_process)
-        transport: Transport | TwoAxes = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
+        transport: Transport | TwoAxes = wires(
+            group, ranks_per_process, choices.get("exchange", "auto") if ulysses == 1 else ""
+        )
         _check_ulysses(ulysses, transport.ring_size)
         if ulysses > 1:
             transport = cut_two_axes(transport.group, ulysses)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ring_attn.attention import ring_attention
 from ring_attn.call import Call, validate
+from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.comm.transport import Parts, Pending, Transport
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.kernels import resolve
@@ -73,9 +74,12 @@ class Case:
 class Contender(Protocol):
     """A way to do a case. `chosen`: what it took where it had a choice. `processes`: among how many its work is spread.
 
-    `gate_rows`: of a rank, at the length at which it is checked.
+    `gate_rows`: of a rank, at the length at which it is checked. `captured`: whether it is timed as replayed from a CUDA graph.
+    `staging`: bytes it holds that PyTorch's allocator does not count.
     """
 
+    captured: bool
+    staging: int
     name: str
     layout: str
     chosen: str
@@ -99,6 +103,7 @@ class OnRing:
     name: str
     ring: Ring
     chosen: str = ""
+    captured: bool = False
 
     gate_rows = 298  # no multiple of a block
 
@@ -109,6 +114,11 @@ class OnRing:
     @property
     def processes(self) -> int:
         return self.ring.size // len(self.ring.hosted)
+
+    @property
+    def staging(self) -> int:
+        transport = self.ring.transport
+        return transport.memory_bytes if isinstance(transport, SymmetricTransport) and self.ring.exchange == "pull" else 0
 
     def why_not(self, case: Case) -> str | None:
         try:
@@ -129,6 +139,9 @@ class OnRing:
         kernels = [resolve(ring.kernel, call.problem(*inputs, direction)).name for direction in ("forward", "backward")]
         chosen = f"{exchange}, {' + '.join(dict.fromkeys(kernels))}"
         return replace(self, ring=self._ring(ring.transport, exchange, "+".join(kernels)), chosen=chosen)
+
+    def in_graph(self) -> OnRing:
+        return replace(self, name=f"{self.name}, in a CUDA graph", captured=True)
 
     def without_wires(self) -> OnRing:
         """Its bound, see Note [bound]."""

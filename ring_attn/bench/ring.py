@@ -23,7 +23,7 @@ from ring_attn.bench.peers import peers
 from ring_attn.bench.results import append, machine
 from ring_attn.bench.ring_report import RingRow, draw, table
 from ring_attn.bench.timeline import Timeline, timeline
-from ring_attn.bench.timing import Everyone, timed
+from ring_attn.bench.timing import Everyone, captured, timed
 from ring_attn.comm.start import device_of, is_distributed, process_group
 from ring_attn.comm.transport import Transport
 from ring_attn.comm.two_axes import TwoAxes
@@ -52,6 +52,7 @@ class RingBenchOptions:
         dtype: Of the inputs.
         kernel: As for a ring.
         repeats: Timed runs, of which the median counts.
+        graphs: On a GPU, also what auto takes replayed from a CUDA graph, which leaves the host out.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
         simulated: Without torchrun, how many ranks this one process hosts.
@@ -72,6 +73,7 @@ class RingBenchOptions:
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     kernel: str = "auto"
     repeats: int = 7
+    graphs: bool = True
     peers: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     simulated: int = 4
@@ -121,6 +123,8 @@ class Bench:
                 f"lengths must be multiples of 2 * ring size = {multiple}, at least {4 * multiple}, got {options.lengths}"
             )
         self.rings = [self.ring(*choices) for choices in product(of_ulysses, options.exchanges, options.layouts)]
+        if options.graphs and device.type == "cuda":
+            self.rings += [ring.in_graph() for ring in self.rings if ring.ring.exchange == "auto"]
         alone = OnRing("one device", Ring.simulated(1, "contiguous", exchange="ring", kernel=options.kernel))
         self.others: list[Contender] = [alone, *(peers(transport) if options.peers else [])]
         self.machine = machine(device.type)
@@ -212,8 +216,14 @@ class Bench:
             forward = torch.no_grad()(partial(attend, q, k, v))
             runs = forward, lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
             for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
+                if contender.captured:
+                    run, _ = captured(run)
                 times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
-                slowest = everyone.tell([*times, torch.nan if extra is None else extra / 2**30]).amax(0).tolist()
+                slowest = (
+                    everyone.tell([*times, torch.nan if extra is None else (extra + contender.staging) / 2**30])
+                    .amax(0)
+                    .tolist()
+                )
                 ms = statistics.median(slowest[:-1])
                 flops = factor * 4 * options.head_dim * options.heads * case.cells / contender.processes
                 yield ms, flops / ms / 1e9, None if extra is None else slowest[-1]
@@ -221,7 +231,8 @@ class Bench:
     def timelines(self, entries: Sequence[Sequence[Entry]], rows: Sequence[RingRow]) -> list[Timeline]:
         """Of every exchange, in its fastest layout, at the longest case of the first mask."""
         of_case = max(entries[: len(self.options.lengths)], key=lambda row: row[0].case.length)
-        rings = {(entry.contender.name, entry.contender.layout): entry.contender for entry in of_case[: len(self.rings)]}
+        of_rings = (entry.contender for entry in of_case[: len(self.rings)])
+        rings = {(one.name, one.layout): one for one in of_rings if not one.captured}
         case, found = of_case[0].case, {}
         for row in sorted(rows, key=lambda row: row.ms or 0.0):
             contender = rings.get((row.name, row.layout))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Transport
 
+T = TypeVar("T")
 Mark = torch.cuda.Event | float
 """A point in time: where the current stream stands, or, on a CPU, the host's seconds."""
 
@@ -52,6 +54,20 @@ def timed(
         run()
         times.append(ms_between(start, mark(device)))
     return times, torch.cuda.max_memory_allocated(device) - before if on_cuda else None
+
+
+def captured(run: Callable[[], T]) -> tuple[Callable[[], None], T]:
+    """(a replay of `run` from a CUDA graph, what it writes each time); run before, for what no capture can make."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph.replay, results
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
 """Symmetric memory on GPUs of one host: copy engines read a peer's rows, and no multiprocessor is taken from attention.
 
-Note [slots]: what others read is copied into one of two slots that take turns, then all ranks meet at one barrier, then each
-reads; all three on one stream a rank. A rank writes to a slot again two transfers later, and before that it has passed the
-barrier of the transfer between, which a rank reaches only after its reads of the first. So one barrier a transfer is enough,
-and none follows the reads.
+Note [barriers]: one piece of memory a rank, and two barriers a transfer. Before the first a rank has read all that it wanted of
+the transfer before, so behind it all may write; behind the second all have written, so all may read. Nothing is left over
+between transfers, so they may be captured in CUDA graphs, replayed, and mixed with others.
+
+Note [streams]: a barrier is a kernel, small as it is, and would wait for a place beside one that fills the GPU, as attention
+does. So writing and both barriers are on the current stream, before what it does next; only the copies, which need no
+multiprocessor, are on a stream of their own.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from itertools import permutations
 from typing import NamedTuple
 
 import torch
@@ -22,7 +27,8 @@ from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.transport import Parts, Pending, check_payloads, sum_dtype
 from ring_attn.layout import Part, places, total_rows
 
-SLOTS = 2
+logger = logging.getLogger("ring_attn")
+
 _GRAIN = 1 << 20
 
 
@@ -37,8 +43,8 @@ class Read(NamedTuple):
 class SymmetricTransport(ProcessGroupTransport):
     """A ring over GPUs of one host, one rank a process: `pull` and `push` by copy engines, everything else through the group.
 
-    Staging memory is made on first use and grows with the largest message; it is two messages a rank. Raises ValueError where
-    the processes are not on GPUs of one host that reach each other, RuntimeError where NVLink multicast is not switched off.
+    Memory is made on first use and grows with the largest message: one message a rank. Raises ValueError where the processes
+    are not on GPUs of one host that reach each other, and where NVLink multicast is not switched off.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -46,12 +52,23 @@ class SymmetricTransport(ProcessGroupTransport):
         if self.link != "gpus":
             raise ValueError(f"symmetric memory is for GPUs of one host over NCCL, but the processes are linked by {self.link}")
         if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
-            raise RuntimeError(
-                "set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process, or memory is bound to NVLink multicast"
+            raise ValueError(
+                "set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process, or symmetric memory is bound to NVLink multicast"
             )
+        apart = [
+            pair for pair in permutations(range(torch.cuda.device_count()), 2) if not torch.cuda.can_device_access_peer(*pair)
+        ]
+        if apart:
+            raise ValueError(f"symmetric memory is for GPUs that reach each other, and of these pairs one cannot: {apart}")
+        self.link = "symmetric"
         self._memory = _Memory(self.group)
-        self._turn = 0
+        self._under_way: _Copies | None = None
         self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of symmetric memory on each rank."""
+        return self._memory.size
 
     def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
@@ -80,100 +97,112 @@ class SymmetricTransport(ProcessGroupTransport):
     def _transfer(
         self, mine: Tensor, rows: list[int], reads: list[Read], received: Tensor, what: str, after: Callable | None = None
     ) -> Pending[list[Tensor]]:
-        """Puts up `mine`, of which every rank has `rows[rank]`, and reads what others put up; see Note [slots]."""
+        """Puts up `mine`, of which every rank has `rows[rank]`, and reads what others put up; see Note [barriers]."""
         b, _, e = mine.shape
-        buffers = self._memory.slot(self._turn % SLOTS, max(rows) * b * e * mine.element_size(), mine.device)
-        self._turn += 1
-        with self._beside(mine, *(read.into for read in reads)) as done:
-            buffers.view(self.process, mine.shape, mine.dtype).copy_(mine)
-            buffers.barrier()
+        memory = self._memory.of_size(max(rows) * b * e * mine.element_size(), mine.device)
+        if self._under_way is not None:
+            self._under_way.wait()
+        memory.barrier()
+        memory.get_buffer(self.process, list(mine.shape), mine.dtype).copy_(mine)
+        memory.barrier()
+        copies = self._under_way = _Copies(reads)
+        with self._beside(mine.device, copies):
             for rank, wanted, into in reads:
-                theirs = buffers.view(rank, (b, rows[rank], e), mine.dtype)
+                theirs = memory.get_buffer(rank, [b, rows[rank], e], mine.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 for target, source in zip(into, theirs[:, wanted.start : wanted.stop], strict=True):
                     target.copy_(source)
         if self._watch is not None:
-            self._watch.add([done], self._who(what))
+            self._watch.add([copies], self._who(what))
 
         def finish() -> None:
-            done.wait()
+            copies.wait()
+            if self._under_way is copies:
+                self._under_way = None
             if after is not None:
                 after()
 
         return Pending([received], finish, what)
 
-    def _beside(self, *tensors: Tensor) -> AbstractContextManager[_Done]:
-        """Work on this transport's own stream, after what the current one has got so far."""
-        if tensors[0].device.type != "cuda":
-            return _at_once()
+    @contextmanager
+    def _beside(self, device: torch.device, copies: _Copies) -> Iterator[None]:
+        """Work on this transport's own stream, after what the current one has got so far; see Note [streams]."""
+        if device.type != "cuda":
+            yield
+            return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(tensors[0].device)
-        return _on(self._stream, tensors)
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+            copies.done = self._stream.record_event()
 
 
-class _Done:
-    """The end of a transfer on its stream; without a stream it has been reached."""
+class _Copies:
+    """The copies of a transfer. Whoever holds this keeps what they write alive; `done`: their end, None where it has been."""
 
-    def __init__(self) -> None:
-        self.event: torch.cuda.Event | None = None
+    def __init__(self, reads: Sequence[Read]) -> None:
+        self.reads = reads
+        self.done: torch.cuda.Event | None = None
 
     def is_completed(self) -> bool:
-        return self.event is None or self.event.query()
+        return self.done is None or self.done.query()
 
     def wait(self) -> None:
         """Lets the current stream wait, not the host."""
-        if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
-
-
-@contextmanager
-def _at_once() -> Iterator[_Done]:
-    yield _Done()
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream, tensors: Sequence[Tensor]) -> Iterator[_Done]:
-    done = _Done()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield done
-        done.event = stream.record_event()
-    for x in tensors:
-        x.record_stream(stream)
-
-
-class _Buffers(NamedTuple):
-    """One slot: the memory of every rank, and the barrier of all."""
-
-    handle: object
-    offset: int
-
-    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What a rank has put up, its own memory or a peer's."""
-        return self.handle.get_buffer(rank, list(shape), dtype, self.offset // dtype.itemsize)
-
-    def barrier(self) -> None:
-        self.handle.barrier()
+        if self.done is not None:
+            torch.cuda.current_stream().wait_event(self.done)
 
 
 class _Memory:
-    """Symmetric memory of a group for two slots, made by all ranks together and made anew where it is too small."""
+    """Symmetric memory of a group, made by all ranks together and made anew where it is too small."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size = 0
         self.handle: object = None
+        self.in_graphs: list[object] = []
 
-    def slot(self, number: int, size: int, device: torch.device) -> _Buffers:
-        """Every rank must ask for the same sizes in the same order."""
+    def of_size(self, size: int, device: torch.device) -> object:
+        """A handle of at least that many bytes. Every rank must ask for the same sizes in the same order.
+
+        Raises RuntimeError where it would have to be made while a CUDA graph is captured.
+        """
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if size > self.size:
+            if capturing:
+                raise RuntimeError(
+                    f"symmetric memory has {self.size} bytes and {size} are needed, which cannot be made while a CUDA graph is "
+                    f"captured; make the same call once before"
+                )
             self.size = math.ceil(size * 1.25 / _GRAIN) * _GRAIN
             # Peers may still read the old memory: no rank lets go of its own before all have read.
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             dist.barrier(self.group)
-            self.handle = rendezvous(SLOTS * self.size, device, self.group)
-        return _Buffers(self.handle, number * self.size)
+            self.handle = rendezvous(self.size, device, self.group)
+        if capturing and self.handle not in self.in_graphs:
+            self.in_graphs.append(self.handle)
+        return self.handle
+
+
+def wires(group: dist.ProcessGroup | None, ranks_per_process: int, exchange: str) -> ProcessGroupTransport:
+    """Copy engines where an exchange could use them and the GPUs allow it, else messages.
+
+    Raises ValueError where "pull" was asked for by name on GPUs of one host that do not allow it.
+    """
+    messages = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
+    if messages.link != "gpus" or ranks_per_process > 1 or exchange not in ("auto", "pull"):
+        return messages
+    try:
+        return SymmetricTransport(group)
+    except ValueError as reason:
+        if exchange == "pull":
+            raise ValueError(
+                f"{reason}; or pull by messages, Ring(ProcessGroupTransport(group), exchange='pull'), or take exchange='auto'"
+            ) from None
+        logger.info("exchange: pull goes by messages, not by copy engines: %s", reason)
+        return messages
 
 
 def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> object:

@@ -60,7 +60,8 @@ class Collective(Protocol):
 class Transport(Collective, Protocol):
     """Moves payloads between the ranks of one ring.
 
-    `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host) or "network".
+    `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host),
+    "symmetric" (the same with symmetric memory) or "network".
     """
 
     link: str

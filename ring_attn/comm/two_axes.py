@@ -25,6 +25,7 @@ class TwoAxes:
         self.ulysses = traders[0].ring_size
         self.ulysses_hosted, ring_hosted = traders[0].hosted, rings[0].hosted
         self.ring_size = self.ulysses * rings[0].ring_size
+        self.link = rings[0].link
         on_node = rings[0].ranks_per_node
         self.ranks_per_node = None if on_node is None else on_node * self.ulysses
         self.hosted = tuple(r * self.ulysses + u for r in ring_hosted for u in self.ulysses_hosted)

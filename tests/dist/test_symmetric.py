@@ -1,9 +1,10 @@
 """The protocol of symmetric memory without GPUs: gloo processes that map each other's files, with ranks that dawdle.
 
-What copy engines, streams and events do is checked on GPUs (tests/gpu/nccl.py); here it is which slot is written and read when.
+What copy engines, streams and events do is checked on GPUs (tests/gpu/nccl.py); here it is what is written and read when.
 """
 
 import random
+import re
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -111,32 +112,62 @@ def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
     return wrong + (not torch.equal(under_way[0].wait()[0], under_way[1]))
 
 
-def _dawdles(rank, folder, slots, rounds, expected):
-    Dawdling.chance = random.Random(rank)
-    with pretended(Dawdling, folder), patch.object(symmetric, "SLOTS", slots):
-        wrong = torch.tensor(rounds_that_went_wrong(SymmetricTransport(), rounds))
+class WithoutOne(Dawdling):
+    """Of every two barriers, only this one."""
+
+    kept, calls = 0, 0
+
+    def barrier(self):
+        self.calls += 1
+        if self.calls % 2 == self.kept:
+            super().barrier()
+
+
+def _dawdles(rank, folder, handle, kept, expected):
+    Dawdling.chance, WithoutOne.kept = random.Random(rank), kept
+    with pretended(handle, folder):
+        wrong = torch.tensor(rounds_that_went_wrong(SymmetricTransport(), 300))
         dist.all_reduce(wrong)
-        assert (wrong > 0) == expected, f"{wrong} of {rounds} rounds"
+        assert (wrong > 0) == expected, f"{wrong} of 300 rounds"
 
 
-def test_ranks_that_dawdle_never_meet_a_slot_too_early_or_too_late(tmp_path):
-    run_processes(_dawdles, 3, str(tmp_path), 2, 300, False)
+def test_ranks_that_dawdle_never_write_or_read_too_early(tmp_path):
+    run_processes(_dawdles, 3, str(tmp_path), Dawdling, 0, False)
 
 
-def test_one_slot_would_not_do(tmp_path):
-    """The test above can fail: with one slot a fast rank overwrites what a slow one still reads."""
-    run_processes(_dawdles, 3, str(tmp_path), 1, 300, True)
+@pytest.mark.parametrize("kept", [0, 1])
+def test_one_barrier_would_not_do(kept, tmp_path):
+    """The test above can fail: without the first, what a slow rank still reads is overwritten; without the second, a fast one
+    reads what is not written yet."""
+    run_processes(_dawdles, 3, str(tmp_path), WithoutOne, kept, True)
 
 
 def _is_refused(rank):
     with pytest.raises(ValueError, match="for GPUs of one host over NCCL, but the processes are linked by gloo"):
         SymmetricTransport()
-    with (
-        patch.object(process_group, "_link", lambda group: ("gpus", 2)),
-        patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "0"}),
-        pytest.raises(RuntimeError, match="set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process"),
-    ):
-        SymmetricTransport()
+    assert ra.Ring.from_group(exchange="pull").transport.link == "gloo"
+    with patch.object(process_group, "_link", lambda group: ("gpus", 2)):
+        with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "0"}):
+            _falls_back_by_name("set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
+        reach = patch.object(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2})
+        four = patch.object(torch.cuda, "device_count", lambda: 4)
+        with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}):
+            with four, reach:
+                _falls_back_by_name(r"of these pairs one cannot: \[\(0, 2\), \(2, 0\)\]")
+            assert ra.Ring.from_group(exchange="pull").transport.link == "symmetric"
+            assert ra.Ring.from_group(exchange="auto").transport.link == "symmetric"
+            assert ra.Ring.from_group(exchange="gather").transport.link == "gpus"
+
+
+def _falls_back_by_name(reason):
+    """Under auto, in the log; a pull that was asked for is refused."""
+    with pytest.raises(ValueError, match=f"{reason}.*; or pull by messages"):
+        ra.Ring.from_group(exchange="pull")
+    with patch.object(symmetric.logger, "info") as log:
+        assert ra.Ring.from_group(exchange="auto").transport.link == "gpus"
+    text, why = log.call_args.args
+    assert text == "exchange: pull goes by messages, not by copy engines: %s"
+    assert re.search(reason, str(why))
 
 
 def test_it_is_refused_where_it_cannot_work():

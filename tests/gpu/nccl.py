@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import ring_attn as ra
+from ring_attn.bench.timing import captured
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.symmetric import SymmetricTransport
 from tests.dist.test_symmetric import rounds_that_went_wrong
@@ -69,6 +70,27 @@ def dozing_rounds(count: int) -> None:
             torch.cuda._sleep(int(chance.random() * 2e7))
 
     assert rounds_that_went_wrong(SymmetricTransport(), count, DEVICE, doze) == 0
+
+
+def replays(exchange: str, count: int = 20) -> None:
+    """A CUDA graph of a forward and a backward gives, on new inputs and between other calls, what the call gives."""
+    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange)
+    shape = 1, 298, 298, 4, 2, 128
+    q, k, v, dout = (x.requires_grad_() for x in random_qkv(*shape, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0]))
+
+    def run() -> list[torch.Tensor]:
+        out = ra.ring_attention(q, k, v, ring=ring)
+        return [out, *torch.autograd.grad(out, (q, k, v), dout)]
+
+    replay, found = captured(run)
+    for number in range(count):
+        for x, y in zip((q, k, v, dout), random_qkv(*shape, device=DEVICE, seed=100 * number + ring.hosted[0]), strict=True):
+            x.data.copy_(y)
+        wanted = run()
+        replay()
+        if number % 2:
+            run()
+        assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True)), f"replay {number}"
 
 
 def symmetric_ring(layout: str, kernel: str = "auto") -> ra.Ring:
@@ -143,6 +165,12 @@ def symmetric(report: Report) -> None:
     )
 
 
+def graphs(report: Report) -> None:
+    """CUDA graphs of whole calls."""
+    for exchange in ("pull", "gather", "ring"):
+        report.attempt(f"CUDA graph, {exchange}", replays, exchange)
+
+
 def messages(report: Report) -> None:
     """NCCL: the wires and the matrix."""
     report.attempt("transport conformance", lambda: conform(ProcessGroupTransport(), DEVICE))
@@ -168,11 +196,12 @@ def kernels(report: Report) -> None:
 def times(report: Report) -> None:
     for seq_len in (8192, 32768, 131072):
         for exchange in EXCHANGES:
-            report.attempt(f"time {exchange} {seq_len}", timing, ra.Ring.from_group(None, "zigzag", exchange=exchange), seq_len)
+            ring = ra.Ring(ProcessGroupTransport(), layout="zigzag", exchange=exchange)
+            report.attempt(f"time {exchange} {seq_len}", timing, ring, seq_len)
         report.attempt(f"time pull by copy engines {seq_len}", timing, symmetric_ring("zigzag"), seq_len)
 
 
-STAGES = {stage.__name__: stage for stage in (symmetric, messages, kernels, times)}
+STAGES = {stage.__name__: stage for stage in (symmetric, messages, kernels, times, graphs)}
 
 
 def main() -> None:
