@@ -34,7 +34,7 @@ class CheckOptions:
     """Checks kernels, exchanges and devices on this machine; the exit status is 1 where one that claims to work is wrong.
 
     Attributes:
-        ring_size: Ranks of the simulated ring.
+        ring_size: Ranks of the simulated ring. The two-level exchange is checked where they make several nodes of 2.
         seq_len: Positions of the whole sequence.
         num_heads: Query heads; there are half as many KV heads.
         head_dim: Size of a head.
@@ -52,6 +52,12 @@ class CheckOptions:
     kernels: tuple[str, ...] = KERNEL_NAMES
     dtypes: tuple[Literal["float64", "float32", "bfloat16", "float16"], ...] = ("float64", "float32", "bfloat16", "float16")
     capabilities: bool = False
+
+    @property
+    def exchanges(self) -> dict[str, int | None]:
+        """The exchanges to check, each with the ranks of a node where it knows nodes."""
+        several_nodes = self.ring_size > 2 and self.ring_size % 2 == 0
+        return dict.fromkeys(EXCHANGES) | ({"two-level": 2} if several_nodes else {})
 
     @property
     def sizes(self) -> Sizes:
@@ -105,6 +111,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"simulated ring of {options.ring_size}, {options.seq_len} positions, against one dense softmax in float64")
     if "cuda" not in devices:
         print("device cuda: not here, PyTorch sees no CUDA device")
+    if "two-level" not in options.exchanges:
+        print(f"exchange two-level: not here, a ring of {options.ring_size} is not several nodes of 2 ranks; --ring-size 4 is")
     print(f"{'device':7}{'dtype':9}{'kernel':11}{'exchange':10}" + "".join(f"{name:>9}" for name in NAMES) + "  verdict")
     wrong = 0
     try:
@@ -125,7 +133,7 @@ def rows(options: CheckOptions, devices: Sequence[str]) -> Iterator[Row]:
     for device, dtype in product(devices, (getattr(torch, name) for name in options.dtypes)):
         problems = [make_problem(mask, options.sizes, device, dtype) for mask in masks(options.seq_len)]
         for kernel in options.kernels:
-            found = [check_one(kernel, exchange, problems, options) for exchange in EXCHANGES]
+            found = [check_one(kernel, exchange, problems, options) for exchange in options.exchanges]
             if any(row.cases or row.wrong for row in found):
                 yield from found
             else:
@@ -179,7 +187,8 @@ def check_one(kernel: str, exchange: str, problems: Sequence[Problem], options: 
     first = problems[0].inputs[0]
     row = Row(first.device.type, first.dtype, kernel, exchange)
     for layout, problem in product(LAYOUTS, problems):
-        ring = Ring.simulated(options.ring_size, layout, exchange=exchange, kernel=kernel)
+        choice = {"exchange": exchange, "ranks_per_node": options.exchanges[exchange], "kernel": kernel}
+        ring = Ring.simulated(options.ring_size, layout, **choice)
         try:
             got = on_ring(problem, ring)
         except KernelUnavailable as refusal:

@@ -132,6 +132,18 @@ def test_check_prints_errors_and_reasons(capsys):
     assert lines[-1] == "everything that claims to work is right"
 
 
+@pytest.mark.parametrize(("ring_size", "checked"), [(2, False), (3, False), (4, True), (6, True)])
+def test_check_runs_two_levels_where_there_are_several_nodes(capsys, ring_size, checked):
+    size = ["--ring-size", str(ring_size), "--seq-len", str(12 * ring_size)]
+    assert cli.main(["check", *size, "--head-dim", "8", "--kernels", "reference", "--dtypes", "float64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    why = f"exchange two-level: not here, a ring of {ring_size} is not several nodes of 2 ranks; --ring-size 4 is"
+    assert (why in lines) != checked
+    table = lines[next(n for n, line in enumerate(lines) if line.startswith("device dtype")) : -1]
+    assert [line[27:37].rstrip() for line in table] == ["exchange", *EXCHANGES, *(["two-level"] if checked else [])]
+    assert all(line.endswith("  ok, 15 cases") and line.index("  ok") == table[0].index("  verdict") for line in table[1:])
+
+
 def test_check_finds_a_kernel_that_is_wrong(capsys, monkeypatch):
     backward = type(get_kernel("reference")).backward
 

@@ -85,6 +85,9 @@ class RingConfig:
         layout: Which positions each rank holds.
         exchange: In which order a rank meets the KV shards.
         kernel: Which kernel does the local work.
+        ranks_per_node: Neighbouring ranks that share a node, for the two-level exchange; default: what torchrun tells NCCL.
+        kv_memory: Bytes of other ranks' KV that a rank may hold in a forward; default: what the exchange takes at once.
+        grad_dtype: In what dtype dK and dV travel; default: that of their sums.
     """
 
     size: int | None = None
@@ -93,9 +96,12 @@ class RingConfig:
     layout: str = "zigzag"
     exchange: str = "auto"
     kernel: str = "auto"
+    ranks_per_node: int | None = None
+    kv_memory: int | None = None
+    grad_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
-        _at_least("ring", self, 1, "size", "simulated", "ulysses")
+        _at_least("ring", self, 1, "size", "simulated", "ulysses", "ranks_per_node", "kv_memory")
         if self.size is not None and self.simulated is not None:
             raise ValueError(
                 f"ring.size = {self.size} is a ring over processes and ring.simulated = {self.simulated} one inside a process; "

@@ -66,7 +66,8 @@ def written(options: GenerateOptions) -> str:
     steps = checkpoint.steps_in(folder / CHECKPOINTS)
     if not steps:
         raise ValueError(f"{folder / CHECKPOINTS} holds no complete checkpoint; train with run.checkpoint_every above 0")
-    ring = replace(config.ring, size=None, simulated=options.simulated, ulysses=1)
+    # Nodes and ranks that trade heads need not divide this ring as they did the one of training.
+    ring = replace(config.ring, size=None, simulated=options.simulated, ulysses=1, exchange="auto", ranks_per_node=None)
     # Every process holds whole weights, however they were spread in training.
     config = replace(config, ring=ring, run=replace(config.run, parallel="ddp"))
     with join(config) as job:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,9 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
         ("[run]\nresume = 'yes'", r"run\.resume must be one of 'new', 'auto', 'must', got 'yes'"),
         ("[ring]\nsize = 'all'", r"ring\.size must be a whole number, got 'all'"),
         ("[ring]\nsize = 2\nsimulated = 2", r"ring\.size = 2 is a ring over processes and ring\.simulated = 2"),
+        ("[ring]\nranks_per_node = 0", r"ring\.ranks_per_node must be at least 1, got 0"),
+        ("[ring]\nkv_memory = 0", r"ring\.kv_memory must be at least 1, got 0"),
+        ("[ring]\ngrad_dtype = 'int8'", r"ring\.grad_dtype must be one of 'float64', .* 'float16', got 'int8'"),
         ("[model]\ndim = 0", r"model\.dim must be at least 1, got 0"),
         ("[data]\nheld_out = 1.0", r"data\.held_out is a share of the bytes"),
         ("[optim]\nlr = nan", r"optim\.lr must be at least 0, got nan"),
@@ -63,12 +67,17 @@ def test_the_configurations_of_the_repository_load_and_make_a_model(path):
     steps=st.integers(1, 10**6),
     path=st.text(st.characters(exclude_categories=("Cs", "Cc"))),
     size=st.none() | st.integers(1, 64),
+    grad_dtype=st.none() | st.sampled_from(["float64", "bfloat16"]),
     tie=st.booleans(),
     resume=st.sampled_from(["new", "auto", "must"]),
 )
-def test_what_is_saved_reads_back_equal(lr, steps, path, size, tie, resume, tmp_path_factory):
+def test_what_is_saved_reads_back_equal(lr, steps, path, size, grad_dtype, tie, resume, tmp_path_factory):
     config = TrainConfig(
-        DecoderConfig(tie_head=tie), DataConfig(path), OptimConfig(lr, steps=steps), RingConfig(size), RunConfig(resume=resume)
+        DecoderConfig(tie_head=tie),
+        DataConfig(path),
+        OptimConfig(lr, steps=steps),
+        RingConfig(size, kv_memory=size, grad_dtype=grad_dtype),
+        RunConfig(resume=resume),
     )
     file = tmp_path_factory.getbasetemp() / "saved.toml"
     file.write_text(to_toml(config))
@@ -126,12 +135,23 @@ def test_sizes_that_do_not_fit_are_refused(sections, num_processes, message):
         ),
         ({"ring": {"layout": "spiral"}}, r"layout 'spiral' is not one of"),
         ({"ring": {"exchange": "post"}}, r"exchange 'post' is not one of"),
+        ({"ring": {"simulated": 4, "exchange": "two-level"}}, r"exchange='two-level' needs ranks_per_node"),
+        ({"ring": {"simulated": 4, "ranks_per_node": 3}}, r"ranks_per_node 3 must divide the ring size 4"),
+        ({"ring": {"simulated": 4, "exchange": "ring", "ranks_per_node": 2}}, r"ranks_per_node=2 is for exchange='two-level'"),
     ],
 )
 def test_one_process_refuses_what_it_cannot_do(sections, message):
     config = config_with(**sections)
     with pytest.raises(ValueError, match=message), join(config) as job:
         Trainer.build(config, job)
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("bfloat16", torch.bfloat16), (None, None)])
+def test_the_ring_gets_what_the_configuration_says(word, dtype):
+    section = RingConfig(simulated=4, exchange="two-level", ranks_per_node=2, kv_memory=4096, grad_dtype=word)
+    with join(config_with(ring=dataclasses.asdict(section))) as job:
+        found = job.ring.exchange, job.ring.ranks_per_node, job.ring.kv_memory, job.ring.grad_dtype
+    assert found == ("two-level", 2, 4096, dtype)
 
 
 def test_the_learning_rate_rises_and_falls():

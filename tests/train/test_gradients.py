@@ -25,11 +25,21 @@ def truth(config):
     [
         (RingConfig(simulated=4), None, False),
         (RingConfig(simulated=4, layout="striped", exchange="gather"), 1, False),
+        (RingConfig(simulated=4, exchange="ring"), None, False),
+        (RingConfig(simulated=4, exchange="two-level", ranks_per_node=2), None, False),
         (RingConfig(simulated=2, layout="contiguous", kernel="reference"), 2, True),
         (RingConfig(simulated=4, ulysses=2), None, True),
         (RingConfig(), None, True),
     ],
-    ids=["zigzag", "striped, gather, micro batches", "contiguous, checkpointed blocks", "two axes", "one rank"],
+    ids=[
+        "zigzag",
+        "striped, gather, micro batches",
+        "ring",
+        "two levels",
+        "contiguous, checkpointed blocks",
+        "two axes",
+        "one rank",
+    ],
 )
 def test_a_simulated_ring_takes_the_steps_of_one_device(config, truth, ring, micro_batch_size, checkpoint_blocks):
     config = with_data(replace(config, ring=ring), micro_batch_size=micro_batch_size)
@@ -62,6 +72,7 @@ def test_data_ranks_beside_rings_take_the_steps_of_one_device(config, truth):
         "2 x 2, DDP": grid,
         "2 x 2, trading heads": replace(grid, ring=RingConfig(size=2, ulysses=2)),
         "a ring of 2 x 2": replace(config, ring=RingConfig(size=4, ulysses=2)),
+        "two levels": replace(config, ring=RingConfig(size=4, exchange="two-level", ranks_per_node=2, grad_dtype="float64")),
     }
     run_processes(_processes, 4, runs, truth)
 

@@ -51,9 +51,14 @@ def test_processes_make_one_ring(run):
     run_processes(_same_text, 2, given, written(given))
 
 
-def test_a_run_on_two_axes_writes_on_in_one_process(run, tmp_path):
+@pytest.mark.parametrize(
+    "ring",
+    [RingConfig(size=4, ulysses=2), RingConfig(size=4, exchange="two-level", ranks_per_node=2)],
+    ids=["two axes", "two levels"],
+)
+def test_a_run_on_a_grid_writes_on_in_one_process(run, tmp_path, ring):
     shutil.copytree(run[1], tmp_path / "run")
-    saved = to_toml(replace(run[0], ring=RingConfig(size=4, ulysses=2), run=replace(run[0].run, parallel="fsdp")))
+    saved = to_toml(replace(run[0], ring=ring, run=replace(run[0].run, parallel="fsdp")))
     (tmp_path / "run" / "config.toml").write_text(saved)
     assert written(options((None, tmp_path / "run"))) == written(options(run))
 
