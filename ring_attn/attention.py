@@ -158,12 +158,17 @@ def _backward(
             )
         homeward.add(visit)
         del visit, buffers
-    dk, dv = (torch.cat(parts, 1) for parts in zip(*homeward.collect(), strict=True))
+    dk, dv = (_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
     if sinks is not None:
         # A sink is a key with v = 0, so its dp is 0.
         p = (sinks.to(up.lse.dtype)[:, None] - up.lse.masked_fill(up.lse == -torch.inf, torch.inf)).exp()
         totals.append(-torch.cat([part.delta for part in ups], -1).mul(p).sum((0, 2)))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), [total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
+    return dq.to(q.dtype), dk, dv, [total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
+
+
+def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The rows of all hosted ranks in a dtype, in memory of their own."""
+    return parts[0].to(dtype, copy=True) if len(parts) == 1 else torch.cat(parts, 1).to(dtype)
 
 
 def _hosted_upstream(up: Upstream, call: Call) -> tuple[list, list, list, list]:

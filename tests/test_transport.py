@@ -78,8 +78,9 @@ def parts_of_rows(transport, device):
         for own, x in zip(parts, sent, strict=True):
             for part, piece in zip(own, x.split([len(p.rows) for p in own], 1) if own else (), strict=True):
                 sums[part.rank][:, part.rows.start : part.rows.stop] += piece
-        got = transport.push([sent[r].clone() for r in hosted], parts, rows).wait()
-        assert all(torch.equal(x, sums[rank]) for rank, x in zip(hosted, got, strict=True))
+        into = [torch.full_like(sums[0], 5) for _ in hosted]
+        got = transport.push([sent[r].clone() for r in hosted], parts, into).wait()
+        assert all(x is y and torch.equal(x, sums[rank] + 5) for rank, x, y in zip(hosted, got, into, strict=True))
 
 
 def several_under_way(transport, payload):

@@ -196,8 +196,10 @@ class Silent:
     def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         return _at_once([self._kept(x, total_rows(parts[rank])) for rank, x in zip(self.hosted, shards, strict=True)], what)
 
-    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
-        return _at_once([self._kept(x, rows) for x in grads], what)
+    def push(
+        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
+    ) -> Pending[Sequence[Tensor]]:
+        return _at_once(into, what)
 
     def _kept(self, like: Tensor, rows: int) -> Tensor:
         key = rows, like.shape[2], like.dtype
@@ -206,5 +208,5 @@ class Silent:
         return self._rows[key]
 
 
-def _at_once(received: list, what: str) -> Pending:
+def _at_once(received: Sequence, what: str) -> Pending:
     return Pending(received, lambda: None, what)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, sum_dtype
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.layout import places, total_rows
 
 
@@ -60,17 +60,16 @@ class LocalTransport:
 
         return self._by(copy, received, (), what)
 
-    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
-        sums = [x.new_empty(x.shape[0], rows, x.shape[2], dtype=sum_dtype(x.dtype)) for x in grads]
-
+    def push(
+        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
+    ) -> Pending[Sequence[Tensor]]:
         def add() -> None:
-            for x in sums:
-                x.zero_()
             for rank, x in enumerate(grads):
                 for part, place in places(parts[rank]):
-                    sums[part.rank][:, part.rows.start : part.rows.stop] += x[:, place]
+                    into[part.rank][:, part.rows.start : part.rows.stop] += x[:, place]
 
-        return self._by(add, sums, grads, what)
+        added = self._by(add, [], grads, what)
+        return Pending(into, lambda: added.wait() and None, what)
 
     def _by(
         self, transfer: Callable[[], None], received: list[Tensor], sent: Sequence[Tensor], what: str

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads, sum_dtype
+from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import watch
 from ring_attn.layout import places, total_rows
@@ -83,15 +83,16 @@ class ProcessGroupTransport:
                 messages.append(_Message(part.rank, target, send, None if into is None else into[:, place]))
         return self._deliver(messages, received, what, keep=shards)
 
-    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
+    def push(
+        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
+    ) -> Pending[Sequence[Tensor]]:
         b, _, e = grads[0].shape
-        sums = [grads[0].new_zeros(b, rows, e, dtype=sum_dtype(grads[0].dtype)) for _ in self.hosted]
         messages, arrivals = [], []
         for source in range(self.ring_size):
             rank_grads = self._own(grads, source)
             for part, place in places(parts[source]):
                 send, receive = None if rank_grads is None else rank_grads[:, place], None
-                total = self._own(sums, part.rank)
+                total = self._own(into, part.rank)
                 if total is not None:
                     receive = send if send is not None else grads[0].new_empty(b, len(part.rows), e)
                     arrivals.append((total[:, part.rows.start : part.rows.stop], receive))
@@ -101,15 +102,21 @@ class ProcessGroupTransport:
             for total, arrived in arrivals:
                 total += arrived
 
-        return self._deliver(messages, sums, what, keep=grads, after=add_up)
+        return self._deliver(messages, into, what, keep=grads, after=add_up)
 
     def _own(self, tensors: Sequence[Tensor], rank: int) -> Tensor | None:
         """A hosted rank's tensor, None for a rank that lives elsewhere."""
         return tensors[rank - self.hosted[0]] if rank in self.hosted else None
 
     def _deliver(
-        self, messages: Sequence[_Message], received: list[Tensor], what: str, *, keep, after: Callable[[], None] | None = None
-    ) -> Pending[list[Tensor]]:
+        self,
+        messages: Sequence[_Message],
+        received: Sequence[Tensor],
+        what: str,
+        *,
+        keep,
+        after: Callable[[], None] | None = None,
+    ) -> Pending[Sequence[Tensor]]:
         """Posts the messages that this process sends or receives, out of all the ring's, which every process lists alike."""
         ops, copies = [], []
         peers: dict[str, set[int]] = {"from": set(), "to": set()}

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
-from ring_attn.comm.transport import Parts, Pending, check_payloads, sum_dtype
+from ring_attn.comm.transport import Parts, Pending, check_payloads
 from ring_attn.layout import Part, places, total_rows
 
 logger = logging.getLogger("ring_attn")
@@ -77,9 +77,10 @@ class SymmetricTransport(ProcessGroupTransport):
         reads = [Read(part.rank, part.rows, received[:, place]) for part, place in places(parts[rank])]
         return self._transfer(shard, [shard.shape[1]] * self.ring_size, reads, received, what)
 
-    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
-        (grad,), (rank,) = grads, self.hosted
-        total = grad.new_zeros(grad.shape[0], rows, grad.shape[2], dtype=sum_dtype(grad.dtype))
+    def push(
+        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
+    ) -> Pending[Sequence[Tensor]]:
+        (grad,), (total,), (rank,) = grads, into, self.hosted
         arrivals: list[tuple[Part, Tensor]] = []
         reads = []
         for source, wanted in enumerate(parts):
@@ -107,7 +108,8 @@ class SymmetricTransport(ProcessGroupTransport):
         memory.barrier()
         copies = self._under_way = _Copies(reads)
         with self._beside(mine.device, copies):
-            for rank, wanted, into in reads:
+            # From the next rank on, so that not all read the same one's memory at a time.
+            for rank, wanted, into in sorted(reads, key=lambda read: (read.rank - self.process) % self.ring_size):
                 theirs = memory.get_buffer(rank, [b, rows[rank], e], mine.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 for target, source in zip(into, theirs[:, wanted.start : wanted.stop], strict=True):

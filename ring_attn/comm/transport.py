@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from ring_attn.layout import Part
@@ -77,16 +76,13 @@ class Transport(Collective, Protocol):
         hosted rank, [b, n, e] in the order of its parts, out of the shards [b, s, e].
         """
 
-    def push(self, grads: Sequence[Tensor], parts: Parts, rows: int, *, what: str = "push") -> Pending[list[Tensor]]:
+    def push(
+        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
+    ) -> Pending[Sequence[Tensor]]:
         """The way back of `pull`: every part of `grads[i]`, which is [b, n, e] in the order of hosted rank i's parts, is added
-        to the rows that it came from. Returns [b, rows, e] for each hosted rank, 0 where nothing was added. Sums go by rank, in
-        fp32 for 16-bit numbers.
+        to the rows that it came from of `into` [b, s, e], one a hosted rank, by the time it is waited for. Sums go by rank, in
+        the dtype of `into`.
         """
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what `push` adds up numbers of a dtype."""
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def check_payloads(transport: Collective, shards: Sequence[Tensor], what: str) -> None:

@@ -44,13 +44,23 @@ class PullExchange:
 
 
 class _PullHomeward(PackedHomeward):
+    pushed: Pending | None = None
+
     def add(self, visit: Visit) -> None:
         if visit.step == 0:
             self.own = self.rows
             return
         what = f"pull backward, dK and dV home from step {visit.step}"
-        parts, rows = self.plan.meets[visit.step], self.plan.kv_layout.shard_len
         # One way home at a time: what is kept is bounded as visits are.
-        self.add_arrived(self.own)
-        self.pending = [(slice(None), self.transport.push(self.sent(self.rows), parts, rows, what=what))]
+        self._arrive()
+        self.pushed = self.transport.push(self.sent(self.rows), self.plan.meets[visit.step], self.own, what=what)
         self.rows = []
+
+    def collect(self) -> list[KV]:
+        self._arrive()
+        return super().collect()
+
+    def _arrive(self) -> None:
+        """Adds what was pushed to the own rows."""
+        if self.pushed is not None:
+            self.pushed.wait()

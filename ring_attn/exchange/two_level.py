@@ -88,6 +88,7 @@ class _TwoLevelHomeward(PackedHomeward):
         super().__init__(transport, plan, dtypes)
         self.exchange, self.level = exchange, 0
         self.held: list[Tensor] | None = None
+        self.pushed: Pending | None = None
         self.travelling: Pending[list[Tensor]] | None = None
 
     def add(self, visit: Visit) -> None:
@@ -100,8 +101,8 @@ class _TwoLevelHomeward(PackedHomeward):
         what, shard_len = f"two-level backward, dK and dV of step {visit.step}", self.plan.kv_layout.shard_len
         if self.held is None:
             self.held = [rows.new_zeros(rows.shape[0], shard_len, rows.shape[2]) for rows in self.rows]
-        pushed = self.transport.push(self.sent(self.rows), self.exchange.holders(self.plan, visit.step), shard_len, what=what)
-        self.pending = [(slice(None), pushed)]
+        parts = self.exchange.holders(self.plan, visit.step)
+        self.pushed = self.transport.push(self.sent(self.rows), parts, self.held, what=what)
 
     def collect(self) -> list[KV]:
         self._leave_for(0)
@@ -110,7 +111,8 @@ class _TwoLevelHomeward(PackedHomeward):
 
     def _leave_for(self, level: int) -> None:
         """Closes a level: what its shards gathered goes on to another, 0 being home."""
-        self.add_arrived(self.held)
+        if self.pushed is not None:
+            self.pushed.wait()
         if self.level == 0:
             self.own = self.held
         else:
@@ -120,4 +122,4 @@ class _TwoLevelHomeward(PackedHomeward):
             away = (level - self.level) * self.exchange.ranks_per_node
             where = f"from {self.level} nodes away to {level}"
             self.travelling = self.transport.shift(self.sent(self.held), away, what=f"two-level backward, dK and dV {where}")
-        self.held, self.level = None, level
+        self.held, self.pushed, self.level = None, None, level

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
-from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, normalize
+from ring_attn.partial import Partial, empty, merge, merge_, normalize
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
 
@@ -125,7 +125,10 @@ class Tilewise(ABC):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = empty(q, v.shape[-1]) if into is None else into
         for n, call in enumerate(calls, 1):
-            call.merge(into, *call.attend(self, q, k, v, scaling), out if n == len(calls) else None)
+            target = out if n == len(calls) else None
+            if target is None or not call.fuses(q):
+                into = _to_merge_into(into)
+            call.merge(into, *call.attend(self, q, k, v, scaling), target)
         if out is not None and not calls:
             out.copy_(normalize(into, out.dtype))
         return into
@@ -173,12 +176,16 @@ class Dense:
         """Whether it holds every row of q."""
         return len(self.tile.q_rows) == q.shape[1] and self.tile.batch is None
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether Triton merges and adds its results, in one pass over memory; `x`: any of its tensors."""
+        return self.tile.batch is None and _can_fuse(x)
+
     def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         return kernel.attend(q[self._q], k[self._kv], v[self._kv], self.tile, scaling)
 
     def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> None:
         """Merges a result into its rows; with `target`, the normalised output of all rows goes there."""
-        if self.tile.batch is None and _can_fuse(out):
+        if self.fuses(out):
             from ring_attn.kernels.triton_merge import merge_call
 
             merge_call(into, self.tile.q_rows, out, lse, target)()
@@ -194,6 +201,11 @@ class Dense:
         return kernel.differentiate(up, q[self._q], k[self._kv], v[self._kv], self.tile, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        if self.fuses(dq):
+            from ring_attn.kernels.triton_add import add_call
+
+            add_call(into, self.tile.q_rows, self.tile.kv_rows, dq, dk, dv)()
+            return
         into.dq[self._q] += dq
         into.dk[self._kv] += dk
         into.dv[self._kv] += dv
@@ -234,6 +246,9 @@ class Packed:
         """Whether it holds every row of q, in order."""
         rows = self.pack.q_rows[1]
         return q.shape[0] == 1 and isinstance(rows, slice) and rows == slice(0, q.shape[1])
+
+    def fuses(self, x: Tensor) -> bool:
+        return False
 
     def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
@@ -308,12 +323,18 @@ def _follows(before: Tile, tile: Tile) -> bool:
 
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
-    """A library's result as the partial of a whole visit, without a merge."""
+    """A library's result as the partial of a whole visit, without a merge; see `_to_merge_into`."""
     lse = lse.contiguous()
     if target is not None:
         target.copy_(out)
-        return Partial(target, lse, lse)
-    return Partial(out.to(accumulator_dtype(out.dtype)), lse, lse.clone())
+    return Partial(out, lse, lse)
+
+
+def _to_merge_into(partial: Partial) -> Partial:
+    """The same with acc and m to write to, where it is a library's result as it came: in its dtype, and with m = lse."""
+    if partial.m is not partial.lse:
+        return partial
+    return Partial(partial.acc.to(partial.lse.dtype), partial.m, partial.lse.clone())
 
 
 def _can_fuse(out: Tensor) -> bool:

@@ -28,7 +28,7 @@ def merge_call(into: Partial, rows: range, out: Tensor, lse: Tensor, target: Ten
     """The launch that merges out [b, i, h, dv] and lse [b, h, i] into those `rows` of `into` [b, s, h, dv], in place.
 
     With `target` [b, s, h, dv] it is the last merge: the normalised output of every row goes there, `into.lse` is final, and
-    acc and m are left as they were.
+    acc and m are left as they were: acc may be of 16 bits, and m may be lse.
     """
     walked = rows if target is None else range(into.acc.shape[1])
     blocks = -(-len(walked) // BLOCK)
@@ -87,7 +87,9 @@ def merge_kernel(
     part_lse_row = load_numbers(at_head(part_lse, batch, head), rows - part_start, met, float("-inf"))
     m_new = tl.maximum(m_row, part_lse_row)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH) * tl.exp2((m_row - base) * LOG2E)[:, None]
+    total = (
+        load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH).to(tl.float32) * tl.exp2((m_row - base) * LOG2E)[:, None]
+    )
     weight = tl.exp2((part_lse_row - base) * LOG2E)
     total += load_rows(at_head(part, batch, head), rows - part_start, met, DIM, WIDTH).to(tl.float32) * weight[:, None]
 

@@ -88,7 +88,7 @@ class Call:
     def __call__(self) -> None:
         if self.grid:
             # Triton launches on the current device, which need not be the tensors'.
-            with torch.cuda.device_of(self.arguments["lse"].ptr):
+            with torch.cuda.device_of(next(x.ptr for x in self.arguments.values() if isinstance(x, Rows))):
                 self.kernel[(self.grid,)](**self.arguments)
             if self.finish is not None:
                 self.finish()

@@ -1,0 +1,91 @@
+"""One launch to add a library's dq, dk and dv into the sums of a visit, where PyTorch takes three, two of them strided."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ring_attn.kernels import Grads
+from ring_attn.kernels.triton_blocks import padded
+from ring_attn.kernels.triton_rows import Call, at_head, load_rows, rows_of, store_rows
+
+BLOCK = 32
+
+
+def add_call(into: Grads, q_rows: range, kv_rows: range, dq: Tensor, dk: Tensor, dv: Tensor) -> Call:
+    """The launch that adds dq [b, i, h, d], dk [b, j, g, d] and dv [b, j, g, dv] into those rows of the sums, in place."""
+    (b, _, h, d), (_, _, g, dv_dim) = dq.shape, dv.shape
+    q_blocks, kv_blocks = -(-len(q_rows) // BLOCK), -(-len(kv_rows) // BLOCK)
+    arguments = {
+        "dq": rows_of(into.dq),
+        "dk": rows_of(into.dk),
+        "dv": rows_of(into.dv),
+        "dq_part": rows_of(dq),
+        "dk_part": rows_of(dk),
+        "dv_part": rows_of(dv),
+        "q_start": q_rows.start,
+        "q_count": len(q_rows),
+        "kv_start": kv_rows.start,
+        "kv_count": len(kv_rows),
+        "q_blocks": q_blocks,
+        "kv_blocks": kv_blocks,
+        "batches": b,
+        "heads": h,
+        "kv_heads": g,
+        "DIM": d,
+        "V_DIM": dv_dim,
+        "WIDTH": padded(d),
+        "V_WIDTH": padded(dv_dim),
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+    }
+    return Call(add_kernel, b * (q_blocks * h + 2 * kv_blocks * g), arguments)
+
+
+@triton.jit
+def add_block(into, part, place, start, count, blocks, heads, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds one block of rows of one head, the one at `place` among all blocks, heads and batch rows."""
+    # The heads of one block of rows are neighbours in memory.
+    head = place % heads
+    block = place // heads % blocks
+    batch = place // heads // blocks
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    live = rows < count
+    to = at_head(into, batch, head)
+    sums = load_rows(to, start + rows, live, DIM, WIDTH)
+    sums += load_rows(at_head(part, batch, head), rows, live, DIM, WIDTH).to(tl.float32)
+    store_rows(to, sums, start + rows, live, DIM, WIDTH)
+
+
+@triton.jit(do_not_specialize=["q_start", "q_count", "kv_start", "kv_count", "q_blocks", "kv_blocks", "batches"])
+def add_kernel(
+    dq,
+    dk,
+    dv,
+    dq_part,
+    dk_part,
+    dv_part,
+    q_start,
+    q_count,
+    kv_start,
+    kv_count,
+    q_blocks,
+    kv_blocks,
+    batches,
+    heads,
+    kv_heads,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0)
+    of_q, of_kv = batches * q_blocks * heads, batches * kv_blocks * kv_heads
+    if place < of_q:
+        add_block(dq, dq_part, place, q_start, q_count, q_blocks, heads, DIM, WIDTH, BLOCK)
+    elif place < of_q + of_kv:
+        add_block(dk, dk_part, place - of_q, kv_start, kv_count, kv_blocks, kv_heads, DIM, WIDTH, BLOCK)
+    else:
+        add_block(dv, dv_part, place - of_q - of_kv, kv_start, kv_count, kv_blocks, kv_heads, V_DIM, V_WIDTH, BLOCK)

@@ -1,0 +1,36 @@
+"""The fused addition of gradients against plain PyTorch, in the interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from ring_attn.kernels import Grads
+from tests.support import FLOAT32_LIMIT, rel_error
+
+pytest.importorskip("triton")
+from ring_attn.kernels.triton_add import add_call
+from ring_attn.kernels.triton_kernel import interpreted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs CUDA, or TRITON_INTERPRET=1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dims", [(8, 8), (33, 16)])
+@pytest.mark.parametrize(
+    ("q_rows", "kv_rows"), [(range(70), range(50)), (range(5, 41), range(49, 50)), (range(64, 70), range(3, 40))]
+)
+def test_add(q_rows, kv_rows, dims, dtype):
+    """Into sums of which dk and dv lie side by side, from parts that are slices; what is beside the rows is left alone."""
+    gen = torch.Generator(DEVICE).manual_seed(0)
+    (d, dv), b, h, g = dims, 2, 4, 2
+    random = lambda *shape: torch.randn(shape, generator=gen, device=DEVICE)  # noqa: E731
+    dk, dv_ = (x.unflatten(-1, (g, -1)) for x in random(b, 50, g * (d + dv)).split([g * d, g * dv], -1))
+    into = Grads(random(b, 70, h, d), dk, dv_)
+    shapes = (len(q_rows), h, d), (len(kv_rows), g, d), (len(kv_rows), g, dv)
+    parts = [random(b, rows, 2 * heads, dim).to(dtype)[:, :, heads:] for rows, heads, dim in shapes]
+    want = [x.double() for x in (into.dq, into.dk, into.dv)]
+    for x, part, rows in zip(want, parts, (q_rows, kv_rows, kv_rows), strict=True):
+        x[:, rows.start : rows.stop] += part
+    add_call(into, q_rows, kv_rows, *parts)()
+    for found, x in zip((into.dq, into.dk, into.dv), want, strict=True):
+        assert rel_error(found, x) < FLOAT32_LIMIT
