@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -104,11 +104,6 @@ class Call:
         return ring.layout(ring.seq_len(q.shape[1])), ring.layout(ring.seq_len(k.shape[1]), self.kv_layout)
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor, direction: str, lse_grad: bool = False) -> Problem:
-        rules = self.mask.rules()
-        left_bounded = any(rule.left is not None for rule in rules)
-        documents = any(rule.documents for rule in rules)
-        full = all(rule.right is None for rule in rules)
-        predicates = {predicate.triton for rule in rules for predicate in rule.predicates}
         return Problem(
             direction,
             q.device.type,
@@ -117,14 +112,26 @@ class Call:
             num_kv_heads=k.shape[2],
             head_dim=q.shape[3],
             v_head_dim=v.shape[3],
-            left_bounded=left_bounded,
             lse_grad=lse_grad,
-            score=self.modifiers.kinds or None,
-            predicate=None if not predicates else "python" if None in predicates else "triton",
             deterministic=torch.are_deterministic_algorithms_enabled(),
-            kind="documents" if documents else "window" if left_bounded else "full" if full else "causal",
             rows=1 << max(1, q.shape[1] // len(self.ring.hosted)).bit_length() - 1,
+            **self._of_mask_and_score,
         )
+
+    @cached_property
+    def _of_mask_and_score(self) -> dict[str, Any]:
+        """What mask and score say of a problem."""
+        rules = self.mask.rules()
+        left_bounded = any(rule.left is not None for rule in rules)
+        documents = any(rule.documents for rule in rules)
+        full = all(rule.right is None for rule in rules)
+        predicates = {predicate.triton for rule in rules for predicate in rule.predicates}
+        return {
+            "left_bounded": left_bounded,
+            "score": self.modifiers.kinds or None,
+            "predicate": None if not predicates else "python" if None in predicates else "triton",
+            "kind": "documents" if documents else "window" if left_bounded else "full" if full else "causal",
+        }
 
     def signature(self, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> tuple:
         """What must be alike on every rank: the three shapes, then everything else. `tensors`: those of the scores."""
@@ -137,7 +144,8 @@ class Call:
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """The rows of each hosted rank."""
-        return list(x.split(x.shape[dim] // len(self.ring.hosted), dim))
+        count = len(self.ring.hosted)
+        return [x] if count == 1 else list(x.split(x.shape[dim] // count, dim))
 
     def hosted_modifiers(self, tensors: Sequence[Tensor], rows: int) -> list[Scores]:
         """The score modifiers of each hosted rank's `rows` query rows, with these tensors."""

@@ -111,8 +111,9 @@ class SymmetricTransport(ProcessGroupTransport):
             # From the next rank on, so that not all read the same one's memory at a time.
             for rank, wanted, into in sorted(reads, key=lambda read: (read.rank - self.process) % self.ring_size):
                 theirs = memory.get_buffer(rank, [b, rows[rank], e], mine.dtype)
+                wanted_rows = theirs[:, wanted.start : wanted.stop]
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
-                for target, source in zip(into, theirs[:, wanted.start : wanted.stop], strict=True):
+                for target, source in [(into, wanted_rows)] if b == 1 else zip(into, wanted_rows, strict=True):
                     target.copy_(source)
         if self._watch is not None:
             self._watch.add([copies], self._who(what))

@@ -41,7 +41,7 @@ class Watch:
 
     def add(self, works: Sequence[object], what: str) -> None:
         """Watches `works`, which all belong to the transfer `what`. Not under CUDA graph capture, where nothing runs yet."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._posted.clear()
             return
         while self._posted and self._posted[0].work.is_completed():
