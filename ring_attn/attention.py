@@ -80,11 +80,16 @@ def ring_attention(
             resolve(ring.kernel, part.problem(*of_part, "backward"))
     if ring.ulysses > 1:
         with_tensors = (*modifiers.steps, *([] if sinks is None else [sinks]))
-        out, lse = over_heads(_forward_op, q, k, v, with_tensors, ring.transport, name, return_lse=return_lse)
+        out, lse = over_heads(attend, q, k, v, with_tensors, ring.transport, name, return_lse=return_lse)
     else:
-        out, lse = _forward_op(q, k, v, tensors, name)
+        out, lse = attend(q, k, v, tensors, name)
     out, lse = (out.squeeze(2), lse.squeeze(1)) if merged else (out, lse)
     return (out, lse) if return_lse else out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the call of that name; differentiable."""
+    return _forward_op(q, k, v, tensors, call)[:2]
 
 
 def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
@@ -102,7 +107,8 @@ def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float 
     return (-q, k, -scale) if scale else (q * 0, k, 1.0)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(out, lse, what came from other ranks if the ring keeps it)."""
     of_modifiers, sinks = call.split(tensors)
     validate(q, k, v, tensors, call)
     ring, plan, exchange = call.ring, call.plan(q, k, v), call.exchange(q, k, v)
@@ -111,7 +117,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     queries, outs = call.hosted(q), call.hosted(out)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     partials = [None if sinks is None else only_sinks(query, v.shape[3], sinks) for query in queries]
-    kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
+    kv, kept = list(zip(call.hosted(k), call.hosted(v), strict=True)), []
     for visit in exchange.tour(ring.transport, kv, plan, what=f"{exchange.name} forward"):
         for i, rank in enumerate(ring.hosted):
             partials[i] = kernel.forward(
@@ -123,13 +129,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
                 into=partials[i],
                 out=outs[i] if visit.last else None,
             )
+        if ring.keep_kv and visit.step:
+            kept += visit.came
         # Before the tour goes on and asks for the visit after the next.
         del visit
-    return out, torch.cat([partial.lse for partial in partials], -1)
+    return out, torch.cat([partial.lse for partial in partials], -1), kept
 
 
 def _backward(
-    up: Upstream, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call
+    up: Upstream, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], call: Call
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     ring, plan, exchange = call.ring, call.plan(q, k, v), call.exchange(q, k, v)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "backward", up.dlse is not None))
@@ -144,7 +152,8 @@ def _backward(
     score_grads = [part.tensors() for part in call.hosted_modifiers(totals, queries[0].shape[1])]
     dtypes = GradTypes(sums=up.lse.dtype, wire=ring.grad_dtype or up.lse.dtype)
     homeward = exchange.homeward(ring.transport, plan, dtypes)
-    for visit in exchange.tour(ring.transport, kv, plan, what=f"{exchange.name} backward"):
+    what = f"{exchange.name} backward"
+    for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
         buffers = homeward.buffers(visit)
         for i, rank in enumerate(ring.hosted):
             kernel.backward(
@@ -178,15 +187,16 @@ def _hosted_upstream(up: Upstream, call: Call) -> tuple[list, list, list, list]:
 
 
 @torch.library.custom_op("ring_attn::forward", mutates_args=())
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor]:
+def _forward_op(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     with as_given(q):
         return _forward(*unit_stride(q, k, v), tensors, called(call))
 
 
 @_forward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     b, s, h, _ = q.shape
-    return q.new_empty(b, s, h, v.shape[3]), q.new_empty(b, h, s, dtype=accumulator_dtype(q.dtype))
+    kept = [k.new_empty(shape) for shape in called(call).kept_shapes(q, k, v)]
+    return q.new_empty(b, s, h, v.shape[3]), q.new_empty(b, h, s, dtype=accumulator_dtype(q.dtype)), kept
 
 
 @torch.library.custom_op("ring_attn::backward", mutates_args=())
@@ -199,11 +209,12 @@ def _backward_op(
     out: Tensor,
     lse: Tensor,
     tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dout, q, k, v = unit_stride(dout, q, k, v)
     with as_given(q):
-        return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, called(call))
+        return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, kept, called(call))
 
 
 def as_given(q: Tensor) -> AbstractContextManager:
@@ -217,23 +228,25 @@ def unit_stride(*tensors: Tensor) -> list[Tensor]:
 
 
 @_backward_op.register_fake
-def _(dout, dlse, q, k, v, out, lse, tensors, call) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _(dout, dlse, q, k, v, out, lse, tensors, kept, call) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), [x.new_empty(x.shape) for x in tensors]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, tensors, name = inputs
-    ctx.save_for_backward(q, k, v, *output, *tensors)
-    ctx.name, ctx.call = name, called(name)
+    out, lse, kept = output
+    ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept)
+    ctx.name, ctx.call, ctx.num_tensors = name, called(name), len(tensors)
     ctx.set_materialize_grads(False)
 
 
-def _op_backward(ctx, dout: Tensor | None, dlse: Tensor | None):
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
+def _op_backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    tensors, kept = rest[: ctx.num_tensors], rest[ctx.num_tensors :]
     if dout is None and dlse is None:
         return None, None, None, [None] * len(tensors), None
     dout = torch.zeros_like(out) if dout is None else dout
-    *grads, of_tensors = _backward_op(dout, dlse, q, k, v, out, lse, tensors, ctx.name)
+    *grads, of_tensors = _backward_op(dout, dlse, q, k, v, out, lse, tensors, kept, ctx.name)
     of_tensors = [grad if x.dtype.is_floating_point else None for grad, x in zip(of_tensors, tensors, strict=True)]
     return *grads, of_tensors, None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ring_attn.cost import MACHINES, Question, Work, fastest
 from ring_attn.exchange import Exchange, get_exchange, make_plan
 from ring_attn.kernels import Problem, resolve
-from ring_attn.layout import Layout
+from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.partial import accumulator_dtype
 from ring_attn.score import Score, Scores, Sinks, sort_scores
@@ -137,10 +137,29 @@ class Call:
         """What must be alike on every rank: the three shapes, then everything else. `tensors`: those of the scores."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
-        ring = r.layout_name, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.grad_dtype, r.transport.link
+        ring = (
+            r.layout_name,
+            self.kv_layout,
+            r.exchange,
+            r.ranks_per_node,
+            r.kv_memory,
+            r.keep_kv,
+            r.grad_dtype,
+            r.transport.link,
+        )
         shapes = (tuple(x.shape) for x in (q, k, v))
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
         return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), ring, of_scores)
+
+    def kept_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, int, int]]:
+        """Of what a forward keeps for its backward."""
+        if not self.ring.keep_kv:
+            return []
+        # A plan is made for one length, whatever torch.compile would leave open.
+        q, k, v = (x.new_empty([int(size) for size in x.shape]) for x in (q, k, v))
+        plan, width = self.plan(q, k, v), k.shape[2] * (k.shape[3] + v.shape[3])
+        received = (total_rows(plan.meets[step][rank]) for step in plan.steps[1:] for rank in self.ring.hosted)
+        return [(k.shape[0], rows, width) for rows in received]
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """The rows of each hosted rank."""

@@ -31,6 +31,8 @@ class Ring:
     kernel: "auto", the name of a kernel, or a pair such as "triton+flash2" for forward and backward;
     kv_memory: how many bytes of KV that came from other ranks a rank may hold in a forward, what is under way included; a
     backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once;
+    keep_kv: what "pull" brought for a forward stays until its backward, which then moves only dK and dV, while the own shard is
+    attended: less time, for as much memory a layer as kv_memory speaks of. Otherwise it is pulled again;
     grad_dtype: in what dtype dK and dV travel, such as torch.bfloat16 for half the bytes; None: as they are summed, in fp32
     (float64 for float64 inputs);
     ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.
@@ -48,6 +50,7 @@ class Ring:
         exchange: str = "auto",
         kernel: str = "auto",
         kv_memory: int | None = None,
+        keep_kv: bool = False,
         grad_dtype: torch.dtype | None = None,
         ranks_per_node: int | None = None,
     ) -> None:
@@ -56,7 +59,9 @@ class Ring:
             raise ValueError(f"grad_dtype must be a floating dtype, or None for that of the sums, got {grad_dtype}")
         if kv_memory is not None and (not isinstance(kv_memory, int) or kv_memory < 1):
             raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")
-        self.kv_memory, self.grad_dtype = kv_memory, grad_dtype
+        if keep_kv and (exchange != "pull" or kv_memory is not None):
+            raise ValueError(f"keep_kv=True is for exchange='pull' without kv_memory, not for {exchange!r} with {kv_memory=}")
+        self.kv_memory, self.keep_kv, self.grad_dtype = kv_memory, keep_kv, grad_dtype
         self.ranks_per_node = transport.ranks_per_node if ranks_per_node is None else ranks_per_node
         self.transport = transport
         self.layout_class = _choose("layout", layout, LAYOUTS)
@@ -67,6 +72,7 @@ class Ring:
         rings = dict(zip(transport.ulysses_hosted, transport.rings, strict=True)) if isinstance(transport, TwoAxes) else {}
         # By the Ulysses ranks hosted here: the rings in which they attend, each with its part of the heads.
         choices = {"layout": layout, "exchange": exchange, "kernel": kernel, "kv_memory": kv_memory, "grad_dtype": grad_dtype}
+        choices["keep_kv"] = keep_kv
         choices["ranks_per_node"] = ranks_per_node and ranks_per_node // self.ulysses
         self.of_parts = {u: Ring(one, **choices) for u, one in rings.items()}
 

@@ -97,6 +97,7 @@ def case(
     scores: tuple = (),
     scale: float | None = None,
     lse_grad: bool = True,
+    keep_kv: bool = False,
     strided: bool = False,
     seed: int = 0,
 ) -> str:
@@ -106,7 +107,7 @@ def case(
     kv_layout, kv_len = kv or (None, None)
     n = Sizes(b, t, h, g, d, dv, getattr(torch, dtype), seed, kv_len, kv_layout)
     memory = kv_rows and kv_rows * 2 * b * g * (d + dv) * n.dtype.itemsize
-    options = {"exchange": exchange, "kernel": kernel, "ulysses": ulysses, "kv_memory": memory}
+    options = {"exchange": exchange, "kernel": kernel, "ulysses": ulysses, "kv_memory": memory, "keep_kv": keep_kv}
     simulated = ra.Ring.simulated(ring * ulysses, layout, **options, hostile=True)
     made, pieces = mask_of(mask), [SCORES[kind](*options)(n) for kind, *options in scores]
     reason = refusal(simulated, n, made, pieces, lse_grad)
@@ -204,12 +205,14 @@ def cases(draw) -> dict:
     d = draw(st.integers(1 if dtype == "float64" else 3, 9))
     scored = draw(scores(d, dtype) if draw(st.integers(0, 3)) else st.just(()))
     exchange = draw(st.sampled_from(["ring", "gather", "pull"]))
+    rows = draw(st.none() | st.integers(2 * ring if exchange == "gather" else 1, 50)) if exchange != "ring" else None
     return {
         "ring": ring,
         "ulysses": ulysses,
         "layout": layout,
         "exchange": exchange,
-        "kv_rows": draw(st.none() | st.integers(2 * ring if exchange == "gather" else 1, 50)) if exchange != "ring" else None,
+        "kv_rows": rows,
+        "keep_kv": exchange == "pull" and rows is None and draw(st.booleans()),
         "kernel": draw(st.sampled_from(KERNELS)),
         "t": t,
         "b": b,

@@ -86,15 +86,17 @@ def gradients(function, inputs, up):
     return [out, *torch.autograd.grad(out, leaves, up)]
 
 
-def test_opcheck():
-    ring = ra.Ring.simulated(2, "zigzag")
-    name, kept = call.named(call.Call.make(ring, ra.Causal(), None, 0.5))
+@pytest.mark.parametrize("keep_kv", [False, True])
+def test_opcheck(keep_kv):
+    ring = ra.Ring.simulated(2, "zigzag", exchange="pull", keep_kv=keep_kv)
+    name, same = call.named(call.Call.make(ring, ra.Causal(), None, 0.5))
     q, k, v = qkv(dv=3)
     torch.library.opcheck(attention._forward_op, (q, k, v, [], name))
-    out, lse = attention._forward_op(q, k, v, [], name)
-    saved = [x.detach() for x in (q, k, v, out, lse)]
-    torch.library.opcheck(attention._backward_op, (torch.randn_like(saved[3]), None, *saved, [], name))
-    assert call.called(name) is kept
+    *found, kept = attention._forward_op(q, k, v, [], name)
+    assert len(kept) == (2 if keep_kv else 0)
+    saved, kept = [x.detach() for x in (q, k, v, *found)], [x.detach() for x in kept]
+    torch.library.opcheck(attention._backward_op, (torch.randn_like(saved[3]), None, *saved, [], kept, name))
+    assert call.called(name) is same
 
 
 def test_compiles_in_one_graph():

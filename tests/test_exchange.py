@@ -55,6 +55,28 @@ def test_pull_moves_what_the_mask_needs():
     assert share(Documents([512] * 8)) == 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_is_kept_is_not_pulled_again_and_gradients_go_home_first(size):
+    for case in cases():
+        if case.exchange == "pull":
+            ring, done = ra.Ring.simulated(size, case.layout, exchange="pull", keep_kv=True, hostile=True), []
+            pull, push = ring.transport.pull, ring.transport.push
+            ring.transport.pull = lambda *x, pull=pull, done=done, **o: done.append("pull") or pull(*x, **o)
+            ring.transport.push = lambda *x, push=push, done=done, **o: done.append("push") or push(*x, **o)
+            check(case, ring)
+            assert done in (["pull", "push"], [])
+    plan = make_plan(EXCHANGES["pull"], Causal(), Zigzag(64, 4))
+    k = torch.zeros(1, 16, 1, 2)
+    kept = [torch.zeros(1, total_rows(plan.meets[1][rank]), 4) for rank in range(4)]
+    assert [visit.step for visit in EXCHANGES["pull"].again([(k, k)] * 4, plan, kept)] == [1, 0]
+
+
+@pytest.mark.parametrize("options", [{"exchange": "ring"}, {"exchange": "auto"}, {"exchange": "pull", "kv_memory": 1000}])
+def test_only_a_whole_pull_is_kept(options):
+    with pytest.raises(ValueError, match="keep_kv=True is for exchange='pull' without kv_memory, not for"):
+        ra.Ring.simulated(2, keep_kv=True, **options)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("exchange", "rows"), [("gather", 5), ("gather", 17), ("pull", 1), ("pull", 5), ("pull", 30)])
 def test_less_memory_takes_more_visits_and_gives_the_same(layout, exchange, rows):

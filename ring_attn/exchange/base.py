@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,11 +17,15 @@ KV = tuple[Tensor, Tensor]
 
 
 class Visit(NamedTuple):
-    """What the hosted ranks see at one step: `kv[i]` is hosted rank i's k [b, skv, g, d] and v [b, skv, g, dv]."""
+    """What the hosted ranks see at one step: `kv[i]` is hosted rank i's k [b, skv, g, d] and v [b, skv, g, dv].
+
+    `came`: the packed rows that these are views of, where they came from other ranks in one piece.
+    """
 
     step: int
     kv: list[KV]
     last: bool
+    came: Sequence[Tensor] = ()
 
 
 class GradTypes(NamedTuple):
@@ -67,10 +71,11 @@ def visits(
         kv, last = read(step, came), n + 1 == len(plan.steps)
         if not last:
             pending = post(plan.steps[n + 1], came)
+        visit = Visit(step, kv, last, came)
         # While a visit is attended, nothing lives but it and what is under way.
-        del came
-        yield Visit(step, kv, last)
-        del kv
+        del came, kv
+        yield visit
+        del visit
 
 
 def at_hand(kv: list[KV], plan: Plan) -> Pending[list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -39,6 +39,16 @@ class PullExchange:
 
         return visits(own, plan, pull, lambda step, came: list(map(widths.unpack, came)) if step else kv)
 
+    def again(self, kv: list[KV], plan: Plan, kept: Sequence[Tensor]) -> Iterator[Visit]:
+        """The visits of a backward whose forward `kept` all that came: the others' first, so that their dK and dV go home
+        while the own shard is attended.
+        """
+        widths, remote = Widths.of(kv[0]), plan.steps[1:]
+        for n, step in enumerate(remote):
+            came = kept[n * len(kv) : (n + 1) * len(kv)]
+            yield Visit(step, list(map(widths.unpack, came)), False, came)
+        yield Visit(0, kv, True)
+
     def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
         return _PullHomeward(transport, plan, dtypes)
 
@@ -46,10 +56,19 @@ class PullExchange:
 class _PullHomeward(PackedHomeward):
     pushed: Pending | None = None
 
+    def buffers(self, visit: Visit) -> list[KV]:
+        if visit.step or not self.own:
+            return super().buffers(visit)
+        # What was pushed is added to the same rows.
+        return [self.widths.unpack(rows) for rows in self.own]
+
     def add(self, visit: Visit) -> None:
         if visit.step == 0:
-            self.own = self.rows
+            self.own = self.own or self.rows
             return
+        if not self.own:
+            b, _, e = self.rows[0].shape
+            self.own = [rows.new_zeros(b, self.plan.kv_layout.shard_len, e) for rows in self.rows]
         what = f"pull backward, dK and dV home from step {visit.step}"
         # One way home at a time: what is kept is bounded as visits are.
         self._arrive()

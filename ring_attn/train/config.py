@@ -86,6 +86,7 @@ class RingConfig:
         exchange: In which order a rank meets the KV shards.
         kernel: Which kernel does the local work.
         ranks_per_node: Neighbouring ranks that share a node, for the two-level exchange; default: what torchrun tells NCCL.
+        keep_kv: What exchange = "pull" brought for a forward stays for its backward.
         kv_memory: Bytes of other ranks' KV that a rank may hold in a forward; default: what the exchange takes at once.
         grad_dtype: In what dtype dK and dV travel; default: that of their sums.
     """
@@ -98,6 +99,7 @@ class RingConfig:
     kernel: str = "auto"
     ranks_per_node: int | None = None
     kv_memory: int | None = None
+    keep_kv: bool = False
     grad_dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:

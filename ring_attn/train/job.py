@@ -73,7 +73,7 @@ def join(config: TrainConfig) -> Iterator[Job]:
     device = device_of(config.run.device)
     ring = config.ring
     choice = {"layout": ring.layout, "exchange": ring.exchange, "kernel": ring.kernel, "ulysses": ring.ulysses}
-    choice |= {"ranks_per_node": ring.ranks_per_node, "kv_memory": ring.kv_memory}
+    choice |= {"ranks_per_node": ring.ranks_per_node, "kv_memory": ring.kv_memory, "keep_kv": ring.keep_kv}
     choice["grad_dtype"] = ring.grad_dtype and getattr(torch, ring.grad_dtype)
     if not distributed:
         yield Job(device, Ring.simulated(ring_size, **choice))

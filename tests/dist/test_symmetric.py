@@ -85,7 +85,9 @@ def _conforms(rank, folder):
         conform(SymmetricTransport())
         for case in cases():
             if case.exchange == "pull":
-                check(case, ra.Ring(SymmetricTransport(), layout=case.layout, exchange="pull", kernel=case.kernel))
+                for keep_kv in (False, True):
+                    options = {"exchange": "pull", "kernel": case.kernel, "keep_kv": keep_kv}
+                    check(case, ra.Ring(SymmetricTransport(), layout=case.layout, **options))
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
