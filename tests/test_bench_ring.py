@@ -53,14 +53,15 @@ def test_every_exchange_layout_and_mask_has_its_rows_and_a_bound(tmp_path, capsy
     rows = read(results)
     timed = {(r["name"], r["layout"], r["mask"], r["length"], r["direction"]) for r in rows if r["ms"]}
     work = list(product(("causal", "documents"), (64, 128), DIRECTIONS))
-    rings = set(product(("auto", "ring", "gather", "pull"), ("striped", "zigzag")))
+    rings = set(product(("auto", "ring", "gather", "pull", "pull, KV kept"), ("striped", "zigzag")))
     assert {row for row in timed if row[0] != "no communication"} == {
         (*who, *what) for who, what in product([*rings, ("one device", "contiguous")], work)
     }
     assert len([row for row in timed if row[0] == "no communication"]) == len(work)
     for row in rows:
         if row["ms"]:
-            assert row["chosen"].startswith(row["name"] if row["name"] in EXCHANGES else tuple(EXCHANGES))
+            name = row["name"].removesuffix(", KV kept")
+            assert row["chosen"].startswith(name if name in EXCHANGES else tuple(EXCHANGES))
             assert row["percent"] == pytest.approx(100 * row["tflops"] / row["bound"])
             assert row["extra_gib"] is None and row["dtype"] == "float32" and row["ring_size"] == 2 and row["torch"]
     out = capsys.readouterr().out
@@ -76,7 +77,11 @@ def test_two_axes_and_nodes_are_timed_beside_the_rings(tmp_path):
     more = "--simulated", "4", "--ulysses", "1", "2", "--ranks-per-node", "2", "--no-peers", "--results", str(results)
     assert main([*args, *more]) == 0
     rows = [row for row in read(results) if row["direction"] == "forward"]
-    assert [row["name"] for row in rows if "x" in row["name"]] == ["Ulysses 2 x pull", "Ulysses 2 x two-level"]
+    assert [row["name"] for row in rows if "x" in row["name"]] == [
+        "Ulysses 2 x pull",
+        "Ulysses 2 x two-level",
+        "Ulysses 2 x pull, KV kept",
+    ]
     assert {row["chosen"].split(",")[0] for row in rows[:4]} == {"pull", "two-level"} and all(row["percent"] for row in rows)
 
 
@@ -93,7 +98,7 @@ def test_results_are_added_to_what_is_there(tmp_path):
     args = command("--lengths", "32", "--masks", "window", "--layouts", "zigzag", "--exchanges", "pull", "--no-peers")
     for times in (1, 2):
         assert main([*args, "--simulated", "2", "--results", str(results)]) == 0
-        assert len(read(results)) == times * 2 * len(("pull", "no communication", "one device"))
+        assert len(read(results)) == times * 2 * len(("pull", "pull, KV kept", "no communication", "one device"))
 
 
 @pytest.mark.parametrize("broken", ["push_to_the_next_rank", "pull_a_row_too_late"])
@@ -127,7 +132,7 @@ def test_the_percentage_is_of_the_bound():
 
 
 def test_rings_are_held_against_their_own_bound_and_one_device_against_the_fastest():
-    bench = small_bench(exchanges=("ring", "pull"), layouts=("zigzag",))
+    bench = small_bench(exchanges=("ring", "pull"), layouts=("zigzag",), keep_kv=False)
     tflops = {("ring", False): 200.0, ("ring", True): 400.0, ("pull", False): 300.0, ("pull", True): 500.0}
 
     def speeds(contender, case):
@@ -219,7 +224,7 @@ def test_over_gloo_the_leader_alone_writes_and_torch_says_why_not(tmp_path):
     run_processes(_over_gloo, 2, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.jsonl", "0.png"]
     rows = read(tmp_path / "0.jsonl")
-    assert {row["name"] for row in rows if row["ms"]} == {*EXCHANGES, "auto", "no communication", "one device"}
+    assert {row["name"] for row in rows if row["ms"]} == {*EXCHANGES, "pull, KV kept", "auto", "no communication", "one device"}
     refusals = {row["name"]: row["why_not"] for row in rows if row["why_not"]}
     assert refusals["torch context_parallel all-gather flash"].startswith("it fails: NotImplementedError: Operator aten")
     assert refusals["ring-flash-attn zigzag"] == "ring_flash_attn is not installed"

@@ -140,6 +140,12 @@ class OnRing:
         chosen = f"{exchange}, {' + '.join(dict.fromkeys(kernels))}"
         return replace(self, ring=self._ring(ring.transport, exchange, "+".join(kernels)), chosen=chosen)
 
+    def keeping(self) -> OnRing:
+        """The same with what it pulls kept for the backward."""
+        ring = self.ring
+        kept = Ring(ring.transport, layout=self.layout, exchange=ring.exchange, kernel=ring.kernel, keep_kv=True)
+        return replace(self, name=f"{self.name}, KV kept", ring=kept)
+
     def in_graph(self) -> OnRing:
         return replace(self, name=f"{self.name}, in a CUDA graph", captured=True)
 
@@ -149,7 +155,8 @@ class OnRing:
 
     def _ring(self, transport: Transport | TwoAxes, exchange: str, kernel: str) -> Ring:
         nodes = self.ring.ranks_per_node if exchange == "two-level" else None
-        return Ring(transport, layout=self.layout, exchange=exchange, kernel=kernel, ranks_per_node=nodes)
+        options = {"exchange": exchange, "kernel": kernel, "ranks_per_node": nodes, "keep_kv": self.ring.keep_kv}
+        return Ring(transport, layout=self.layout, **options)
 
     def positions(self, case: Case) -> Tensor:
         return self.ring.positions(case.length)
@@ -194,15 +201,17 @@ class Silent:
         return _at_once([list(row) for row in parts], what)
 
     def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
-        return _at_once([self._kept(x, total_rows(parts[rank])) for rank, x in zip(self.hosted, shards, strict=True)], what)
+        return _at_once(
+            [self._kept(x, total_rows(parts[rank]), rank) for rank, x in zip(self.hosted, shards, strict=True)], what
+        )
 
     def push(
         self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
     ) -> Pending[Sequence[Tensor]]:
         return _at_once(into, what)
 
-    def _kept(self, like: Tensor, rows: int) -> Tensor:
-        key = rows, like.shape[2], like.dtype
+    def _kept(self, like: Tensor, rows: int, rank: int) -> Tensor:
+        key = rows, like.shape[2], like.dtype, rank
         if key not in self._rows:
             self._rows[key] = torch.randn_like(like[:, :1].expand(-1, rows, -1), memory_format=torch.contiguous_format)
         return self._rows[key]

@@ -52,7 +52,8 @@ class RingBenchOptions:
         dtype: Of the inputs.
         kernel: As for a ring.
         repeats: Timed runs, of which the median counts.
-        graphs: On a GPU, also what auto takes replayed from a CUDA graph, which leaves the host out.
+        keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
+        graphs: On a GPU, also what auto takes, and what is kept, replayed from a CUDA graph, which leaves the host out.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
         simulated: Without torchrun, how many ranks this one process hosts.
@@ -73,6 +74,7 @@ class RingBenchOptions:
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     kernel: str = "auto"
     repeats: int = 7
+    keep_kv: bool = True
     graphs: bool = True
     peers: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -123,8 +125,10 @@ class Bench:
                 f"lengths must be multiples of 2 * ring size = {multiple}, at least {4 * multiple}, got {options.lengths}"
             )
         self.rings = [self.ring(*choices) for choices in product(of_ulysses, options.exchanges, options.layouts)]
+        if options.keep_kv:
+            self.rings += [one.keeping() for one in self.rings if one.ring.exchange == "pull"]
         if options.graphs and device.type == "cuda":
-            self.rings += [ring.in_graph() for ring in self.rings if ring.ring.exchange == "auto"]
+            self.rings += [one.in_graph() for one in self.rings if one.ring.exchange == "auto" or one.ring.keep_kv]
         alone = OnRing("one device", Ring.simulated(1, "contiguous", exchange="ring", kernel=options.kernel))
         self.others: list[Contender] = [alone, *(peers(transport) if options.peers else [])]
         self.machine = machine(device.type)
@@ -185,7 +189,7 @@ class Bench:
             rows = self.measured(entry)
             bound = self.measured(replace(entry, contender=entry.contender.without_wires())) if rows[0].ms else rows
             bounds += [bound] if bound[0].ms else []
-            yield from map(beside, rows, bound)
+            yield from map(beside, rows, bound * (len(rows) // len(bound)))
         best = max(bounds, key=lambda rows: rows[-1].tflops, default=[])
         yield from (replace(beside(row, row), name="no communication") for row in best)
         for entry in others:

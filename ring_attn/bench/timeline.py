@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -78,10 +78,16 @@ class _Watched:
         return self.inner.meets(layout, kv_layout, mask, max_rows)
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
-        for visit in self.inner.tour(transport, kv, plan, what=what):
+        return self._noted(self.inner.tour(transport, kv, plan, what=what), what.split()[-1])
+
+    def again(self, kv: list[KV], plan: Plan, kept: Sequence[torch.Tensor]) -> Iterator[Visit]:
+        return self._noted(self.inner.again(kv, plan, kept), "backward")
+
+    def _noted(self, visits: Iterator[Visit], direction: str) -> Iterator[Visit]:
+        for visit in visits:
             start = mark(self.device)
             yield visit
-            self.seen.append(_Seen(what.split()[-1], visit.step, start, mark(self.device)))
+            self.seen.append(_Seen(direction, visit.step, start, mark(self.device)))
 
     def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
         return self.inner.homeward(transport, plan, dtype)
