@@ -93,8 +93,8 @@ def replays(exchange: str, count: int = 20) -> None:
         assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True)), f"replay {number}"
 
 
-def symmetric_ring(layout: str, kernel: str = "auto") -> ra.Ring:
-    return ra.Ring(SymmetricTransport(), layout=layout, exchange="pull", kernel=kernel)
+def symmetric_ring(layout: str, kernel: str = "auto", keep_kv: bool = False) -> ra.Ring:
+    return ra.Ring(SymmetricTransport(), layout=layout, exchange="pull", kernel=kernel, keep_kv=keep_kv)
 
 
 def check_16_bits(layout: str, exchange: str, mask_name: str, kernel: str, dtype: torch.dtype) -> str:
@@ -159,10 +159,11 @@ def symmetric(report: Report) -> None:
     report.attempt("symmetric memory: conformance", lambda: conform(ring.transport, DEVICE))
     report.attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
     pulled = [case for case in cases() if case.exchange == "pull"]
-    report.attempt(
-        "symmetric memory: float64 matrix",
-        lambda: [check(case, symmetric_ring(case.layout, case.kernel), device=DEVICE) for case in pulled] and None,
-    )
+    for keep in (False, True):
+        report.attempt(
+            f"symmetric memory: float64 matrix{', KV kept' * keep}",
+            lambda keep=keep: [check(c, symmetric_ring(c.layout, c.kernel, keep), device=DEVICE) for c in pulled] and None,
+        )
 
 
 def graphs(report: Report) -> None:
