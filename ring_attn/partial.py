@@ -16,10 +16,7 @@ from torch import Tensor
 
 
 class Partial(NamedTuple):
-    """`acc` [b, s, h, d] unnormalised, `m` and `lse` [b, h, s] in natural log; all in `accumulator_dtype` of the inputs.
-
-    Where a library's normalised output is all that was gathered, acc is that output in its own dtype, and m is lse.
-    """
+    """`acc` [b, s, h, d] unnormalised, `m` and `lse` [b, h, s] in natural log; all in `accumulator_dtype` of the inputs."""
 
     acc: Tensor
     m: Tensor

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
-from ring_attn.partial import Partial, empty, merge, merge_, normalize
+from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, normalize
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
 
@@ -125,10 +125,7 @@ class Tilewise(ABC):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = empty(q, v.shape[-1]) if into is None else into
         for n, call in enumerate(calls, 1):
-            target = out if n == len(calls) else None
-            if target is None or not call.fuses(q):
-                into = _to_merge_into(into)
-            call.merge(into, *call.attend(self, q, k, v, scaling), target)
+            call.merge(into, *call.attend(self, q, k, v, scaling), out if n == len(calls) else None)
         if out is not None and not calls:
             out.copy_(normalize(into, out.dtype))
         return into
@@ -247,9 +244,6 @@ class Packed:
         rows = self.pack.q_rows[1]
         return q.shape[0] == 1 and isinstance(rows, slice) and rows == slice(0, q.shape[1])
 
-    def fuses(self, x: Tensor) -> bool:
-        return False
-
     def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
         out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scaling)
@@ -323,18 +317,12 @@ def _follows(before: Tile, tile: Tile) -> bool:
 
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
-    """A library's result as the partial of a whole visit, without a merge; see `_to_merge_into`."""
+    """A library's result as the partial of a whole visit, without a merge."""
     lse = lse.contiguous()
     if target is not None:
         target.copy_(out)
-    return Partial(out, lse, lse)
-
-
-def _to_merge_into(partial: Partial) -> Partial:
-    """The same with acc and m to write to, where it is a library's result as it came: in its dtype, and with m = lse."""
-    if partial.m is not partial.lse:
-        return partial
-    return Partial(partial.acc.to(partial.lse.dtype), partial.m, partial.lse.clone())
+        return Partial(target, lse, lse)
+    return Partial(out.to(accumulator_dtype(out.dtype)), lse, lse.clone())
 
 
 def _can_fuse(out: Tensor) -> bool:

@@ -1,4 +1,8 @@
-"""One pass over memory to merge a library's normalised output into a partial, and to normalise where it is the last."""
+"""One pass over memory to merge a library's normalised output into a partial, and to normalise where it is the last.
+
+Note [in place]: m and lse are written where they were read, and a program's warps read them twice, once as factors of their own
+rows and once for the warp that writes them. Without a barrier the one that writes may be ahead of the others' reads.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ def merge_call(into: Partial, rows: range, out: Tensor, lse: Tensor, target: Ten
     """The launch that merges out [b, i, h, dv] and lse [b, h, i] into those `rows` of `into` [b, s, h, dv], in place.
 
     With `target` [b, s, h, dv] it is the last merge: the normalised output of every row goes there, `into.lse` is final, and
-    acc and m are left as they were: acc may be of 16 bits, and m may be lse.
+    acc and m are left as they were.
     """
     walked = rows if target is None else range(into.acc.shape[1])
     blocks = -(-len(walked) // BLOCK)
@@ -87,9 +91,7 @@ def merge_kernel(
     part_lse_row = load_numbers(at_head(part_lse, batch, head), rows - part_start, met, float("-inf"))
     m_new = tl.maximum(m_row, part_lse_row)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    total = (
-        load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH).to(tl.float32) * tl.exp2((m_row - base) * LOG2E)[:, None]
-    )
+    total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH) * tl.exp2((m_row - base) * LOG2E)[:, None]
     weight = tl.exp2((part_lse_row - base) * LOG2E)
     total += load_rows(at_head(part, batch, head), rows - part_start, met, DIM, WIDTH).to(tl.float32) * weight[:, None]
 
@@ -97,6 +99,8 @@ def merge_kernel(
     shift = tl.where(larger == float("-inf"), 0.0, larger)
     sum_exp = tl.exp2((lse_row - shift) * LOG2E) + tl.exp2((part_lse_row - shift) * LOG2E)
     lse_new = tl.where(larger == float("-inf"), larger, shift + tl.log2(tl.where(sum_exp == 0.0, 1.0, sum_exp)) * LN2)
+    # See Note [in place].
+    tl.debug_barrier()
     store_numbers(at_head(lse, batch, head), lse_new, rows, live)
     if LAST:
         final = tl.where(lse_new == float("-inf"), 0.0, tl.exp2((base - lse_new) * LOG2E))
