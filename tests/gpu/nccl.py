@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 4 -m tests.gpu.nccl [--only symmetric]
 
-Every rank checks its own rows; rank 0 prints a short table last; exits non-zero on every rank where anything was wrong on any.
+Every rank checks its own rows; rank 0 prints a line for each check; exits non-zero on every rank where anything was wrong on any.
 Symmetric memory needs TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
@@ -138,16 +138,17 @@ def timing(ring: ra.Ring, seq_len: int, h: int = 32, g: int = 8, d: int = 128) -
 
 
 class Report:
-    """What was attempted: a line for each, and what failed."""
+    """What was attempted: rank 0 prints a line for each, at once, and what failed is kept."""
 
     def __init__(self) -> None:
-        self.rows: list[str] = []
         self.failures: list[str] = []
 
     def attempt(self, name: str, function: Callable, *args) -> None:
         start = time.monotonic()
         try:
-            self.rows.append(f"{name:52s} {function(*args) or 'ok'}  [{time.monotonic() - start:.1f} s]")
+            found = function(*args) or "ok"
+            if dist.get_rank() == 0:
+                print(f"{name:52s} {found}  [{time.monotonic() - start:.1f} s]", flush=True)
         except Exception as error:  # a report: one failure must not hide the others
             traceback.print_exc()
             self.failures.append(f"rank {dist.get_rank()}: {name}: {type(error).__name__}: {error}")
@@ -212,15 +213,15 @@ def main() -> None:
     torch.cuda.set_device(DEVICE)
     dist.init_process_group("nccl", device_id=DEVICE, timeout=timedelta(seconds=120))
     report = Report()
+    if dist.get_rank() == 0:
+        print(f"{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+        print("16-bit columns: out dq dk dv as multiples of plain PyTorch's error", flush=True)
     for stage in options.only:
         STAGES[stage](report)
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, report.failures)
     wrong = [failure for rank in everyone for failure in rank]
     if dist.get_rank() == 0:
-        print(f"\n{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-        print("16-bit columns: out dq dk dv as multiples of plain PyTorch's error")
-        print("\n".join(report.rows))
         print("\n".join(wrong) if wrong else "all ranks agree: nothing wrong")
     dist.destroy_process_group()
     sys.exit(bool(wrong))
