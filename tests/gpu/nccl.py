@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 4 -m tests.gpu.nccl [--only symmetric]
 
-Every rank checks its own rows; rank 0 prints a line for each check; exits non-zero on every rank where anything was wrong on any.
+Every rank checks its own rows; rank 0 prints a line for each check; exits non-zero on every rank where any of them found fault.
 Symmetric memory needs TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
