@@ -137,8 +137,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 
 
 def _backward(
-    up: Upstream, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], kept: Sequence[Tensor], call: Call
+    up: Upstream,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    wanted: Sequence[bool],
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """dq, dk, dv and the gradients of those `tensors` for which they are `wanted`, empty for the others."""
     ring, plan, exchange = call.ring, call.plan(q, k, v), call.exchange(q, k, v)
     kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "backward", up.dlse is not None))
     queries = call.hosted(q)
@@ -148,8 +156,8 @@ def _backward(
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
     of_modifiers, sinks = call.split(tensors)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
-    totals = [torch.zeros_like(x, dtype=up.lse.dtype) for x in of_modifiers]
-    score_grads = [part.tensors() for part in call.hosted_modifiers(totals, queries[0].shape[1])]
+    totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
+    score_grads = call.hosted_score_grads(totals, of_modifiers, queries[0].shape[1])
     dtypes = GradTypes(sums=up.lse.dtype, wire=ring.grad_dtype or up.lse.dtype)
     homeward = exchange.homeward(ring.transport, plan, dtypes)
     what = f"{exchange.name} backward"
@@ -172,7 +180,8 @@ def _backward(
         # A sink is a key with v = 0, so its dp is 0.
         p = (sinks.to(up.lse.dtype)[:, None] - up.lse.masked_fill(up.lse == -torch.inf, torch.inf)).exp()
         totals.append(-torch.cat([part.delta for part in ups], -1).mul(p).sum((0, 2)))
-    return dq.to(q.dtype), dk, dv, [total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
+    of_tensors = [x.new_empty(0) if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
+    return dq.to(q.dtype), dk, dv, of_tensors
 
 
 def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -210,11 +219,12 @@ def _backward_op(
     lse: Tensor,
     tensors: Sequence[Tensor],
     kept: Sequence[Tensor],
+    wanted: Sequence[bool],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dout, q, k, v = unit_stride(dout, q, k, v)
     with as_given(q):
-        return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, kept, called(call))
+        return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, kept, wanted, called(call))
 
 
 def as_given(q: Tensor) -> AbstractContextManager:
@@ -228,8 +238,9 @@ def unit_stride(*tensors: Tensor) -> list[Tensor]:
 
 
 @_backward_op.register_fake
-def _(dout, dlse, q, k, v, out, lse, tensors, kept, call) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), [x.new_empty(x.shape) for x in tensors]
+def _(dout, dlse, q, k, v, out, lse, tensors, kept, wanted, call) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    of_tensors = [x.new_empty(x.shape if want else 0) for x, want in zip(tensors, wanted, strict=True)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), of_tensors
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -246,8 +257,9 @@ def _op_backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):
     if dout is None and dlse is None:
         return None, None, None, [None] * len(tensors), None
     dout = torch.zeros_like(out) if dout is None else dout
-    *grads, of_tensors = _backward_op(dout, dlse, q, k, v, out, lse, tensors, kept, ctx.name)
-    of_tensors = [grad if x.dtype.is_floating_point else None for grad, x in zip(of_tensors, tensors, strict=True)]
+    wanted = ctx.needs_input_grad[3]
+    *grads, of_tensors = _backward_op(dout, dlse, q, k, v, out, lse, tensors, kept, wanted, ctx.name)
+    of_tensors = [grad if want else None for grad, want in zip(of_tensors, wanted, strict=True)]
     return *grads, of_tensors, None
 
 

@@ -171,6 +171,14 @@ class Call:
         modifiers = self.modifiers.with_tensors(tensors)
         return [modifiers.rows(i * rows, (i + 1) * rows) for i in range(len(self.ring.hosted))]
 
+    def hosted_score_grads(
+        self, totals: Sequence[Tensor | None], tensors: Sequence[Tensor], rows: int
+    ) -> list[tuple[Tensor | None, ...]]:
+        """Each hosted rank's part of the modifiers' gradients `totals`, None where there is none."""
+        whole = [x if total is None else total for x, total in zip(tensors, totals, strict=True)]
+        parts = (modifiers.tensors() for modifiers in self.hosted_modifiers(whole, rows))
+        return [tuple(None if total is None else x for x, total in zip(part, totals, strict=True)) for part in parts]
+
     def check_scores(self, q: Tensor, kv_len: int, tensors: Sequence[Tensor]) -> None:
         """Raises ValueError where the tensors of scores do not fit q [b, rows, h, d] and `kv_len` keys of all ranks."""
         elsewhere = [x for x in tensors if x.device != q.device]

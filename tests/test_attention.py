@@ -95,7 +95,7 @@ def test_opcheck(keep_kv):
     *found, kept = attention._forward_op(q, k, v, [], name)
     assert len(kept) == (2 if keep_kv else 0)
     saved, kept = [x.detach() for x in (q, k, v, *found)], [x.detach() for x in kept]
-    torch.library.opcheck(attention._backward_op, (torch.randn_like(saved[3]), None, *saved, [], kept, name))
+    torch.library.opcheck(attention._backward_op, (torch.randn_like(saved[3]), None, *saved, [], kept, [], name))
     assert call.called(name) is same
 
 

@@ -187,6 +187,35 @@ def test_a_kernel_by_name_runs_a_modifier_or_says_which_it_lacks(kernel, score, 
             ra.ring_attention(*qkv, ring=ring, mask=mask, score=score)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "second", "ulysses"), [("reference", "bias htt", 1), ("reference", "bias htt", 2), ("triton", "softcap", 1)]
+)
+def test_no_gradient_is_computed_for_a_tensor_that_wants_none(kernel, second, ulysses):
+    n = Sizes(t=8, dtype=torch.float32)
+    ring, pieces = ra.Ring.simulated(2, "striped", kernel=kernel, ulysses=ulysses, hostile=True), pieces_of("alibi", n)
+    pieces += pieces_of(second, n)
+    if get_kernel(kernel).supports(call.Call.make(ra.Ring.simulated(2), ra.Causal(), None, 1.0).problem(*inputs(n), "forward")):
+        pytest.skip("Triton runs neither compiled nor interpreted here")
+    found, seen = {}, []
+    backward = type(get_kernel(kernel)).backward
+
+    def watched(self, *args, into, **options):
+        seen.append([x is not None for x in into.score])
+        backward(self, *args, into=into, **options)
+
+    for wanted in (True, False):
+        (slopes, *rest), qkv = [x.detach().float() for piece in pieces for x in piece.leaves], inputs(n)
+        leaves = [slopes.requires_grad_(wanted), *(x.requires_grad_() for x in rest)]
+        scores = [pieces[0].make(leaves[:1], ring), pieces[1].make(leaves[1:], ring)]
+        with patch.object(type(get_kernel(kernel)), "backward", watched):
+            out = ring.unshard(ra.ring_attention(*map(ring.shard, qkv), ring=ring, score=scores))
+            found[wanted] = list(torch.autograd.grad(out.sin().sum(), [*qkv, *leaves[0 if wanted else 1 :]]))
+        assert all(row == [wanted, *[True] * len(rest)] for row in seen) and seen
+        seen.clear()
+    del found[True][3]  # the slopes'
+    assert all(map(torch.equal, found[True], found[False]))
+
+
 def test_auto_takes_the_reference_for_a_modifier_and_says_why(caplog):
     caplog.set_level("INFO", "ring_attn")
     resolve.cache_clear()

@@ -71,13 +71,13 @@ class Upstream:
 class Grads:
     """Where a backward adds: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse.
 
-    `score`: the same for the tensors of the score modifiers, in their order and shapes.
+    `score`: the same for the tensors of the score modifiers, in their order and shapes; None where no gradient is wanted.
     """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
-    score: tuple[Tensor, ...] = ()
+    score: tuple[Tensor | None, ...] = ()
 
 
 class Kernel(Protocol):

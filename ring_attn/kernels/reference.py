@@ -155,17 +155,17 @@ class _Block:
         if not (self.score and self.score.steps):
             return ds
         tensors = list(self.score.tensors())
-        floating = [n for n, x in enumerate(tensors) if x.dtype.is_floating_point]
+        wanted = [n for n, total in enumerate(into.score) if total is not None]
 
         def modified(raw: Tensor, *leaves: Tensor) -> Tensor:
-            for n, leaf in zip(floating, leaves, strict=True):
+            for n, leaf in zip(wanted, leaves, strict=True):
                 tensors[n] = leaf
             return self._apply(self.score.with_tensors(tensors), raw)
 
         # Not autograd, which does not record inside a custom op.
-        _, pull_back = torch.func.vjp(modified, raw, *(tensors[n] for n in floating))
+        _, pull_back = torch.func.vjp(modified, raw, *(tensors[n] for n in wanted))
         ds, *grads = pull_back(ds)
-        for n, grad in zip(floating, grads, strict=True):
+        for n, grad in zip(wanted, grads, strict=True):
             into.score[n].add_(grad)
         return ds
 

@@ -112,13 +112,17 @@ def dq_call(
     arguments = _shared(up, q, k, v, table, config, scale, chain)
     arguments |= {"k_blocks": blocks[0], "v_blocks": blocks[1], "TMA": None not in blocks}
     arguments |= {"dq": rows_of(into.dq), "num_q": q.shape[1]}
-    arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk, "slopes": slopes, "ALIBI": chain.alibi}
+    arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk, "slopes": slopes}
+    arguments["ALIBI"] = None if slopes is None else chain.alibi
     return Call(dq_kernel, table.busy * q.shape[2], arguments, add_slopes)
 
 
 def _slopes(q: Tensor, chain: Chain, into: Grads) -> tuple[Rows | None, Callable[[], None] | None]:
-    """Where the dq kernel writes what each query row adds to -d slopes, and what then adds it up; None without Alibi."""
-    if chain.alibi is None:
+    """Where the dq kernel writes what each query row adds to -d slopes, and what then adds it up.
+
+    None without Alibi, and where the slopes want no gradient.
+    """
+    if chain.alibi is None or into.score[chain.slopes] is None:
         return None, None
     parts = torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
     return numbers_of(parts), lambda: into.score[chain.slopes].sub_(parts.sum((0, 2)))
