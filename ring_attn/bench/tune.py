@@ -152,15 +152,17 @@ def main_call(launch: str, config: Config, visit: Visit) -> Call:
 
 def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Grads) -> list[Call]:
     """The launches to time: the forward writes `up.out` and `up.lse`, the others add into `into`."""
-    from ring_attn.kernels.triton_backward import backward_calls
+    from ring_attn.kernels.triton_backward import Visited, backward_calls
     from ring_attn.kernels.triton_blocks import query_table
     from ring_attn.kernels.triton_forward import forward_call
+    from ring_attn.kernels.triton_scores import PLAIN
 
     tensors = visit.q, visit.k, visit.v
     if launch == "forward":
         target, table = Partial(up.out, up.lse, up.lse), query_table(visit.tiles, visit.q, config.own)
         return [forward_call(*tensors, table, config, scale=visit.scale, carried=None, target=target, out=up.out)]
-    found = list(backward_calls(up, *tensors, visit.tiles, Configs(config, config, config), scale=visit.scale, into=into))
+    visited = Visited(up, *tensors, visit.scale, PLAIN, into)
+    found = list(backward_calls(visited, visit.tiles, Configs(config, config, config)))
     return found[:-1] if launch == "dkdv" else found[-1:]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,112 +43,88 @@ from ring_attn.kernels.triton_rows import (
     store_rows,
     whole_block,
 )
-from ring_attn.kernels.triton_scores import PLAIN, Chain, block_cells, distance, entry_cells, modified, pulled_back
+from ring_attn.kernels.triton_scores import Chain, block_cells, distance, entry_cells, modified, pulled_back
 from ring_attn.tiles import Tile
 
 
-def backward_calls(
-    up: Upstream,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: Sequence[Tile],
-    configs: Configs,
-    *,
-    scale: float,
-    chain: Chain = PLAIN,
-    into: Grads,
-) -> Iterator[Call]:
+@dataclass(frozen=True)
+class Visited:
+    """The tensors of a visit's backward, what makes scores of their products, and where the gradients are added."""
+
+    up: Upstream
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    chain: Chain
+    into: Grads
+
+
+def backward_calls(x: Visited, tiles: Sequence[Tile], configs: Configs) -> Iterator[Call]:
     """The launches of one visit."""
-    own_kv = configs.dkdv
-    by_tma = own_kv.tma and None not in _walked_queries(up, q, own_kv).values()
-    passes = [(own_kv, kv_table(tiles, k, own_kv.own, least=own_kv.walk if by_tma else 0, placed=chain.placed))]
+    own_kv, placed = configs.dkdv, x.chain.placed
+    by_tma = own_kv.tma and None not in _walked_queries(x, own_kv).values()
+    passes = [(own_kv, kv_table(tiles, x.k, own_kv.own, least=own_kv.walk if by_tma else 0, placed=placed))]
     if by_tma:
-        passes.append((configs.short, kv_table(tiles, k, configs.short.own, most=own_kv.walk - 1, placed=chain.placed)))
+        passes.append((configs.short, kv_table(tiles, x.k, configs.short.own, most=own_kv.walk - 1, placed=placed)))
     for config, table in passes:
         if table.busy:
-            yield dkdv_call(up, q, k, v, table, config, scale=scale, chain=chain, into=into)
-    table = query_table(tiles, q, configs.dq.own, placed=chain.placed)
-    yield dq_call(up, q, k, v, table, configs.dq, scale=scale, chain=chain, into=into)
+            yield dkdv_call(x, table, config)
+    yield dq_call(x, query_table(tiles, x.q, configs.dq.own, placed=placed), configs.dq)
 
 
-def dkdv_call(
-    up: Upstream,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Table,
-    config: Config,
-    *,
-    scale: float,
-    chain: Chain = PLAIN,
-    into: Grads,
-) -> Call:
+def dkdv_call(x: Visited, table: Table, config: Config) -> Call:
     """The launch that adds into dk and dv. `table` lists blocks of KV rows: under TMA, of tiles with a block of query rows."""
-    blocks = _walked_queries(up, q, config) if config.tma else dict.fromkeys(_WALKED)
+    blocks = _walked_queries(x, config) if config.tma else dict.fromkeys(_WALKED)
     if None in blocks.values():
         blocks = dict.fromkeys(_WALKED)
-    arguments = _shared(up, q, k, v, table, config, scale, chain) | blocks
-    arguments |= {"dk": rows_of(into.dk), "dv": rows_of(into.dv)}
-    arguments |= {"num_kv": k.shape[1], "batches": q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
+    arguments = _shared(x, table, config) | blocks | {"dk": rows_of(x.into.dk), "dv": rows_of(x.into.dv)}
+    arguments |= {"num_kv": x.k.shape[1], "batches": x.q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
     arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early}
-    return Call(dkdv_kernel, table.busy * k.shape[2], arguments)
+    return Call(dkdv_kernel, table.busy * x.k.shape[2], arguments)
 
 
-def dq_call(
-    up: Upstream,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Table,
-    config: Config,
-    *,
-    scale: float,
-    chain: Chain = PLAIN,
-    into: Grads,
-) -> Call:
+def dq_call(x: Visited, table: Table, config: Config) -> Call:
     """The launch that adds into dq; `table` lists blocks of query rows."""
-    blocks = (blocks_of(k, config.walk), blocks_of(v, config.walk)) if config.tma else (None, None)
-    slopes, add_slopes = _slopes(q, chain, into)
-    arguments = _shared(up, q, k, v, table, config, scale, chain)
+    blocks = (blocks_of(x.k, config.walk), blocks_of(x.v, config.walk)) if config.tma else (None, None)
+    slopes, add_slopes = _slopes(x)
+    arguments = _shared(x, table, config) | {"dq": rows_of(x.into.dq), "num_q": x.q.shape[1]}
     arguments |= {"k_blocks": blocks[0], "v_blocks": blocks[1], "TMA": None not in blocks}
-    arguments |= {"dq": rows_of(into.dq), "num_q": q.shape[1]}
-    arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk, "slopes": slopes}
-    arguments["ALIBI"] = None if slopes is None else chain.alibi
-    return Call(dq_kernel, table.busy * q.shape[2], arguments, add_slopes)
+    arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk}
+    arguments |= {"slopes": slopes, "ALIBI": None if slopes is None else x.chain.alibi}
+    return Call(dq_kernel, table.busy * x.q.shape[2], arguments, add_slopes)
 
 
-def _slopes(q: Tensor, chain: Chain, into: Grads) -> tuple[Rows | None, Callable[[], None] | None]:
+def _slopes(x: Visited) -> tuple[Rows | None, Callable[[], None] | None]:
     """Where the dq kernel writes what each query row adds to -d slopes, and what then adds it up.
 
     None without Alibi, and where the slopes want no gradient.
     """
-    if chain.alibi is None or into.score[chain.slopes] is None:
+    total = None if x.chain.alibi is None else x.into.score[x.chain.slopes]
+    if total is None:
         return None, None
-    parts = torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    return numbers_of(parts), lambda: into.score[chain.slopes].sub_(parts.sum((0, 2)))
+    parts = torch.zeros(x.q.shape[0], x.q.shape[2], x.q.shape[1], dtype=torch.float32, device=x.q.device)
+    return numbers_of(parts), lambda: total.sub_(parts.sum((0, 2)))
 
 
-def _shared(
-    up: Upstream, q: Tensor, k: Tensor, v: Tensor, table: Table, config: Config, scale: float, chain: Chain
-) -> dict[str, Any]:
-    dout, lse2, delta = _prepared(up)
+def _shared(x: Visited, table: Table, config: Config) -> dict[str, Any]:
+    dout, lse2, delta = _prepared(x.up)
     return {
-        "q": rows_of(q),
-        "k": rows_of(k),
-        "v": rows_of(v),
+        "q": rows_of(x.q),
+        "k": rows_of(x.k),
+        "v": rows_of(x.v),
         "dout": rows_of(dout),
         "lse": numbers_of(lse2),
         "delta": numbers_of(delta),
         "table": table.ints,
-        "scale": float(scale),
+        "scale": float(x.scale),
         "programs": table.busy,
-        "group": q.shape[2] // k.shape[2],
-        "DIM": q.shape[3],
-        "V_DIM": v.shape[3],
-        "WIDTH": padded(q.shape[3]),
-        "V_WIDTH": padded(v.shape[3]),
-        **chain.arguments(scale),
+        "group": x.q.shape[2] // x.k.shape[2],
+        "DIM": x.q.shape[3],
+        "V_DIM": x.v.shape[3],
+        "WIDTH": padded(x.q.shape[3]),
+        "V_WIDTH": padded(x.v.shape[3]),
+        **x.chain.arguments(x.scale),
         **config.options,
     }
 
@@ -155,10 +132,10 @@ def _shared(
 _WALKED = "q_blocks", "dout_blocks", "lse_blocks", "delta_blocks"
 
 
-def _walked_queries(up: Upstream, q: Tensor, config: Config) -> dict[str, Any]:
+def _walked_queries(x: Visited, config: Config) -> dict[str, Any]:
     """What the dk, dv kernel walks over by TMA; None for what TMA cannot copy."""
-    dout, *numbers = _prepared(up)
-    blocks = *(blocks_of(x, config.walk) for x in (q, dout)), *(number_blocks_of(x, config.walk) for x in numbers)
+    dout, *numbers = _prepared(x.up)
+    blocks = *(blocks_of(rows, config.walk) for rows in (x.q, dout)), *(number_blocks_of(n, config.walk) for n in numbers)
     return dict(zip(_WALKED, blocks, strict=True))
 
 

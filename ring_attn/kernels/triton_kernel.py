@@ -81,11 +81,11 @@ class TritonKernel:
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        from ring_attn.kernels.triton_backward import backward_calls
+        from ring_attn.kernels.triton_backward import Visited, backward_calls
         from ring_attn.kernels.triton_scores import chain_of
 
         chain = chain_of(score, tiles, q.dtype)
-        for call in backward_calls(up, q, k, v, tiles, self._configs(q, v, chain), scale=scale, chain=chain, into=into):
+        for call in backward_calls(Visited(up, q, k, v, scale, chain, into), tiles, self._configs(q, v, chain)):
             call()
 
     def _configs(self, q: Tensor, v: Tensor, chain: Chain) -> Configs:

@@ -103,14 +103,15 @@ def test_a_row_whose_lse_is_minus_infinity_has_no_gradient():
 
 
 def test_tma_is_used_where_it_can_be():
-    from ring_attn.kernels.triton_backward import backward_calls
+    from ring_attn.kernels.triton_backward import Visited, backward_calls
+    from ring_attn.kernels.triton_scores import PLAIN
 
     tile_list = band_tiles("causal", 37, 44)
     # Rows of 17 numbers are no multiple of 16 bytes apart.
     for width, wanted in ((16, True), (17, False)):
         q, k, v, dout = (x.to(DEVICE)[..., :16] for x in random_qkv(1, 37, 44, 2, 1, width, seed=8))
         up, into = Upstream(dout, dout, empty(q, 16).lse), Grads(*(torch.zeros_like(x) for x in (q, k, v)))
-        calls = list(backward_calls(up, q, k, v, tile_list, KERNEL.configs, scale=0.2, into=into))
+        calls = list(backward_calls(Visited(up, q, k, v, 0.2, PLAIN, into), tile_list, KERNEL.configs))
         assert [call.arguments["TMA"] for call in calls] == [wanted, wanted]
 
 

@@ -47,7 +47,7 @@ def scores(name: str) -> Scores:
 
 def calls(dtype: torch.dtype, head_dim: int, config: Configs, score: Scores) -> Iterator[tuple[str, Call]]:
     """Every launch the kernel makes for this dtype, head dim and scores, by name."""
-    from ring_attn.kernels.triton_backward import dkdv_call, dq_call
+    from ring_attn.kernels.triton_backward import Visited, dkdv_call, dq_call
     from ring_attn.kernels.triton_scores import chain_of
 
     plan = tiles(Contiguous(ROWS, 1).shard(0), [Contiguous(ROWS, 1).shard(0)], Causal())
@@ -58,13 +58,13 @@ def calls(dtype: torch.dtype, head_dim: int, config: Configs, score: Scores) -> 
     up = Upstream(q, q, partial.lse)
     chain = chain_of(score, plan, dtype)
     yield from forward_calls(q, k, partial, plan, config, chain)
-    options = {"scale": 0.1, "chain": chain, "into": grads}
+    visited = Visited(up, q, k, k, 0.1, chain, grads)
     kv, queries = (
         kv_table(plan, k, config.dkdv.own, placed=chain.placed),
         query_table(plan, q, config.dq.own, placed=chain.placed),
     )
-    yield "dkdv", dkdv_call(up, q, k, k, kv, config.dkdv, **options)
-    yield "dq", dq_call(up, q, k, k, queries, config.dq, **options)
+    yield "dkdv", dkdv_call(visited, kv, config.dkdv)
+    yield "dq", dq_call(visited, queries, config.dq)
 
 
 def forward_calls(q, k, partial, plan, config, chain) -> Iterator[tuple[str, Call]]:
