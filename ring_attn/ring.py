@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ring_attn import sharding
 from ring_attn.comm.local import LocalTransport
-from ring_attn.comm.process_group import all_reduce_sum, cut_two_axes, split_group, two_axes
-from ring_attn.comm.symmetric import wires
+from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, cut_two_axes, split_group, two_axes
+from ring_attn.comm.symmetric import with_copy_engines
 from ring_attn.comm.transport import Transport
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import EXCHANGE_NAMES
@@ -128,12 +128,11 @@ class Ring:
             )
         if ring_size is not None:
             group = split_group(group, ring_size, ranks_per_process)
-        transport: Transport | TwoAxes = wires(
-            group, ranks_per_process, choices.get("exchange", "auto") if ulysses == 1 else ""
-        )
-        _check_ulysses(ulysses, transport.ring_size)
+        messages = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
+        _check_ulysses(ulysses, messages.ring_size)
         if ulysses > 1:
-            transport = cut_two_axes(transport.group, ulysses)
+            return cls(cut_two_axes(messages.group, ulysses), layout=layout, **choices)
+        transport = with_copy_engines(messages, choices.get("exchange", "auto"))
         return cls(transport, layout=layout, **choices)
 
     @classmethod
@@ -227,7 +226,7 @@ class Ring:
             if any(len(set(column)) > 1 for column in columns):
                 raise ValueError(
                     "every rank must call with the same shapes, dtype, mask and scale, but q, k, v shapes (then checksums of "
-                    "dtype and device, mask, score, scale, layout and exchange, score tensors) are, by rank: "
+                    "dtype and device, mask, score, scale, layout, exchange and wires, score tensors) are, by rank: "
                     f"{_table(columns)}; shard with ring.shard, pad with ring_attn.pad_to"
                 ) from refusal
             if refusal is None and any(refused):

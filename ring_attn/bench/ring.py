@@ -223,14 +223,12 @@ class Bench:
                 if contender.captured:
                     run, _ = captured(run)
                 times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
-                slowest = (
-                    everyone.tell([*times, torch.nan if extra is None else (extra + contender.staging) / 2**30])
-                    .amax(0)
-                    .tolist()
-                )
+                # A replay allocates nothing that PyTorch would count.
+                gib = None if extra is None or contender.captured else (extra + contender.staging) / 2**30
+                slowest = everyone.tell([*times, torch.nan if gib is None else gib]).amax(0).tolist()
                 ms = statistics.median(slowest[:-1])
                 flops = factor * 4 * options.head_dim * options.heads * case.cells / contender.processes
-                yield ms, flops / ms / 1e9, None if extra is None else slowest[-1]
+                yield ms, flops / ms / 1e9, None if gib is None else slowest[-1]
 
     def timelines(self, entries: Sequence[Sequence[Entry]], rows: Sequence[RingRow]) -> list[Timeline]:
         """Of every exchange, in its fastest layout, at the longest case of the first mask."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
@@ -51,18 +52,21 @@ class SymmetricTransport(ProcessGroupTransport):
         super().__init__(group)
         if self.link != "gpus":
             raise ValueError(f"symmetric memory is for GPUs of one host over NCCL, but the processes are linked by {self.link}")
-        if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
+        found: list = [None] * self.num_processes
+        dist.all_gather_object(found, (_why_not(), socket.gethostname(), _device(self.process)), self.group)
+        reasons, hosts, devices = zip(*found, strict=True)
+        # All of them raise, or none: a rank that went on alone would wait for the others.
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise ValueError(f"rank {rank} has no symmetric memory: {reason}")
+        if len(set(hosts)) > 1 or len(set(devices)) < len(devices):
             raise ValueError(
-                "set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process, or symmetric memory is bound to NVLink multicast"
+                "symmetric memory is for one host whose GPUs all processes see, each using another one; they use "
+                f"{[f'{host}:{device}' for host, device in zip(hosts, devices, strict=True)]}"
             )
-        apart = [
-            pair for pair in permutations(range(torch.cuda.device_count()), 2) if not torch.cuda.can_device_access_peer(*pair)
-        ]
-        if apart:
-            raise ValueError(f"symmetric memory is for GPUs that reach each other, and of these pairs one cannot: {apart}")
         self.link = "symmetric"
         self._memory = _Memory(self.group)
-        self._under_way: _Copies | None = None
+        self._last: _Copies | None = None
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -101,12 +105,13 @@ class SymmetricTransport(ProcessGroupTransport):
         """Puts up `mine`, of which every rank has `rows[rank]`, and reads what others put up; see Note [barriers]."""
         b, _, e = mine.shape
         memory = self._memory.of_size(max(rows) * b * e * mine.element_size(), mine.device)
-        if self._under_way is not None:
-            self._under_way.wait()
+        # An event of a capture means nothing outside of it, and the other way round.
+        if self._last is not None and self._last.captured == _capturing(mine.device):
+            self._last.wait()
         memory.barrier()
         memory.get_buffer(self.process, list(mine.shape), mine.dtype).copy_(mine)
         memory.barrier()
-        copies = self._under_way = _Copies(reads)
+        copies = self._last = _Copies(reads, _capturing(mine.device))
         with self._beside(mine.device, copies):
             # From the next rank on, so that not all read the same one's memory at a time.
             for rank, wanted, into in sorted(reads, key=lambda read: (read.rank - self.process) % self.ring_size):
@@ -120,8 +125,7 @@ class SymmetricTransport(ProcessGroupTransport):
 
         def finish() -> None:
             copies.wait()
-            if self._under_way is copies:
-                self._under_way = None
+            copies.reads = ()
             if after is not None:
                 after()
 
@@ -142,10 +146,10 @@ class SymmetricTransport(ProcessGroupTransport):
 
 
 class _Copies:
-    """The copies of a transfer. Whoever holds this keeps what they write alive; `done`: their end, None where it has been."""
+    """The copies of a transfer. `reads` keeps what they write alive until that is waited for; `done`: their end on a stream."""
 
-    def __init__(self, reads: Sequence[Read]) -> None:
-        self.reads = reads
+    def __init__(self, reads: Sequence[Read], captured: bool) -> None:
+        self.reads, self.captured = reads, captured
         self.done: torch.cuda.Event | None = None
 
     def is_completed(self) -> bool:
@@ -171,34 +175,34 @@ class _Memory:
 
         Raises RuntimeError where it would have to be made while a CUDA graph is captured.
         """
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _capturing(device)
         if size > self.size:
             if capturing:
                 raise RuntimeError(
                     f"symmetric memory has {self.size} bytes and {size} are needed, which cannot be made while a CUDA graph is "
                     f"captured; make the same call once before"
                 )
-            self.size = math.ceil(size * 1.25 / _GRAIN) * _GRAIN
+            wanted = math.ceil(size * 1.25 / _GRAIN) * _GRAIN
             # Peers may still read the old memory: no rank lets go of its own before all have read.
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             dist.barrier(self.group)
-            self.handle = rendezvous(self.size, device, self.group)
+            self.handle = rendezvous(wanted, device, self.group)
+            self.size = wanted
         if capturing and self.handle not in self.in_graphs:
             self.in_graphs.append(self.handle)
         return self.handle
 
 
-def wires(group: dist.ProcessGroup | None, ranks_per_process: int, exchange: str) -> ProcessGroupTransport:
-    """Copy engines where an exchange could use them and the GPUs allow it, else messages.
+def with_copy_engines(messages: ProcessGroupTransport, exchange: str) -> ProcessGroupTransport:
+    """Copy engines in place of messages where an exchange could use them and the GPUs allow it. All processes must call this.
 
     Raises ValueError where "pull" was asked for by name on GPUs of one host that do not allow it.
     """
-    messages = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
-    if messages.link != "gpus" or ranks_per_process > 1 or exchange not in ("auto", "pull"):
+    if messages.link != "gpus" or messages.ranks_per_process > 1 or exchange not in ("auto", "pull"):
         return messages
     try:
-        return SymmetricTransport(group)
+        return SymmetricTransport(messages.group)
     except ValueError as reason:
         if exchange == "pull":
             raise ValueError(
@@ -206,6 +210,24 @@ def wires(group: dist.ProcessGroup | None, ranks_per_process: int, exchange: str
             ) from None
         logger.info("exchange: pull goes by messages, not by copy engines: %s", reason)
         return messages
+
+
+def _why_not() -> str | None:
+    """None, or why this process cannot have symmetric memory."""
+    if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
+        return "set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process, or it is bound to NVLink multicast"
+    pairs = permutations(range(torch.cuda.device_count()), 2)
+    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    return f"of these pairs of GPUs one does not reach the other: {apart}" if apart else None
+
+
+def _device(process: int) -> int:
+    """The GPU that this process uses."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else process
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> object:

@@ -5,8 +5,8 @@ loops above are the same for both. A payload is one contiguous tensor a hosted r
 
 Contract. Every process calls the same operations in the same order with the same offsets. What is sent may be read, and not
 written, from the call until `wait()` has returned; afterwards its content is undefined (it may serve as the next receive
-buffer), but for `pull`, which leaves it as it was. What is received may be read only after `wait()`. No operation synchronises
-the host with a device or holds all ranks at a barrier.
+buffer), but for `pull`, which leaves it as it was. What is received may be read only after `wait()`. Once its buffers are
+there, no operation synchronises the host with a device.
 """
 
 from __future__ import annotations

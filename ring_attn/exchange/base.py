@@ -19,7 +19,7 @@ KV = tuple[Tensor, Tensor]
 class Visit(NamedTuple):
     """What the hosted ranks see at one step: `kv[i]` is hosted rank i's k [b, skv, g, d] and v [b, skv, g, dv].
 
-    `came`: the packed rows that these are views of, where they came from other ranks in one piece.
+    `came`: the packed rows that these are views of; only an exchange whose ring may keep them tells.
     """
 
     step: int
@@ -64,14 +64,19 @@ def visits(
     plan: Plan,
     post: Callable[[int, list[Tensor]], Pending[list[Tensor]]],
     read: Callable[[int, list[Tensor]], list[KV]],
+    *,
+    tell: bool = False,
 ) -> Iterator[Visit]:
-    """The visits of a tour, each with the next one under way: `post(step, what came)` asks for a step, `read` makes it KV."""
+    """The visits of a tour, each with the next one under way: `post(step, what came)` asks for a step, `read` makes it KV.
+
+    `tell`: visits tell what came.
+    """
     for n, step in enumerate(plan.steps):
         came = pending.wait()
         kv, last = read(step, came), n + 1 == len(plan.steps)
         if not last:
             pending = post(plan.steps[n + 1], came)
-        visit = Visit(step, kv, last, came)
+        visit = Visit(step, kv, last, came if tell else ())
         # While a visit is attended, nothing lives but it and what is under way.
         del came, kv
         yield visit

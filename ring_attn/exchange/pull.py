@@ -37,7 +37,7 @@ class PullExchange:
         def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
             return transport.pull(own.received, plan.meets[step], what=f"{what}, KV for step {step}")
 
-        return visits(own, plan, pull, lambda step, came: list(map(widths.unpack, came)) if step else kv)
+        return visits(own, plan, pull, lambda step, came: list(map(widths.unpack, came)) if step else kv, tell=True)
 
     def again(self, kv: list[KV], plan: Plan, kept: Sequence[Tensor]) -> Iterator[Visit]:
         """The visits of a backward whose forward `kept` all that came: the others' first, so that their dK and dV go home

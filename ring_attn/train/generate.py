@@ -67,7 +67,8 @@ def written(options: GenerateOptions) -> str:
     if not steps:
         raise ValueError(f"{folder / CHECKPOINTS} holds no complete checkpoint; train with run.checkpoint_every above 0")
     # Nodes and ranks that trade heads need not divide this ring as they did the one of training.
-    ring = replace(config.ring, size=None, simulated=options.simulated, ulysses=1, exchange="auto", ranks_per_node=None)
+    anew = {"ulysses": 1, "exchange": "auto", "ranks_per_node": None, "keep_kv": False}
+    ring = replace(config.ring, size=None, simulated=options.simulated, **anew)
     # Every process holds whole weights, however they were spread in training.
     config = replace(config, ring=ring, run=replace(config.run, parallel="ddp"))
     with join(config) as job:

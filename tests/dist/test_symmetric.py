@@ -114,6 +114,19 @@ def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
     return wrong + (not torch.equal(under_way[0].wait()[0], under_way[1]))
 
 
+def _lets_go(rank, folder):
+    with pretended(MappedFiles, folder):
+        transport, shard = SymmetricTransport(), torch.zeros(1, 4, 2)
+        pending = transport.pull([shard], [[Part(1, range(4))], [Part(0, range(4))]])
+        assert transport._last.reads
+        pending.wait()
+        assert not transport._last.reads
+
+
+def test_what_has_come_is_held_no_longer(tmp_path):
+    run_processes(_lets_go, 2, str(tmp_path))
+
+
 class WithoutOne(Dawdling):
     """Of every two barriers, only this one."""
 
@@ -150,12 +163,16 @@ def _is_refused(rank):
     assert ra.Ring.from_group(exchange="pull").transport.link == "gloo"
     with patch.object(process_group, "_link", lambda group: ("gpus", 2)):
         with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "0"}):
-            _falls_back_by_name("set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
+            _falls_back_by_name("rank 0 has no symmetric memory: set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
+        with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": str(1 - rank)}):
+            _falls_back_by_name("rank 1 has no symmetric memory: set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
         reach = patch.object(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2})
         four = patch.object(torch.cuda, "device_count", lambda: 4)
         with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}):
             with four, reach:
-                _falls_back_by_name(r"of these pairs one cannot: \[\(0, 2\), \(2, 0\)\]")
+                _falls_back_by_name(r"of these pairs of GPUs one does not reach the other: \[\(0, 2\), \(2, 0\)\]")
+            with patch.object(symmetric, "_device", lambda process: 0):
+                _falls_back_by_name(r"whose GPUs all processes see, each using another one; they use \['.*:0', '.*:0'\]")
             assert ra.Ring.from_group(exchange="pull").transport.link == "symmetric"
             assert ra.Ring.from_group(exchange="auto").transport.link == "symmetric"
             assert ra.Ring.from_group(exchange="gather").transport.link == "gpus"

@@ -72,9 +72,9 @@ def dozing_rounds(count: int) -> None:
     assert rounds_that_went_wrong(SymmetricTransport(), count, DEVICE, doze) == 0
 
 
-def replays(exchange: str, count: int = 20) -> None:
+def replays(exchange: str, count: int = 20, **options) -> None:
     """A CUDA graph of a forward and a backward gives, on new inputs and between other calls, what the call gives."""
-    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange)
+    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, **options)
     shape = 1, 298, 298, 4, 2, 128
     q, k, v, dout = (x.requires_grad_() for x in random_qkv(*shape, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0]))
 
@@ -171,6 +171,8 @@ def graphs(report: Report) -> None:
     """CUDA graphs of whole calls."""
     for exchange in ("pull", "gather", "ring"):
         report.attempt(f"CUDA graph, {exchange}", replays, exchange)
+    report.attempt("CUDA graph, pull, KV kept", lambda: replays("pull", keep_kv=True))
+    report.attempt("CUDA graph, pull in parts", lambda: replays("pull", kv_memory=1 << 18))
 
 
 def messages(report: Report) -> None:

@@ -152,6 +152,8 @@ def test_the_ring_gets_what_the_configuration_says(word, dtype):
     with join(config_with(ring=dataclasses.asdict(section))) as job:
         found = job.ring.exchange, job.ring.ranks_per_node, job.ring.kv_memory, job.ring.grad_dtype
     assert found == ("two-level", 2, 4096, dtype)
+    with join(config_with(ring={"simulated": 2, "exchange": "pull", "keep_kv": True})) as job:
+        assert job.ring.keep_kv
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -53,8 +53,12 @@ def test_processes_make_one_ring(run):
 
 @pytest.mark.parametrize(
     "ring",
-    [RingConfig(size=4, ulysses=2), RingConfig(size=4, exchange="two-level", ranks_per_node=2)],
-    ids=["two axes", "two levels"],
+    [
+        RingConfig(size=4, ulysses=2),
+        RingConfig(size=4, exchange="two-level", ranks_per_node=2),
+        RingConfig(size=2, exchange="pull", keep_kv=True),
+    ],
+    ids=["two axes", "two levels", "kept"],
 )
 def test_a_run_on_a_grid_writes_on_in_one_process(run, tmp_path, ring):
     shutil.copytree(run[1], tmp_path / "run")
