@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
@@ -52,18 +51,9 @@ class SymmetricTransport(ProcessGroupTransport):
         super().__init__(group)
         if self.link != "gpus":
             raise ValueError(f"symmetric memory is for GPUs of one host over NCCL, but the processes are linked by {self.link}")
-        found: list = [None] * self.num_processes
-        dist.all_gather_object(found, (_why_not(), socket.gethostname(), _device(self.process)), self.group)
-        reasons, hosts, devices = zip(*found, strict=True)
-        # All of them raise, or none: a rank that went on alone would wait for the others.
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
-                raise ValueError(f"rank {rank} has no symmetric memory: {reason}")
-        if len(set(hosts)) > 1 or len(set(devices)) < len(devices):
-            raise ValueError(
-                "symmetric memory is for one host whose GPUs all processes see, each using another one; they use "
-                f"{[f'{host}:{device}' for host, device in zip(hosts, devices, strict=True)]}"
-            )
+        reason = _why_not(self.num_processes)
+        if reason is not None:
+            raise ValueError(f"symmetric memory cannot be had: {reason}")
         self.link = "symmetric"
         self._memory = _Memory(self.group)
         self._last: _Copies | None = None
@@ -212,18 +202,17 @@ def with_copy_engines(messages: ProcessGroupTransport, exchange: str) -> Process
         return messages
 
 
-def _why_not() -> str | None:
-    """None, or why this process cannot have symmetric memory."""
+def _why_not(processes: int) -> str | None:
+    """None, or why so many processes of one host cannot have symmetric memory. Asks no other process: where one differs, its
+    first call is refused on all, see `Ring.agree`.
+    """
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
         return "set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process, or it is bound to NVLink multicast"
-    pairs = permutations(range(torch.cuda.device_count()), 2)
-    apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
+    seen = torch.cuda.device_count()
+    if seen < processes:
+        return f"each of {processes} processes must see the GPUs of all, but this one sees {seen}"
+    apart = [pair for pair in permutations(range(seen), 2) if not torch.cuda.can_device_access_peer(*pair)]
     return f"of these pairs of GPUs one does not reach the other: {apart}" if apart else None
-
-
-def _device(process: int) -> int:
-    """The GPU that this process uses."""
-    return torch.cuda.current_device() if torch.cuda.is_available() else process
 
 
 def _capturing(device: torch.device) -> bool:

@@ -68,7 +68,7 @@ class pretended:
         self.patches = [
             patch.object(symmetric, "rendezvous", size_of),
             patch.object(process_group, "_link", lambda group: ("gpus", dist.get_world_size())),
-            patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}),
+            patch.object(symmetric, "_why_not", lambda processes: None),
         ]
 
     def __enter__(self):
@@ -163,19 +163,24 @@ def _is_refused(rank):
     assert ra.Ring.from_group(exchange="pull").transport.link == "gloo"
     with patch.object(process_group, "_link", lambda group: ("gpus", 2)):
         with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "0"}):
-            _falls_back_by_name("rank 0 has no symmetric memory: set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
-        with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": str(1 - rank)}):
-            _falls_back_by_name("rank 1 has no symmetric memory: set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
-        reach = patch.object(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2})
-        four = patch.object(torch.cuda, "device_count", lambda: 4)
+            _falls_back_by_name("set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
         with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}):
-            with four, reach:
-                _falls_back_by_name(r"of these pairs of GPUs one does not reach the other: \[\(0, 2\), \(2, 0\)\]")
-            with patch.object(symmetric, "_device", lambda process: 0):
-                _falls_back_by_name(r"whose GPUs all processes see, each using another one; they use \['.*:0', '.*:0'\]")
-            assert ra.Ring.from_group(exchange="pull").transport.link == "symmetric"
-            assert ra.Ring.from_group(exchange="auto").transport.link == "symmetric"
-            assert ra.Ring.from_group(exchange="gather").transport.link == "gpus"
+            _falls_back_by_name("each of 2 processes must see the GPUs of all, but this one sees 0")
+            with patch.object(torch.cuda, "device_count", lambda: 4):
+                with patch.object(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2}):
+                    _falls_back_by_name(r"of these pairs of GPUs one does not reach the other: \[\(0, 2\), \(2, 0\)\]")
+                with patch.object(torch.cuda, "can_device_access_peer", lambda one, other: True):
+                    assert ra.Ring.from_group(exchange="pull").transport.link == "symmetric"
+                    assert ra.Ring.from_group(exchange="auto").transport.link == "symmetric"
+                    assert ra.Ring.from_group(exchange="gather").transport.link == "gpus"
+        # Who sees it otherwise than the others is found out by the first call.
+        mine = "symmetric" if rank else "gpus"
+        with patch.object(symmetric, "_why_not", lambda processes: None if rank else "not here"):
+            ring = ra.Ring.from_group(exchange="auto")
+        assert ring.transport.link == mine
+        x = torch.zeros(1, 4, 1, 4)
+        with pytest.raises(ValueError, match=r"every rank must call with the same .* exchange and wires"):
+            ra.ring_attention(x, x, x, ring=ring)
 
 
 def _falls_back_by_name(reason):
