@@ -49,6 +49,8 @@ class Homeward(Protocol):
 
 
 class Exchange(Protocol):
+    """`PullExchange.again` is beside these: the visits of a backward where the ring keeps KV, which no other exchange can."""
+
     name: str
 
     def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
