@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from ring_attn.tiles import Tile, tiles
 from tests.support import random_qkv
 
 BOUND = 3.0  # of "bounded": in every dtype one that the Triton forward uses
+WAYS = "forward", "backward"
 NAMES = ("softcap", "alibi", "softcap, alibi", "alibi, softcap", "function", "bounded")
 
 
@@ -99,18 +101,18 @@ class Visit:
         return lambda: get_kernel("triton").backward(up, *inputs, scale=self.scale, score=self.score, into=into)
 
 
-def milliseconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    """The median of some runs, after two that do not count."""
-    taken = []
-    for _ in range(2 + repeats):
+def milliseconds(runs: dict[tuple, Callable[[], object]], device: str, rounds: int) -> dict[tuple, float]:
+    """The medians of some rounds over all runs, so that a clock that drifts meets them all, after two that do not count."""
+    taken: dict[tuple, list[float]] = {key: [] for key in runs}
+    for _, (key, run) in product(range(2 + rounds), runs.items()):
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(taken[2:])
+        taken[key].append(1e3 * (time.perf_counter() - start))
+    return {key: statistics.median(times[2:]) for key, times in taken.items()}
 
 
 def main() -> int:
@@ -122,16 +124,14 @@ def main() -> int:
     options = parser.parse_args()
     device = "cpu" if interpreted() or not torch.cuda.is_available() else "cuda"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'interpreted'}, {options}")
-    plain: tuple[float, float] | None = None
+    runs = {}
     for name in ("plain", "window", "documents", "softcap", "alibi", "softcap, alibi", "function", "sinks", "cosine"):
         visit = Visit.of(name, options.rows, options.heads, options.dim, device)
-        found = tuple(milliseconds(run, device, options.repeats) for run in (visit.forward, visit.backward()))
-        plain = plain or found
-        costs = "  ".join(
-            f"{way} {ms:8.3f} ms ({ms / base - 1:+6.1%})"
-            for way, ms, base in zip(("forward", "backward"), found, plain, strict=True)
-        )
-        print(f"{name:15s} {costs}")
+        runs |= {(name, "forward"): visit.forward, (name, "backward"): visit.backward()}
+    found = milliseconds(runs, device, options.repeats)
+    for name in dict.fromkeys(name for name, _ in runs):
+        costs = (f"{way} {found[name, way]:8.3f} ms ({found[name, way] / found['plain', way] - 1:+6.1%})" for way in WAYS)
+        print(f"{name:15s} {'  '.join(costs)}")
     return 0
 
 
