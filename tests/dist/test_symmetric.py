@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import ring_attn as ra
 from ring_attn.comm import process_group, symmetric
+from ring_attn.comm.process_group import split_group
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
@@ -23,13 +24,13 @@ from tests.test_transport import conform
 
 
 class MappedFiles:
-    """A handle over files that all processes map: `get_buffer` of any rank, and a barrier."""
+    """A handle over files that all processes of a group map: `get_buffer` of any rank, and a barrier."""
 
-    def __init__(self, folder, number, size):
-        ranks = range(dist.get_world_size())
+    def __init__(self, folder, number, size, group):
+        self.group, ranks = group, dist.get_process_group_ranks(group)
         path = Path(folder) / f"{number}-{dist.get_rank()}"
         path.write_bytes(b"\xff" * size)  # NaN in every floating dtype
-        dist.barrier()
+        dist.barrier(group)
         self.memory = [torch.from_file(str(Path(folder) / f"{number}-{r}"), True, size, dtype=torch.uint8) for r in ranks]
 
     def get_buffer(self, rank, sizes, dtype, storage_offset=0):
@@ -37,7 +38,7 @@ class MappedFiles:
         return self.memory[rank].view(dtype)[storage_offset : storage_offset + count].view(sizes)
 
     def barrier(self):
-        dist.barrier()
+        dist.barrier(self.group)
 
 
 class Dawdling(MappedFiles):
@@ -64,7 +65,7 @@ class pretended:
 
     def __init__(self, handle, folder):
         made = iter(range(100))
-        size_of = lambda size, device, group: handle(folder, next(made), size)  # noqa: E731
+        size_of = lambda size, device, group: handle(folder, next(made), size, group)  # noqa: E731
         self.patches = [
             patch.object(symmetric, "rendezvous", size_of),
             patch.object(process_group, "_link", lambda group: ("gpus", dist.get_world_size())),
@@ -148,6 +149,16 @@ def _dawdles(rank, folder, handle, kept, expected):
 
 def test_ranks_that_dawdle_never_write_or_read_too_early(tmp_path):
     run_processes(_dawdles, 3, str(tmp_path), Dawdling, 0, False)
+
+
+def _two_rings(rank, folder):
+    Dawdling.chance = random.Random(rank)
+    with pretended(Dawdling, folder):
+        assert rounds_that_went_wrong(SymmetricTransport(split_group(None, 2, 1)), 100) == 0
+
+
+def test_two_rings_at_once_do_not_meet(tmp_path):
+    run_processes(_two_rings, 4, str(tmp_path))
 
 
 @pytest.mark.parametrize("kept", [0, 1])

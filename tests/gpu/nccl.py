@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import ring_attn as ra
 from ring_attn.bench.timing import captured
-from ring_attn.comm.process_group import ProcessGroupTransport
+from ring_attn.comm.process_group import ProcessGroupTransport, split_group
 from ring_attn.comm.symmetric import SymmetricTransport
 from tests.dist.test_symmetric import rounds_that_went_wrong
 from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
@@ -61,15 +61,16 @@ def ratios_in_16_bits(
     ]
 
 
-def dozing_rounds(count: int) -> None:
-    """Pulls with a random delay on a random rank before any of them, every one checked."""
+def dozing_rounds(count: int, rings: int = 1) -> None:
+    """Pulls in rings side by side, with a random delay on a random rank before any of them, every one checked."""
     chance = random.Random(dist.get_rank())
 
     def doze() -> None:
         if chance.random() < 0.3:
             torch.cuda._sleep(int(chance.random() * 2e7))
 
-    assert rounds_that_went_wrong(SymmetricTransport(), count, DEVICE, doze) == 0
+    group = split_group(None, dist.get_world_size() // rings, 1)
+    assert rounds_that_went_wrong(SymmetricTransport(group), count, DEVICE, doze) == 0
 
 
 def replays(exchange: str, count: int = 20, **options) -> None:
@@ -159,6 +160,8 @@ def symmetric(report: Report) -> None:
     ring = symmetric_ring("zigzag")
     report.attempt("symmetric memory: conformance", lambda: conform(ring.transport, DEVICE))
     report.attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
+    if dist.get_world_size() == 4:
+        report.attempt("symmetric memory: the same in two rings at once", dozing_rounds, 1000, 2)
     pulled = [case for case in cases() if case.exchange == "pull"]
     for keep in (False, True):
         report.attempt(
