@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from itertools import product
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from ring_attn.bench.tune import GATE_DOCUMENTS, GATE_ROWS, TuneOptions, main, timed_apart
+from ring_attn.bench.kernels import Visit
+from ring_attn.bench.tune import GATE_DOCUMENTS, GATE_ROWS, TuneOptions, calls, main, scored, timed_apart
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
 from ring_attn.bench.tune_report import Timed, brief, report
+from ring_attn.kernels import Upstream
 from ring_attn.kernels.triton_ahead import Resources
 from ring_attn.kernels.triton_blocks import Config
+from ring_attn.kernels.triton_kernel import interpreted
+from ring_attn.mask import Causal
+from ring_attn.tiles import tiles
+from tests.support import rel_error
 
 GOOD, BROKEN, HANGING = Config(16, 16, 4, 1), Config(16, 32, 4, 1), Config(16, 64, 4, 1)
 
@@ -54,11 +62,28 @@ def test_the_report_puts_the_best_first_and_writes_it_as_it_is_made():
     assert any("forward=Config(64, 64, 4, 2, tma=True), dkdv=Config(16, 16, 4, 1)" in line for line in lines)
 
 
-@pytest.mark.parametrize(("launch", "head_dim"), list(product(LAUNCHES, (64, 128))))
-def test_candidates_differ_and_are_written_as_they_are_made(launch, head_dim):
-    found = candidates(launch, head_dim)
+@pytest.mark.parametrize(("launch", "head_dim", "score"), list(product(LAUNCHES, (64, 128), ("", "softcap"))))
+def test_candidates_differ_and_are_written_as_they_are_made(launch, head_dim, score):
+    found = candidates(launch, head_dim, score)
     assert len(set(found)) == len(found) > 2
     assert [eval(brief(config), {"Config": Config}) for config in found] == found
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("score", ["", "softcap", "alibi"])
+def test_launches_are_right_with_and_without_a_modifier(score):
+    """What is timed, against the dense softmax that the check goes by."""
+    gen, rows = torch.Generator().manual_seed(0), range(40)
+    q, k, v, dout = (torch.randn(1, 40, h, 16, generator=gen) for h in (4, 2, 2, 4))
+    visit = scored(Visit(q, 8 * k, v, dout, tiles((rows,), [(rows,)], Causal()), 0.5), score)
+    up = Upstream(dout, torch.full_like(q, torch.nan), torch.empty(1, 4, 40))
+    into = visit.grads()
+    for launch in LAUNCHES:
+        for call in calls(launch, GOOD, visit, up, into):
+            call()
+    exact = visit.dense(torch.float64)
+    assert [rel_error(x, ref) < 1e-5 for x, ref in zip((up.out, into.dq, into.dk, into.dv), exact, strict=True)] == [True] * 4
+    assert not score or rel_error(exact[0], replace(visit, score=None).dense(torch.float64)[0]) > 1e-3
 
 
 def test_the_documents_of_the_check_fill_its_length():

@@ -20,6 +20,7 @@ from ring_attn.bench.timing import timed
 from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.partial import accumulator_dtype
+from ring_attn.score import Cells, Scores
 from ring_attn.tiles import Tile, tiles
 
 GATE_ROWS = 1283
@@ -144,6 +145,7 @@ class Visit:
     dout: Tensor
     tiles: tuple[Tile, ...]
     scale: float
+    score: Scores | None = None
 
     @classmethod
     def random(cls, mask_name: str, length: int, options: KernelBenchOptions) -> Visit:
@@ -160,12 +162,13 @@ class Visit:
 
     def forward(self, kernel: Kernel, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(self.dout) if out is None else out
-        self.lse = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, out=out).lse
+        self.lse = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, score=self.score, out=out).lse
         return out
 
     def grads(self) -> Grads:
         dtype = accumulator_dtype(self.q.dtype)
-        return Grads(*(torch.zeros_like(x, dtype=dtype) for x in (self.q, self.k, self.v)))
+        of_scores = () if self.score is None else tuple(torch.zeros_like(x, dtype=dtype) for x in self.score.tensors())
+        return Grads(*(torch.zeros_like(x, dtype=dtype) for x in (self.q, self.k, self.v)), of_scores)
 
     def run(self, kernel: Kernel) -> list[Tensor]:
         """out, dq, dk, dv."""
@@ -179,14 +182,22 @@ class Visit:
         q, k, v = leaves = [x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v)]
         group = q.shape[2] // k.shape[2]
         scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(group, 2)) * self.scale
+        if self.score is not None:
+            scores = self.score.apply(scores, self._cells())
         p = scores.masked_fill(~self._seen(), -torch.inf).softmax(-1)
         out = torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(group, 2))
         return [out.detach(), *torch.autograd.grad(out, leaves, self.dout.to(dtype))]
 
+    def _cells(self) -> Cells:
+        """Of all scores; the rows of a whole sequence are its positions."""
+        b, s, h, skv = *self.q.shape[:3], self.k.shape[1]
+        numbers = (torch.arange(size, device=self.q.device) for size in (b, h, s, s, skv))
+        return Cells(*numbers)
+
     def _seen(self) -> Tensor:
-        seen = torch.zeros(self.q.shape[1], self.k.shape[1], dtype=torch.bool, device="cuda")
+        seen = torch.zeros(self.q.shape[1], self.k.shape[1], dtype=torch.bool, device=self.q.device)
         for tile in self.tiles:
-            i, j = (torch.arange(len(rows), device="cuda") for rows in (tile.q_rows, tile.kv_rows))
+            i, j = (torch.arange(len(rows), device=self.q.device) for rows in (tile.q_rows, tile.kv_rows))
             offset = j - i.unsqueeze(1)
             lo = -len(i) if tile.band.lo is None else tile.band.lo
             hi = len(j) if tile.band.hi is None else tile.band.hi

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ from ring_attn.kernels import Grads, Upstream, get_kernel
 from ring_attn.kernels.triton_blocks import Config, Configs
 from ring_attn.mask import Causal, Documents
 from ring_attn.partial import Partial
+from ring_attn.score import Alibi, Scores, SoftCap
 from ring_attn.tiles import tiles
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class TuneOptions:
         kv_heads: KV heads.
         head_dim: Head dimension of q, k and v.
         dtype: Of the inputs.
+        score: A modifier of scores, whose launches have a table of their own.
         repeats: Timed runs, of which the median counts.
         jobs: Compilations at a time; 0 for the number of processors.
         patience: Seconds without a result after which a candidate counts as hung.
@@ -64,6 +66,7 @@ class TuneOptions:
     kv_heads: int = 16
     head_dim: int = 128
     dtype: str = "bfloat16"
+    score: Literal["", "softcap", "alibi"] = ""
     repeats: int = 5
     jobs: int = 0
     patience: float = 60.0
@@ -82,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         print("ring-attn bench tune times GPU kernels, and torch sees no GPU here")
         return 2
-    wanted = [(launch, config) for launch in options.launches for config in candidates(launch, options.head_dim)]
+    wanted = [(launch, config) for launch in options.launches for config in candidates(launch, options.head_dim, options.score)]
     if not wanted:
         print(f"there are no candidates for head dim {options.head_dim}; add them to ring_attn/bench/tune_candidates.py")
         return 2
@@ -114,7 +117,10 @@ def compile_all(wanted: list[tuple[str, Config]], options: TuneOptions) -> dict[
     most = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     jobs = options.jobs or min(len(wanted), os.cpu_count() or 1)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        arguments = ([*x, options.head_dim, options.heads, options.kv_heads, options.dtype, 10 * major + minor] for x in wanted)
+        arguments = (
+            [*x, options.head_dim, options.heads, options.kv_heads, options.dtype, options.score, 10 * major + minor]
+            for x in wanted
+        )
         found = dict(zip(wanted, pool.map(_compiled, *zip(*arguments, strict=True)), strict=True))
     too_much = "{} KiB of shared memory, the device has {}"
     return {
@@ -124,7 +130,7 @@ def compile_all(wanted: list[tuple[str, Config]], options: TuneOptions) -> dict[
 
 
 def _compiled(
-    launch: str, config: Config, head_dim: int, heads: int, kv_heads: int, dtype: str, capability: int
+    launch: str, config: Config, head_dim: int, heads: int, kv_heads: int, dtype: str, score: str, capability: int
 ) -> Resources | str:
     from triton.errors import TritonError
     from triton.runtime.errors import TritonError as RuntimeTritonError
@@ -132,16 +138,28 @@ def _compiled(
     from ring_attn.kernels.triton_ahead import resources
 
     try:
-        return resources(main_call(launch, config, _blank(head_dim, heads, kv_heads, dtype)), capability)
+        return resources(main_call(launch, config, _blank(head_dim, heads, kv_heads, dtype, score)), capability)
     except (TritonError, RuntimeTritonError, RuntimeError) as error:
         return f"{type(error).__name__}: {str(error).strip()[-150:]}"
 
 
-def _blank(head_dim: int, heads: int, kv_heads: int, dtype: str) -> Visit:
+def _blank(head_dim: int, heads: int, kv_heads: int, dtype: str, score: str) -> Visit:
     """A visit on the CPU whose launches are compiled as those on the GPU are."""
     shapes = ((1, GATE_ROWS, h, head_dim) for h in (heads, kv_heads, kv_heads, heads))
     found = tiles((range(GATE_ROWS),), [(range(GATE_ROWS),)], Causal())
-    return Visit(*(torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes), found, 0.1)
+    tensors = (torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes)
+    return scored(Visit(*tensors, found, 0.1), score)
+
+
+def scored(visit: Visit, score: str) -> Visit:
+    """The visit with that modifier of its scores."""
+    match score:
+        case "softcap":
+            return replace(visit, score=Scores((SoftCap(30.0),)))
+        case "alibi":
+            slopes = torch.linspace(0.01, 0.3, visit.q.shape[2], device=visit.q.device)
+            return replace(visit, score=Scores((Alibi(slopes),)))
+    return visit
 
 
 def main_call(launch: str, config: Config, visit: Visit) -> Call:
@@ -155,13 +173,13 @@ def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Grads) 
     from ring_attn.kernels.triton_backward import Visited, backward_calls
     from ring_attn.kernels.triton_blocks import query_table
     from ring_attn.kernels.triton_forward import forward_call
-    from ring_attn.kernels.triton_scores import PLAIN
+    from ring_attn.kernels.triton_scores import chain_of
 
-    tensors = visit.q, visit.k, visit.v
+    tensors, chain = (visit.q, visit.k, visit.v), chain_of(visit.score, visit.tiles, visit.q.dtype)
     if launch == "forward":
-        target, table = Partial(up.out, up.lse, up.lse), query_table(visit.tiles, visit.q, config.own)
-        return [forward_call(*tensors, table, config, scale=visit.scale, carried=None, target=target, out=up.out)]
-    visited = Visited(up, *tensors, visit.scale, PLAIN, into)
+        target, table = Partial(up.out, up.lse, up.lse), query_table(visit.tiles, visit.q, config.own, placed=chain.placed)
+        return [forward_call(*tensors, table, config, scale=visit.scale, chain=chain, carried=None, target=target, out=up.out)]
+    visited = Visited(up, *tensors, visit.scale, chain, into)
     found = list(backward_calls(visited, visit.tiles, Configs(config, config, config)))
     return found[:-1] if launch == "dkdv" else found[-1:]
 
@@ -213,6 +231,7 @@ def _gate_visit(gate: str, options: TuneOptions) -> tuple[Visit, list, list]:
     if gate == "documents":
         rows = range(GATE_ROWS)
         visit = replace(visit, tiles=tiles((rows,), [(rows,)], Causal() & Documents(lengths=GATE_DOCUMENTS)))
+    visit = scored(visit, options.score)
     visit.out = visit.forward(get_kernel("triton"))
     return visit, visit.dense(torch.float64), visit.dense(visit.q.dtype)
 
@@ -234,7 +253,7 @@ def _gate(launch: str, config: Config, gate: str, options: TuneOptions) -> str:
 @cache
 def _case(case: str, options: TuneOptions) -> tuple[Visit, Upstream, Grads]:
     mask, length = case.split(":")
-    visit = Visit.random(mask, int(length), options.shape)
+    visit = scored(Visit.random(mask, int(length), options.shape), options.score)
     out = visit.forward(get_kernel("triton"))
     return visit, Upstream(visit.dout, out, visit.lse), visit.grads()
 

@@ -36,14 +36,15 @@ class Timed:
 def report(rows: list[Timed], options: TuneOptions) -> str:
     """The candidates of each launch, best first, then the best as lines for the kernel's table."""
     heads = f"{options.heads} query and {options.kv_heads} KV heads"
-    lines = [f"torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, {heads}: TFLOP/s"]
+    what = f"{options.dtype}, head dim {options.head_dim}, {heads}{options.score and f', {options.score}'}"
+    lines = [f"torch {torch.__version__}, {what}: TFLOP/s"]
     best: dict[str, list[Timed]] = {}
     for launch in dict.fromkeys(row.launch for row in rows):
         mine = sorted((row for row in rows if row.launch == launch), key=lambda row: -row.score)
         best[launch] = mine
         lines += ["", f"{launch:8s} registers spills (in loop) KiB" + "".join(f"{case:>17s}" for case in options.cases)]
         lines += [line(row, options.cases) for row in mine]
-    shipped = configs(getattr(torch, options.dtype), options.head_dim, options.head_dim, "large")
+    shipped = configs(getattr(torch, options.dtype), options.head_dim, options.head_dim, "large", modified=bool(options.score))
     lines.append("\nbest under each mask, as arguments of Configs:")
     for case in ("", *options.cases):
         chosen = {}
