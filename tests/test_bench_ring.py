@@ -149,6 +149,19 @@ def test_rings_are_held_against_their_own_bound_and_one_device_against_the_faste
     ]
 
 
+def test_a_bound_that_fails_hides_no_row():
+    bench = small_bench(exchanges=("ring",), layouts=("zigzag",))
+
+    def speeds(contender, case):
+        if isinstance(contender.ring.transport, Silent):
+            raise RuntimeError("no bound")
+        yield from [(1.0, 100.0, None)] * 2
+
+    with patch.object(bench, "speeds", speeds):
+        rows = list(bench.timed([bench.entry(bench.rings[0], bench.cases[0])]))
+    assert [(row.name, row.direction, row.ms, row.percent) for row in rows] == [("ring", way, 1.0, None) for way in DIRECTIONS]
+
+
 def test_the_gate_asks_again_where_auto_takes_something_else():
     bench = small_bench()
     pull, gather = (OnRing("auto", ra.Ring.simulated(2, exchange=name)).settled(bench.cases[0]) for name in ("pull", "gather"))

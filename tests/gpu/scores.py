@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ring_attn.bench.kernels import mask_of
-from ring_attn.kernels import Grads, Upstream, get_kernel
+from ring_attn.bench import kernels
+from ring_attn.kernels import Upstream, get_kernel
 from ring_attn.kernels.triton_kernel import interpreted
 from ring_attn.partial import only_sinks
 from ring_attn.score import Alibi, Cells, Scores, SoftCap
@@ -56,18 +56,11 @@ def modifying(score: Scores, tile_list: Sequence[Tile], shape: tuple[int, int, i
     return lambda scores: score.apply(scores, cells)
 
 
-@dataclass(frozen=True)
-class Visit:
-    """One visit of the Triton kernel to time."""
+@dataclass
+class Visit(kernels.Visit):
+    """One visit of the Triton kernel to time, from these sinks on."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    tiles: tuple[Tile, ...]
-    score: Scores
-    scale: float
-    sinks: Tensor | None
+    sinks: Tensor | None = None
 
     @staticmethod
     def of(name: str, rows: int, heads: int, dim: int, device: str) -> Visit:
@@ -75,29 +68,22 @@ class Visit:
         q, k, v, dout = random_qkv(1, rows, rows, heads, heads, dim, dtype=dtype, device=device)
         if name == "cosine":
             q, k = of_unit_norm(q, k)
-        bounded = "bounded" if name == "cosine" else name
-        tile_list = tiles(
-            (range(rows),), [(range(rows),)], mask_of(name if name in ("window", "documents") else "causal", rows)
-        )
+        mask = kernels.mask_of(name if name in ("window", "documents") else "causal", rows)
+        score = scores_of("bounded" if name == "cosine" else name, heads, device, bound=10.0)
         sinks = torch.zeros(heads, device=device) if name == "sinks" else None
         scale = 10.0 if name == "cosine" else dim**-0.5
-        return Visit(q, k, v, dout, tile_list, scores_of(bounded, heads, device, bound=10.0), scale, sinks)
+        return Visit(q, k, v, dout, tiles((range(rows),), [(range(rows),)], mask), scale, score, sinks)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def attend(self) -> tuple[Tensor, Tensor]:
+        """(out, lse)"""
         into = None if self.sinks is None else only_sinks(self.q, self.v.shape[-1], self.sinks)
-        out = torch.empty_like(self.dout)
-        kernel = get_kernel("triton")
-        partial = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, score=self.score, into=into, out=out)
+        inputs, out = (self.q, self.k, self.v, self.tiles), torch.empty_like(self.dout)
+        partial = get_kernel("triton").forward(*inputs, scale=self.scale, score=self.score, into=into, out=out)
         return out, partial.lse
 
     def backward(self) -> Callable[[], None]:
         """A backward to run again and again."""
-        up = Upstream(self.dout, *self.forward())
-        into = Grads(
-            *(torch.zeros_like(x, dtype=torch.float32) for x in (self.q, self.k, self.v)),
-            tuple(torch.zeros_like(x) for x in self.score.tensors()),
-        )
-        inputs = self.q, self.k, self.v, self.tiles
+        up, into, inputs = Upstream(self.dout, *self.attend()), self.grads(), (self.q, self.k, self.v, self.tiles)
         return lambda: get_kernel("triton").backward(up, *inputs, scale=self.scale, score=self.score, into=into)
 
 
@@ -127,7 +113,7 @@ def main() -> int:
     runs = {}
     for name in ("plain", "window", "documents", "softcap", "alibi", "softcap, alibi", "function", "sinks", "cosine"):
         visit = Visit.of(name, options.rows, options.heads, options.dim, device)
-        runs |= {(name, "forward"): visit.forward, (name, "backward"): visit.backward()}
+        runs |= {(name, "forward"): visit.attend, (name, "backward"): visit.backward()}
     found = milliseconds(runs, device, options.repeats)
     for name in dict.fromkeys(name for name, _ in runs):
         costs = (f"{way} {found[name, way]:8.3f} ms ({found[name, way] / found['plain', way] - 1:+6.1%})" for way in WAYS)
