@@ -80,7 +80,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Problem:
 
 def _all_gather(partials: list[Partial], ring: Ring) -> list[Partial]:
     """The partials of all ranks, from those of the hosted ones."""
-    packed = [torch.cat([acc, *(x.transpose(1, 2).unsqueeze(-1) for x in (m, lse))], -1) for acc, m, lse in partials]
+    packed = [torch.cat([acc, *(x.transpose(1, 2).unsqueeze(-1) for x in (m, total))], -1) for acc, m, total in partials]
     everyone = ring.transport.all_gather(packed, what="decoding, all-gather of partials").wait()
     return [Partial(x[..., :-2], x[..., -2].transpose(1, 2), x[..., -1].transpose(1, 2)) for x in everyone]
 

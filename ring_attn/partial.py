@@ -1,9 +1,14 @@
 """Partial attention: what a query row has gathered from the keys met so far, and how two such states merge.
 
 Note [partial]: for the keys met so far with scores s_j, `m` is any baseline, `acc = sum_j exp(s_j - m) v_j` and
-`lse = log sum_j exp(s_j)`, so `out = acc * exp(m - lse)`. A kernel that returns a normalised output is the case m = lse.
-Merging is associative and commutative up to rounding; the identity is acc = 0, m = lse = -inf. The mathematics is online
-softmax (Milakov and Gimelshein, arXiv 1805.02867) as flash attention uses it (Dao et al., arXiv 2205.14135).
+`sum = sum_j exp(s_j - m)`, so `out = acc / sum` and `lse = m + log sum`. A kernel that returns a normalised output is the case
+m = lse and sum = 1, which may be left out. Merging is associative and commutative up to rounding; the identity is acc = 0,
+sum = 0, m = -inf. The mathematics is online softmax (Milakov and Gimelshein, arXiv 1805.02867) as flash attention uses it
+(Dao et al., arXiv 2205.14135).
+
+Note [sum beside lse]: an lse has an absolute error of its size times 2^-24 in fp32. Were it carried in place of the sum, every
+output would have it as a relative error, and delta = rowsum(dout * out) would no longer cancel the p of a backward: where
+scores are large (ALiBi far away) that grows to 1e-4 in the gradient of slopes.
 """
 
 from __future__ import annotations
@@ -16,17 +21,25 @@ from torch import Tensor
 
 
 class Partial(NamedTuple):
-    """`acc` [b, s, h, d] unnormalised, `m` and `lse` [b, h, s] in natural log; all in `accumulator_dtype` of the inputs."""
+    """`acc` [b, s, h, d] unnormalised, `m` [b, h, s] in natural log, `sum` [b, h, s], or None where it is 1 everywhere.
+
+    All in `accumulator_dtype` of the inputs.
+    """
 
     acc: Tensor
     m: Tensor
-    lse: Tensor
+    sum: Tensor | None = None
+
+    @property
+    def lse(self) -> Tensor:
+        """[b, h, s], natural log; -inf where a row met no key."""
+        return self.m if self.sum is None else self.m + self.sum.log()
 
     def rows(self, rows: range, batch: int | None = None) -> Partial:
         """A view of some rows, of one batch row or of all."""
         b = slice(None) if batch is None else slice(batch, batch + 1)
         s = slice(rows.start, rows.stop)
-        return Partial(self.acc[b, s], self.m[b, :, s], self.lse[b, :, s])
+        return Partial(self.acc[b, s], self.m[b, :, s], None if self.sum is None else self.sum[b, :, s])
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,32 +52,29 @@ def empty(q: Tensor, v_head_dim: int) -> Partial:
     b, s, h, _ = q.shape
     dtype = accumulator_dtype(q.dtype)
     acc = torch.zeros(b, s, h, v_head_dim, dtype=dtype, device=q.device)
-    m = torch.full((b, h, s), -torch.inf, dtype=dtype, device=q.device)
-    return Partial(acc, m, m.clone())
+    return Partial(acc, acc.new_full((b, h, s), -torch.inf), acc.new_zeros(b, h, s))
 
 
 def only_sinks(q: Tensor, v_head_dim: int, sinks: Tensor) -> Partial:
     """The partial of one key a head with score `sinks` [h] and v = 0, for queries q [b, s, h, d]."""
     partial = empty(q, v_head_dim)
-    for x in (partial.m, partial.lse):
-        x.copy_(sinks[:, None])
+    partial.m.copy_(sinks[:, None])
+    partial.sum.fill_(1.0)
     return partial
 
 
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial of the union of two disjoint sets of keys; rows that met no key on either side stay the identity."""
-    m = torch.maximum(a.m, b.m)
-    base = torch.where(m == -torch.inf, 0.0, m)
-    acc = a.acc * _per_row((a.m - base).exp()) + b.acc * _per_row((b.m - base).exp())
-    return Partial(acc, m, torch.logaddexp(a.lse, b.lse))
+    return merge_all((a, b))
 
 
 def merge_all(partials: Sequence[Partial]) -> Partial:
     """The fold of `merge` over any number of partials, in the operations of one."""
-    acc, m, lse = (torch.stack(parts) for parts in zip(*partials, strict=True))
+    acc, m = (torch.stack(parts) for parts in list(zip(*partials, strict=True))[:2])
     top = m.amax(0)
     weight = (m - torch.where(top == -torch.inf, 0.0, top)).exp()
-    return Partial((acc * _per_row(weight)).sum(0), top, lse.logsumexp(0))
+    sums = torch.stack([torch.ones_like(one.m) if one.sum is None else one.sum for one in partials])
+    return Partial((acc * _per_row(weight)).sum(0), top, (sums * weight).sum(0))
 
 
 def merge_(into: Partial, other: Partial) -> None:
@@ -75,8 +85,15 @@ def merge_(into: Partial, other: Partial) -> None:
 
 def normalize(partial: Partial, dtype: torch.dtype) -> Tensor:
     """The attention output [b, s, h, d] in `dtype`; 0 for rows that met no key."""
-    weight = torch.where(partial.lse == -torch.inf, 0.0, (partial.m - partial.lse).exp())
-    return (partial.acc * _per_row(weight)).to(dtype)
+    if partial.sum is None:
+        return partial.acc.to(dtype)
+    return (partial.acc / _per_row(torch.where(partial.sum == 0, 1.0, partial.sum))).to(dtype)
+
+
+def finish(partial: Partial, out: Tensor) -> Partial:
+    """The partial as a normalised one whose acc is `out`, which is filled."""
+    out.copy_(normalize(partial, out.dtype))
+    return Partial(out, partial.lse)
 
 
 def _per_row(weight: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ class Kernel(Protocol):
     ) -> Partial:
         """The partial of all tiles, merged into `into` (written to) where given.
 
-        `out` [b, s, h, dv] marks the last visit: it is filled with the normalised output of every row, and of the partial
-        returned only lse is then still meant to be read.
+        `out` [b, s, h, dv] marks the last visit: it is filled with the normalised output of every row, and the partial returned
+        is normalised, its m the final lse; `into` is then not meant to be read again.
         """
 
     def backward(

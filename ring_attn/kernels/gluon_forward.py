@@ -77,7 +77,7 @@ def forward_call(
 ) -> Call:
     """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, which may be `target`.
 
-    With `out` it is the last visit: out [b, s, h, d] and target's lse are written, and target's acc and m are not.
+    With `out` it is the last visit: out [b, s, h, d] is written, the final lse to target's m, and target's acc and sum are not.
     """
     q, scale = positive(q, scale)
     every_row_counts = carried is None or out is not None
@@ -88,8 +88,8 @@ def forward_call(
         "k": described(k, config.walk),
         "v": described(v, config.walk),
         "acc": None if carried is None and out is not None else rows_of(target.acc),
-        "m": None if carried is None and out is not None else numbers_of(target.m),
-        "lse": numbers_of(target.lse),
+        "m": numbers_of(target.m),
+        "sums": None if carried is None and out is not None else numbers_of(target.sum),
         "out": None if out is None else rows_of(out),
         "table": table.ints,
         "scale_log2": scale * math.log2(math.e),
@@ -149,7 +149,7 @@ def forward_kernel(
     v,
     acc,
     m,
-    lse,
+    sums,
     out,
     table,
     scale_log2,
@@ -177,7 +177,7 @@ def forward_kernel(
     )
     fence_async_shared()
     queue = Queue(table, num_q, programs, items, group, heads)
-    memory = (acc, m, lse, out)
+    memory = (acc, m, sums, out)
     if CONFIG.consumers == 2:
         gl.warp_specialize(
             [
@@ -287,7 +287,7 @@ def _consume_one(
     CONFIG: gl.constexpr,
 ):
     """(met, cleared) after an item, from the carried state to memory."""
-    acc, m, lse, out = memory
+    acc, m, sums, out = memory
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CONFIG.walk, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
@@ -295,11 +295,8 @@ def _consume_one(
     rows = first_row + gl.arange(0, CONSUMER_ROWS, rows_layout)
     live = rows < work.block_stop
     if CARRIED:
-        m_row = _load_numbers(m, work, rows, live)
-        lse_row = _load_numbers(lse, work, rows, live)
-        # A row without keys has m = lse = -inf, and its sum is 0.
-        l_whole = gl.where(lse_row == float("-inf"), 0.0, gl.exp2((lse_row - m_row) * LOG2E))
-        m2 = m_row * LOG2E
+        m2 = _load_numbers(m, work, rows, live, float("-inf")) * LOG2E
+        l_whole = _load_numbers(sums, work, rows, live, 0.0)
     else:
         m2 = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, rows_layout)
     # A row's sum is kept in parts, by the four lanes that share the row, and added up once at the end.
@@ -331,18 +328,22 @@ def _consume_one(
         factor = gl.exp2(m2_carried - gl.where(m2 == float("-inf"), 0.0, m2))
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
         total += gl.load(at, mask=mask, other=0.0) * gl.convert_layout(factor, across)[:, None]
-    divisor = gl.where(l_row == 0.0, 1.0, l_row)
-    _store_numbers(lse, work, rows, live, (m2 + gl.log2(divisor)) * LN2)
     if LAST:
+        divisor = gl.where(l_row == 0.0, 1.0, l_row)
+        _store_numbers(m, work, rows, live, (m2 + gl.log2(divisor)) * LN2)
         # By rows, so that neighbouring threads write neighbouring memory.
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
         at, mask = _row_pointers(out, work, first_row + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, wide)), wide, DIM)
         total = total / gl.convert_layout(divisor, across)[:, None]
         gl.store(at, gl.convert_layout(total.to(out.ptr.dtype.element_ty), wide), mask=mask)
     else:
-        _store_numbers(m, work, rows, live, m2 * LN2)
+        m_row = m2 * LN2
+        # See Note [base 2] of triton_forward.
+        to_read_back = gl.where(m2 == float("-inf"), 1.0, gl.exp2(m2 - m_row * LOG2E))
+        _store_numbers(m, work, rows, live, m_row)
+        _store_numbers(sums, work, rows, live, l_row * to_read_back)
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
-        gl.store(at, total, mask=mask)
+        gl.store(at, total * gl.convert_layout(to_read_back, across)[:, None], mask=mask)
     return met, cleared
 
 
@@ -355,9 +356,9 @@ def _row_pointers(x, work, rows, LAYOUT: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _load_numbers(x, work, rows, live):
+def _load_numbers(x, work, rows, live, other: gl.constexpr):
     at = at_head(x, work.batch, work.head)
-    return gl.load(at[0] + rows.to(gl.int64) * at[1], mask=live, other=float("-inf"))
+    return gl.load(at[0] + rows.to(gl.int64) * at[1], mask=live, other=other)
 
 
 @gluon.jit

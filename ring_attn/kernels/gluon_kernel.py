@@ -71,8 +71,7 @@ class GluonKernel:
         table = query_table(tiles, q, config.own)
         target = unwritten(q, v, out) if into is None else into
         forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
-        # A normalised output is the partial with m = lse.
-        return target if out is None else Partial(out, target.lse, target.lse)
+        return target if out is None else Partial(out, target.m)
 
     def backward(
         self,

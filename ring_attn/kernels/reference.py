@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream
-from ring_attn.partial import Partial, accumulator_dtype, empty, merge_, normalize
+from ring_attn.partial import Partial, accumulator_dtype, empty, finish, merge_
 from ring_attn.score import Cells, Scores
 from ring_attn.score_mod import function_transforms, over_cells
 from ring_attn.tiles import Tile
@@ -44,9 +44,7 @@ class ReferenceKernel:
         for block in self._blocks(q, k, v, tiles, scale, score):
             if block.has_cells:
                 merge_(into.rows(block.q_rows, block.tile.batch), block.forward())
-        if out is not None:
-            out.copy_(normalize(into, out.dtype))
-        return into
+        return into if out is None else finish(into, out)
 
     @function_transforms()
     def backward(
@@ -97,9 +95,8 @@ class _Block:
         scores = self._masked(self._modified(self._raw()))
         m = scores.amax(-1)
         p = (scores - torch.where(m == -torch.inf, 0.0, m).unsqueeze(-1)).exp()
-        lse = p.sum(-1).log() + m
         acc = torch.einsum("bgnij,bjgd->bignd", self._dropped(p), self._take(self.v, self.kv_rows))
-        return Partial(acc.flatten(2, 3), m.flatten(1, 2), lse.flatten(1, 2))
+        return Partial(acc.flatten(2, 3), m.flatten(1, 2), p.sum(-1).flatten(1, 2))
 
     def backward(self, up: Upstream, into: Grads) -> None:
         rows, kv, b = _slice(self.q_rows), _slice(self.kv_rows), self._batch

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
-from ring_attn.partial import Partial, accumulator_dtype, empty, merge, merge_, normalize
+from ring_attn.partial import Partial, accumulator_dtype, empty, finish, merge, merge_
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
 
@@ -125,10 +125,8 @@ class Tilewise(ABC):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = empty(q, v.shape[-1]) if into is None else into
         for n, call in enumerate(calls, 1):
-            call.merge(into, *call.attend(self, q, k, v, scaling), out if n == len(calls) else None)
-        if out is not None and not calls:
-            out.copy_(normalize(into, out.dtype))
-        return into
+            into = call.merge(into, *call.attend(self, q, k, v, scaling), out if n == len(calls) else None)
+        return finish(into, out) if out is not None and not calls else into
 
     def backward(
         self,
@@ -180,16 +178,15 @@ class Dense:
     def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         return kernel.attend(q[self._q], k[self._kv], v[self._kv], self.tile, scaling)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> None:
-        """Merges a result into its rows; with `target`, the normalised output of all rows goes there."""
+    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
+        """`into` with a result merged into its rows; with `target`, which gets the normalised output of all rows, that."""
         if self.fuses(out):
             from ring_attn.kernels.triton_merge import merge_call
 
             merge_call(into, self.tile.q_rows, out, lse, target)()
-            return
-        merge_(into.rows(self.tile.q_rows, self.tile.batch), Partial(out, lse, lse))
-        if target is not None:
-            target.copy_(normalize(into, target.dtype))
+            return into if target is None else Partial(target, into.m)
+        merge_(into.rows(self.tile.q_rows, self.tile.batch), Partial(out, lse))
+        return into if target is None else finish(into, target)
 
     def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         batch, rows = self._q
@@ -249,14 +246,13 @@ class Packed:
         out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scaling)
         return out.unsqueeze(0), lse.unsqueeze(0)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> None:
+    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
         rows = self.pack.q_rows
-        m_rows, lse_rows = into.m.transpose(1, 2), into.lse.transpose(1, 2)
-        before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, lse_rows[rows].T)))
-        acc, m, lse = (x.squeeze(0) for x in merge(before, Partial(out, lse, lse)))
-        into.acc[rows], m_rows[rows], lse_rows[rows] = acc, m.T, lse.T
-        if target is not None:
-            target.copy_(normalize(into, target.dtype))
+        m_rows, sum_rows = into.m.transpose(1, 2), into.sum.transpose(1, 2)
+        before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, sum_rows[rows].T)))
+        acc, m, total = (x.squeeze(0) for x in merge(before, Partial(out, lse)))
+        into.acc[rows], m_rows[rows], sum_rows[rows] = acc, m.T, total.T
+        return into if target is None else finish(into, target)
 
     def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
@@ -321,8 +317,8 @@ def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
     lse = lse.contiguous()
     if target is not None:
         target.copy_(out)
-        return Partial(target, lse, lse)
-    return Partial(out.to(accumulator_dtype(out.dtype)), lse, lse.clone())
+        return Partial(target, lse)
+    return Partial(out.to(accumulator_dtype(out.dtype)), lse, torch.ones_like(lse))
 
 
 def _can_fuse(out: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """The Triton forward: all tiles of a visit in one launch, unnormalised and carried on from visit to visit.
 
 Note [base 2]: scores are scaled by log2(e) so that exp2 serves; m2 is in base 2, and m and lse in memory are natural logs. The
-baseline is scale * max of the raw scores, which needs a positive scale: `forward_call` turns other scales into one.
+baseline is scale * max of the raw scores, which needs a positive scale: `forward_call` turns other scales into one. What is
+carried is left relative to the baseline that the next visit reads back, as m2 rounds on the way to m and back.
 
 Note [baseline]: where no score can be larger in size than a bound, p = exp(score - bound) is at least exp(-2 bound), so the
 bound serves every row as a constant baseline, without a running maximum and without rescaling in the loop; what was carried
@@ -50,8 +51,8 @@ def forward_call(
 ) -> Call:
     """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, which may be `target`.
 
-    The table is placed where the chain is. With `out` it is the last visit: out [b, s, h, dv] and target's lse are written, and
-    target's acc and m are not.
+    The table is placed where the chain is. With `out` it is the last visit: out [b, s, h, dv] is written, the final lse to
+    target's m, and target's acc and sum are not.
     """
     q, scale = positive(q, scale)
     every_row_counts = carried is None or out is not None
@@ -62,8 +63,8 @@ def forward_call(
         "k": rows_of(k),
         "v": rows_of(v),
         "acc": None if carried is None and out is not None else rows_of(target.acc),
-        "m": None if carried is None and out is not None else numbers_of(target.m),
-        "lse": numbers_of(target.lse),
+        "m": numbers_of(target.m),
+        "sums": None if carried is None and out is not None else numbers_of(target.sum),
         "out": None if out is None else rows_of(out),
         "table": table.ints,
         "num_q": q.shape[1],
@@ -119,6 +120,13 @@ def attend(
     return m2, l_row, total
 
 
+@triton.jit
+def left_at(m2):
+    """(m, the factor that makes what is relative to m2 relative to what m is read back as); see Note [base 2]."""
+    m = m2 * LN2
+    return m, tl.where(m2 == float("-inf"), 1.0, tl.exp2(m2 - m * LOG2E))
+
+
 @triton.jit(do_not_specialize=["num_q", "programs"])
 def forward_kernel(
     q,
@@ -126,7 +134,7 @@ def forward_kernel(
     v,
     acc,
     m,
-    lse,
+    sums,
     out,
     table,
     scale_log2,
@@ -158,11 +166,8 @@ def forward_kernel(
     q_rows = load_rows(at_head(q, batch, head), rows, live, DIM, WIDTH)
     total = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
     if CARRIED:
-        m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
-        lse_row = load_numbers(at_head(lse, batch, head), rows, live, float("-inf"))
-        # A row without keys has m = lse = -inf, and its sum is 0.
-        l_row = tl.where(lse_row == float("-inf"), 0.0, tl.exp2((lse_row - m_row) * LOG2E))
-        m2 = m_row * LOG2E
+        m2 = load_numbers(at_head(m, batch, head), rows, live, float("-inf")) * LOG2E
+        l_row = load_numbers(at_head(sums, batch, head), rows, live, 0.0)
     else:
         m2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_row = tl.zeros((BLOCK_M,), tl.float32)
@@ -193,10 +198,12 @@ def forward_kernel(
         # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
         factor = tl.exp2(m2_carried - tl.where(m2 == float("-inf"), 0.0, m2))
         total += load_rows(at_head(acc, batch, head), rows, live, V_DIM, V_WIDTH) * factor[:, None]
-    divisor = tl.where(l_row == 0.0, 1.0, l_row)
-    store_numbers(at_head(lse, batch, head), (m2 + tl.log2(divisor)) * LN2, rows, live)
     if LAST:
+        divisor = tl.where(l_row == 0.0, 1.0, l_row)
+        store_numbers(at_head(m, batch, head), (m2 + tl.log2(divisor)) * LN2, rows, live)
         store_rows(at_head(out, batch, head), total / divisor[:, None], rows, live, V_DIM, V_WIDTH)
     else:
-        store_numbers(at_head(m, batch, head), m2 * LN2, rows, live)
-        store_rows(at_head(acc, batch, head), total, rows, live, V_DIM, V_WIDTH)
+        m_row, to_read_back = left_at(m2)
+        store_numbers(at_head(m, batch, head), m_row, rows, live)
+        store_numbers(at_head(sums, batch, head), l_row * to_read_back, rows, live)
+        store_rows(at_head(acc, batch, head), total * to_read_back[:, None], rows, live, V_DIM, V_WIDTH)

@@ -66,8 +66,7 @@ class TritonKernel:
         table = query_table(tiles, q, config.own, placed=chain.placed)
         target = unwritten(q, v, out) if into is None else into
         forward_call(q, k, v, table, config, scale=scale, chain=chain, carried=into, target=target, out=out)()
-        # A normalised output is the partial with m = lse.
-        return target if out is None else Partial(out, target.lse, target.lse)
+        return target if out is None else Partial(out, target.m)
 
     def backward(
         self,
@@ -123,12 +122,12 @@ def _device_refusal(problem: Problem) -> str | None:
 
 
 def unwritten(q: Tensor, v: Tensor, out: Tensor | None) -> Partial:
-    """An unwritten partial; where `out` is given only its lse has memory of its own."""
+    """An unwritten partial; where `out` is given, that and the place of lse."""
     b, s, h, _ = q.shape
-    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
+    m = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     if out is not None:
-        return Partial(out, lse, lse)
-    return Partial(torch.empty(b, s, h, v.shape[-1], dtype=torch.float32, device=q.device), torch.empty_like(lse), lse)
+        return Partial(out, m)
+    return Partial(torch.empty(b, s, h, v.shape[-1], dtype=torch.float32, device=q.device), m, torch.empty_like(m))
 
 
 KERNELS = {"triton": TritonKernel()}

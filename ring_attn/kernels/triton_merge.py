@@ -1,6 +1,6 @@
 """One pass over memory to merge a library's normalised output into a partial, and to normalise where it is the last.
 
-Note [in place]: m and lse are written where they were read, and a program's warps read them twice, once as factors of their own
+Note [in place]: m and sum are written where they were read, and a program's warps read them twice, once as factors of their own
 rows and once for the warp that writes them. Without a barrier the one that writes may be ahead of the others' reads.
 """
 
@@ -31,8 +31,8 @@ BLOCK = 32
 def merge_call(into: Partial, rows: range, out: Tensor, lse: Tensor, target: Tensor | None) -> Call:
     """The launch that merges out [b, i, h, dv] and lse [b, h, i] into those `rows` of `into` [b, s, h, dv], in place.
 
-    With `target` [b, s, h, dv] it is the last merge: the normalised output of every row goes there, `into.lse` is final, and
-    acc and m are left as they were.
+    With `target` [b, s, h, dv] it is the last merge: the normalised output of every row goes there and the final lse to
+    `into.m`, and acc and sum are left as they were.
     """
     walked = rows if target is None else range(into.acc.shape[1])
     blocks = -(-len(walked) // BLOCK)
@@ -40,7 +40,7 @@ def merge_call(into: Partial, rows: range, out: Tensor, lse: Tensor, target: Ten
     arguments = {
         "acc": rows_of(into.acc),
         "m": numbers_of(into.m),
-        "lse": numbers_of(into.lse),
+        "sums": numbers_of(into.sum),
         "part": rows_of(out),
         "part_lse": numbers_of(lse),
         "target": None if target is None else rows_of(target),
@@ -63,7 +63,7 @@ def merge_call(into: Partial, rows: range, out: Tensor, lse: Tensor, target: Ten
 def merge_kernel(
     acc,
     m,
-    lse,
+    sums,
     part,
     part_lse,
     target,
@@ -87,24 +87,20 @@ def merge_kernel(
     met = live & (rows >= part_start) & (rows < part_stop)
 
     m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
-    lse_row = load_numbers(at_head(lse, batch, head), rows, live, float("-inf"))
     part_lse_row = load_numbers(at_head(part_lse, batch, head), rows - part_start, met, float("-inf"))
     m_new = tl.maximum(m_row, part_lse_row)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH) * tl.exp2((m_row - base) * LOG2E)[:, None]
-    weight = tl.exp2((part_lse_row - base) * LOG2E)
+    kept, weight = tl.exp2((m_row - base) * LOG2E), tl.exp2((part_lse_row - base) * LOG2E)
+    l_row = load_numbers(at_head(sums, batch, head), rows, live, 0.0) * kept + weight
+    total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH) * kept[:, None]
     total += load_rows(at_head(part, batch, head), rows - part_start, met, DIM, WIDTH).to(tl.float32) * weight[:, None]
-
-    larger = tl.maximum(lse_row, part_lse_row)
-    shift = tl.where(larger == float("-inf"), 0.0, larger)
-    sum_exp = tl.exp2((lse_row - shift) * LOG2E) + tl.exp2((part_lse_row - shift) * LOG2E)
-    lse_new = tl.where(larger == float("-inf"), larger, shift + tl.log2(tl.where(sum_exp == 0.0, 1.0, sum_exp)) * LN2)
     # See Note [in place].
     tl.debug_barrier()
-    store_numbers(at_head(lse, batch, head), lse_new, rows, live)
     if LAST:
-        final = tl.where(lse_new == float("-inf"), 0.0, tl.exp2((base - lse_new) * LOG2E))
-        store_rows(at_head(target, batch, head), total * final[:, None], rows, live, DIM, WIDTH)
+        divisor = tl.where(l_row == 0.0, 1.0, l_row)
+        store_numbers(at_head(m, batch, head), m_new + tl.log2(divisor) * LN2, rows, live)
+        store_rows(at_head(target, batch, head), total / divisor[:, None], rows, live, DIM, WIDTH)
     else:
         store_numbers(at_head(m, batch, head), m_new, rows, live)
+        store_numbers(at_head(sums, batch, head), l_row, rows, live)
         store_rows(at_head(acc, batch, head), total, rows, live, DIM, WIDTH)
