@@ -99,10 +99,10 @@ def closure_mod(n: Sizes) -> Piece:
     group = torch.arange(max(n.t, n.keys)) // 5
 
     def make(x: Sequence[Tensor], ring: ra.Ring) -> Score:
-        head, far = x
+        (head, far), of_position = x, group.to(x[0].device)
 
         def mod(score, b, h, q, k):
-            return score * torch.cos(head[h]) + far[q - k + n.keys] * (group[q] == group[k])
+            return score * torch.cos(head[h]) + far[q - k + n.keys] * (of_position[q] == of_position[k])
 
         return ra.ScoreMod(mod)
 
@@ -244,17 +244,20 @@ def seen_cells(mask: Mask, n: Sizes) -> Tensor:
 def plain(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, pieces: Sequence[Piece], scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out [b, t, h, dv], lse [b, h, t]): scores, each piece in order, one softmax; a row without keys gives 0 and -inf."""
+    """(out [b, t, h, dv], lse [b, h, t]): scores, each piece in order, one softmax; a row without keys gives 0 and -inf.
+
+    All in the dtype of q, whatever the leaves of the pieces are.
+    """
     scale, group = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[2] // k.shape[2]
     for piece in pieces:
         if piece.cosine is not None:
             factor, parts = piece.cosine
             q, k, scale = of_unit_norm(q, parts), of_unit_norm(k, parts), 1.0
-            q = q * (factor[:, None] if isinstance(factor, Tensor) else factor)
+            q = (q * (factor[:, None] if isinstance(factor, Tensor) else factor)).to(k.dtype)
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale
     for piece in pieces:
-        scores = scores if piece.step is None else piece.step(scores)
+        scores = scores if piece.step is None else piece.step(scores).to(q.dtype)
     scores = scores.masked_fill(~seen, -torch.inf)
     for piece in pieces:
         if piece.sinks is not None:
@@ -264,7 +267,7 @@ def plain(
     lse = scores.masked_fill(blind, 0).logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
     p = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)[..., : k.shape[1]]
     for piece in pieces:
-        p = p if piece.keep is None else p * piece.keep
+        p = p if piece.keep is None else (p * piece.keep).to(v.dtype)
     return torch.einsum("bhij,bjhd->bihd", p, v), lse
 
 
@@ -287,8 +290,9 @@ def compared(
     scale: float | None = None,
     lse_grad: bool = True,
     strided: bool = False,
+    device: str = "cpu",
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """out, lse and every gradient from a ring in any processes, each beside the plain one."""
+    """out, lse and every gradient from a ring in any processes, on `device`, each beside the plain one."""
     q, k, v, dout = random_qkv(n.b, n.t, n.keys, n.h, n.g, n.d, n.dv, dtype=n.dtype, seed=n.seed)
     leaves = [x.double().requires_grad_() for x in (q, k, v)] + [x for piece in pieces for x in piece.leaves]
     want = plain(*leaves[:3], seen_cells(mask, n), pieces, scale)
@@ -297,7 +301,7 @@ def compared(
     unused = {"allow_unused": True, "materialize_grads": True}
     want = [*want, *torch.autograd.grad(want[asked], leaves, [dout.double(), dlse.double()][asked], **unused)]
 
-    mine = [x.detach().to(n.dtype).requires_grad_() for x in leaves]
+    mine = [x.detach().to(device, n.dtype).requires_grad_() for x in leaves]
     rest = iter(mine[3:])
     scores = [piece.make([next(rest) for _ in piece.leaves], ring) for piece in pieces]
     layouts = None, n.kv_layout, n.kv_layout
@@ -306,8 +310,9 @@ def compared(
     options = {"softmax_scale": scale, "return_lse": True, "kv_layout": n.kv_layout}
     found = ra.ring_attention(*local, ring=ring, mask=mask, score=scores or None, **options)
     got = [ring.unshard(found[0]), ring.unshard(found[1], 2)]
-    grads = torch.autograd.grad(got[asked], mine, [dout, dlse][asked], **unused)
+    up = dout.to(device), dlse.to(device, got[1].dtype)
+    grads = torch.autograd.grad(got[asked], mine, up[asked], **unused)
     sharded = [True] * 3 + [piece.sharded for piece in pieces for _ in piece.leaves]
     grads = [grad if whole else ring.sum_over_processes(grad) for grad, whole in zip(grads, sharded, strict=True)]
     names = ["out", "lse", "dq", "dk", "dv", *(f"gradient of tensor {i}" for i in range(len(mine) - 3))]
-    return dict(zip(names, zip([*got, *grads], want, strict=True), strict=True))
+    return dict(zip(names, zip([x.cpu() for x in (*got, *grads)], want, strict=True), strict=True))

@@ -4,7 +4,11 @@ In 16 bits an error may be OUT_FACTOR (out) or GRAD_FACTOR (gradients) times the
 softmax attention with autograd. lse is computed in fp32 from products that fp32 holds exactly, so its relative error is that
 of an fp32 sum and of the hardware's exp2 and log2, about 1e-7 to 1e-6 of its size: 1e-5 leaves room for that and for nothing in
 16 bits; where scores are capped, the hardware's tanh has a relative error of 2^-11, and lse one of LSE_LIMIT_CAPPED. In fp32
-every tensor keeps FLOAT32_LIMIT.
+every tensor keeps FLOAT32_LIMIT, but for the slopes of ALiBi, see Note [slopes].
+
+Note [slopes]: the gradient of a slope is a sum of distance * ds whose ds of a row cancel. delta, which comes from out, and dp
+round apart, so that each row keeps about 1e-7 * delta times its distance: 600 where rows see far keys alone, as here, for sums
+near the size of one row's spread. A plain softmax, which subtracts what it has of the same dp, has 1e-5 on these problems.
 
 Each pair of kernels runs in processes of its own, so a crash that takes the CUDA context along hides no other pair, and in
 several, so that kernels are compiled side by side; a pair's rows are printed as soon as it is done. flash-attn 4 keeps what it
@@ -64,6 +68,7 @@ GRADS = ("dq", "dk", "dv")
 TENSORS = ("out", *GRADS, "lse")
 HEADING = " ".join(["forward+backward  dtype     d       cases ", *(f"{name:>7s}" for name in TENSORS)])
 LSE_LIMIT, LSE_LIMIT_CAPPED = 1e-5, 1e-3
+SLOPES_LIMIT = 1e-4
 HALF = (torch.bfloat16, torch.float16)
 HEADS = ((4, 4), (8, 2), (4, 1))
 SIZES = ((515, 643), (643, 260))
@@ -242,7 +247,8 @@ def measure(case: Case, forward, backward) -> dict[str, tuple[float, float]]:
     errors = {name: rel_error(found[name], exact[name]) for name in exact}
     assert not any(found[name].isnan().any() for name in found), "a NaN was written"
     if case.dtype == torch.float32:
-        return {name: (error, FLOAT32_LIMIT) for name, error in errors.items()}
+        of_slopes = {name: SLOPES_LIMIT for name in errors if name.startswith("gradient of tensor")}
+        return {name: (error, of_slopes.get(name, FLOAT32_LIMIT)) for name, error in errors.items()}
     modify = modifying(score, tile_list, (2, h, num_q, num_kv), "cuda")
     plain = _plain(q, k, v, dout, dlse, cells_of(tile_list, 2, num_q, num_kv, "cuda"), scale, modify)
     # A problem whose rows see one key each has no rounding to compare with; its gradients are zeros.

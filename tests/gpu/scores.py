@@ -1,7 +1,12 @@
-"""Score modifiers on a GPU: what tests/gpu/kernels.py checks of them, and what they cost: `python -m tests.gpu.scores`.
+"""Score modifiers on a GPU: what tests/gpu/kernels.py checks of them, whether rings are right with them, and what they cost.
 
-The costs are of the Triton kernel on one visit, causal where nothing else is said, over the same without modifiers. Without a
-GPU the same runs in Triton's interpreter, which shows that it runs and no speed.
+    python -m tests.gpu.scores                               costs of the Triton kernel, after the check of rings
+    python -m tests.gpu.scores --check triton reference      only the check, of these kernels
+
+Rings of 3 and 4 in one process, every score of tests/scores.py in both 16-bit dtypes: at most OUT_FACTOR (out) and GRAD_FACTOR
+(gradients, also those of the scores' tensors) times the error of the same written plainly in that dtype. The costs are of one
+visit, causal where nothing else is said, over the same without modifiers. Without a GPU the same runs in Triton's interpreter,
+which shows that it runs and no speed.
 """
 
 from __future__ import annotations
@@ -9,21 +14,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+import ring_attn as ra
 from ring_attn.bench import kernels
-from ring_attn.kernels import Upstream, get_kernel
+from ring_attn.kernels import KernelUnavailable, Upstream, get_kernel
 from ring_attn.kernels.triton_kernel import interpreted
 from ring_attn.partial import only_sinks
 from ring_attn.score import Alibi, Cells, Scores, SoftCap
 from ring_attn.tiles import Tile, tiles
-from tests.support import random_qkv
+from tests.scores import MASKS, SCORES, Sizes, compared, pieces_of, plain, seen_cells
+from tests.support import GRAD_FACTOR, OUT_FACTOR, random_qkv, rel_error
 
 BOUND = 3.0  # of "bounded": in every dtype one that the Triton forward uses
 WAYS = "forward", "backward"
@@ -101,15 +108,61 @@ def milliseconds(runs: dict[tuple, Callable[[], object]], device: str, rounds: i
     return {key: statistics.median(times[2:]) for key, times in taken.items()}
 
 
+def checks(kernel_names: Sequence[str], device: str) -> Iterator[tuple[str, bool]]:
+    """(a line, whether it is right) for every score and kernel."""
+    ways = cycle(product((3, 4), ("ring", "gather", "pull"), ("contiguous", "striped", "zigzag")))
+    for name, kernel in product(kernel_names and SCORES, kernel_names):
+        worst, refused = {"out": 0.0, "gradients": 0.0}, ""
+        for mask, dtype in product(("causal", "documents", "function"), (torch.bfloat16, torch.float16)):
+            try:
+                found = times_plain(name, mask, kernel, dtype, device, *next(ways))
+            except KernelUnavailable as refusal:
+                refused = f"  without {mask}: {str(refusal)[:60]}"
+                continue
+            worst["out"] = max(worst["out"], found.pop("out"))
+            worst["gradients"] = max(worst["gradients"], *found.values())
+        right = worst["out"] <= OUT_FACTOR and worst["gradients"] <= GRAD_FACTOR
+        verdict = refused + ("" if right else "  FAILED")
+        yield f"{name:38s} {kernel:10s} {worst['out']:5.2f} {worst['gradients']:5.2f}{verdict}", right
+
+
+def times_plain(name: str, mask_name: str, kernel: str, dtype: torch.dtype, device: str, *way) -> dict[str, float]:
+    """Errors of out and every gradient, as multiples of those of plain PyTorch in that dtype; NaN counts as infinite."""
+    ring_size, exchange, layout = way
+    ring = ra.Ring.simulated(ring_size, layout, exchange=exchange, kernel=kernel)
+    n = Sizes(t=96, d=48, dv=48, dtype=dtype)
+    mask, pieces = MASKS[mask_name](n.t), pieces_of(name, n)
+    found = compared(ring, n, mask, pieces, lse_grad=False, device=device)
+    q, k, v, dout = random_qkv(n.b, n.t, n.t, n.h, n.g, n.d, n.dv, dtype=dtype, seed=n.seed)
+    leaves = [x.requires_grad_() for x in (q, k, v)] + [x for piece in pieces for x in piece.leaves]
+    out, _ = plain(*leaves[:3], seen_cells(mask, n), pieces)
+    grads = torch.autograd.grad(out, leaves, dout, allow_unused=True, materialize_grads=True)
+    found.pop("lse")
+    ratios = {}
+    for (tensor, (x, exact)), rough in zip(found.items(), (out, *grads), strict=True):
+        # A gradient is rounded as its tensor is.
+        ratio = rel_error(x, exact) / max(rel_error(rough.to(dtype), exact), 1e-4)
+        ratios[tensor] = ratio if ratio == ratio else float("inf")
+    return ratios
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=16384)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--check", nargs="*", help="check rings with these kernels, and take no times")
     options = parser.parse_args()
     device = "cpu" if interpreted() or not torch.cuda.is_available() else "cuda"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'interpreted'}, {options}")
+    wrong = 0
+    print("rings in 16 bits: worst error of out and of gradients, as multiples of plain PyTorch's")
+    for line, right in checks(("triton", "reference") if options.check is None else options.check, device):
+        print(line, flush=True)
+        wrong += not right
+    if options.check is not None:
+        return int(wrong > 0)
     runs = {}
     for name in ("plain", "window", "documents", "softcap", "alibi", "softcap, alibi", "function", "sinks", "cosine"):
         visit = Visit.of(name, options.rows, options.heads, options.dim, device)
@@ -118,7 +171,7 @@ def main() -> int:
     for name in dict.fromkeys(name for name, _ in runs):
         costs = (f"{way} {found[name, way]:8.3f} ms ({found[name, way] / found['plain', way] - 1:+6.1%})" for way in WAYS)
         print(f"{name:15s} {'  '.join(costs)}")
-    return 0
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
