@@ -79,6 +79,23 @@ def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile,
     return tuple(found)
 
 
+def within(tile: Tile, rows: range, columns: range) -> Tile | None:
+    """The tile of a tile's cells in some rows and columns of it, counted from its corner; None where its band has none."""
+    lo = -len(tile.q_rows) if tile.band.lo is None else tile.band.lo
+    hi = len(tile.kv_rows) if tile.band.hi is None else tile.band.hi
+    shift = rows.start - columns.start
+    lo, hi = max(lo + shift, 1 - len(rows)), min(hi + shift, len(columns) - 1)
+    own = tile.q_rows[rows.start : rows.stop], tile.kv_rows[columns.start : columns.stop]
+    found = _trimmed(*own, lo, hi, tile.batch)
+    if found is None:
+        return None
+    sides = zip(tile.positions, (tile.q_rows, tile.kv_rows), (found.q_rows, found.kv_rows), strict=True)
+    positions = tuple(
+        _positions(_pieces(shard), range(part.start - whole.start, part.stop - whole.start)) for shard, whole, part in sides
+    )
+    return replace(found, positions=positions, predicates=tile.predicates)
+
+
 Meets = tuple[tuple[tuple[Part, ...], ...], ...]
 
 
@@ -233,12 +250,18 @@ def _tile(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Tile | None:
     distance = q.positions[0] - kv.positions[0]
     lo = -(num_q - 1) if rule.left is None else max(-((rule.left - distance) // step), -(num_q - 1))
     hi = num_kv - 1 if rule.right is None else min((distance + rule.right) // step, num_kv - 1)
+    return _trimmed(range(q.row, q.row + num_q), range(kv.row, kv.row + num_kv), lo, hi, batch)
+
+
+def _trimmed(q_rows: range, kv_rows: range, lo: int, hi: int, batch: int | None) -> Tile | None:
+    """The tile of a rectangle's cells inside a band, counted from its corner, without positions; None where it has none."""
+    num_q, num_kv = len(q_rows), len(kv_rows)
     i0, i1 = max(0, -hi), min(num_q, num_kv - lo)
     j0, j1 = max(0, lo), min(num_kv, num_q + hi)
     if lo > hi or i0 >= i1 or j0 >= j1:
         return None
-    q, kv = _cut(q, i0, i1), _cut(kv, j0, j1)
-    return _with_band(q.row, q.row + i1 - i0, kv.row, kv.row + j1 - j0, lo + i0 - j0, hi + i0 - j0, batch)
+    (q0, q1), (k0, k1) = ((rows[a], rows[b - 1] + 1) for rows, a, b in ((q_rows, i0, i1), (kv_rows, j0, j1)))
+    return _with_band(q0, q1, k0, k1, lo + i0 - j0, hi + i0 - j0, batch)
 
 
 def _with_band(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int, batch: int | None) -> Tile:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
+from ring_attn.kernels.cleared import cleared
 from ring_attn.kernels.triton_blocks import Configs, configs, device_size, query_table
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
@@ -29,9 +30,13 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class TritonKernel:
-    """`configs`: the launch configurations to use whatever the problem; None takes them from the table."""
+    """`configs`: the launch configurations to use whatever the problem; None takes them from the table.
+
+    `block`: the rows of blocks that a mask's functions hide or keep whole, see `cleared`.
+    """
 
     configs: Configs | None = None
+    block: int = 128
     name: str = "triton"
 
     def supports(self, problem: Problem) -> str | None:
@@ -58,15 +63,10 @@ class TritonKernel:
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
-        from ring_attn.kernels.triton_forward import forward_call
-        from ring_attn.kernels.triton_scores import chain_of
-
-        chain = chain_of(score, tiles, q.dtype)
-        config = self._configs(q, v, chain).forward
-        table = query_table(tiles, q, config.own, placed=chain.placed)
-        target = unwritten(q, v, out) if into is None else into
-        forward_call(q, k, v, table, config, scale=scale, chain=chain, carried=into, target=target, out=out)()
-        return target if out is None else Partial(out, target.m)
+        *before, last = cleared(tiles, q, self.block)
+        for part in before:
+            into = self._forward(q, k, v, part, scale, score, into, None)
+        return self._forward(q, k, v, last, scale, score, into, out)
 
     def backward(
         self,
@@ -83,9 +83,22 @@ class TritonKernel:
         from ring_attn.kernels.triton_backward import Visited, backward_calls
         from ring_attn.kernels.triton_scores import chain_of
 
+        for part in cleared(tiles, q, self.block):
+            chain = chain_of(score, part, q.dtype)
+            for call in backward_calls(Visited(up, q, k, v, scale, chain, into), part, self._configs(q, v, chain)):
+                call()
+
+    def _forward(self, q, k, v, tiles: Sequence[Tile], scale, score, into: Partial | None, out: Tensor | None) -> Partial:
+        """One launch, of tiles with the same predicates."""
+        from ring_attn.kernels.triton_forward import forward_call
+        from ring_attn.kernels.triton_scores import chain_of
+
         chain = chain_of(score, tiles, q.dtype)
-        for call in backward_calls(Visited(up, q, k, v, scale, chain, into), tiles, self._configs(q, v, chain)):
-            call()
+        config = self._configs(q, v, chain).forward
+        table = query_table(tiles, q, config.own, placed=chain.placed)
+        target = unwritten(q, v, out) if into is None else into
+        forward_call(q, k, v, table, config, scale=scale, chain=chain, carried=into, target=target, out=out)()
+        return target if out is None else Partial(out, target.m)
 
     def _configs(self, q: Tensor, v: Tensor, chain: Chain) -> Configs:
         size = device_size(q.device)
