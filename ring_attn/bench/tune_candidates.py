@@ -21,6 +21,7 @@ _CANDIDATES = {
         Config(128, 64, 8, 3),
         Config(128, 64, 8, 2, registers=128),
         Config(128, 32, 8, 4, registers=128),
+        Config(128, 32, 8, 3, registers=128),
         Config(64, 64, 4, 2),
     ],
     ("dkdv", 128): [

@@ -185,6 +185,11 @@ def messages(report: Report) -> None:
         report.attempt(
             f"float64 matrix, {exchange}", lambda e=exchange: [run_case(c) for c in cases() if c.exchange == e] and None
         )
+    for exchange in EXCHANGES:
+        report.attempt(
+            f"float64 matrix, {exchange}, two ranks a process",
+            lambda e=exchange: [run_case(c, ranks_per_process=2) for c in cases() if c.exchange == e] and None,
+        )
     if dist.get_world_size() % 2 == 0:
         report.attempt("float64 matrix, two axes", lambda: [run_case(c) for c in cases(ulysses=2)[::5]] and None)
 
@@ -232,9 +237,9 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
-def run_case(case: Case) -> None:
+def run_case(case: Case, ranks_per_process: int = 1) -> None:
     options = {"exchange": case.exchange, "kernel": case.kernel, "ulysses": case.ulysses}
-    check(case, ra.Ring.from_group(None, case.layout, **options), device=DEVICE)
+    check(case, ra.Ring.from_group(None, case.layout, ranks_per_process=ranks_per_process, **options), device=DEVICE)
 
 
 if __name__ == "__main__":

@@ -31,18 +31,20 @@ TMA_REQUESTS = [
     for d, scores, launch in product((64, 128), ("plain", "softcap alibi"), ("dkdv", "dq"))
 ]
 
-# Bytes. The 16-bit ones lie before and after the inner loop, where they cost next to nothing; the last one is known to be slow.
+# Bytes. Most lie before and after the inner loop, where they cost next to nothing; the last one is known to be slow.
 SPILLS = {
     "bfloat16:64:large:plain:dq": 300,
     "bfloat16:64:large:function:dkdv": 100,
     "bfloat16:128:large:plain:dkdv": 400,
-    "bfloat16:128:large:softcap:dkdv": 200,
+    "bfloat16:128:large:plain:forward last": 600,
+    "bfloat16:128:large:bounded:forward last": 700,
+    "bfloat16:128:large:softcap:dkdv": 400,
     "bfloat16:128:large:softcap:dq": 100,
-    "bfloat16:128:large:alibi:dkdv": 200,
+    "bfloat16:128:large:alibi:dkdv": 500,
     "bfloat16:128:large:alibi:dq": 300,
-    "bfloat16:128:large:softcap alibi:dkdv": 200,
+    "bfloat16:128:large:softcap alibi:dkdv": 900,
     "bfloat16:128:large:softcap alibi:dq": 800,
-    "bfloat16:128:large:function:dkdv": 300,
+    "bfloat16:128:large:function:dkdv": 1100,
     "bfloat16:128:large:function:dq": 300,
     "bfloat16:256:large:plain:dkdv": 400,
     "bfloat16:256:large:softcap:dkdv": 400,
@@ -53,8 +55,19 @@ SPILLS = {
     "float32:256:small:plain:dq": 700,
 }
 SPILLS_OTHERWISE = 64
-# Instructions in the inner loop: two modifiers at once keep more numbers than there are registers.
-LOOP_SPILLS = {"bfloat16:128:large:softcap alibi:dq": 16}
+# Instructions in the inner loop: two programs on a multiprocessor, or two products in flight, are worth more than these cost, as
+# `ring-attn bench tune` measured; two modifiers at once keep more numbers than there are registers.
+LOOP_SPILLS = {
+    "bfloat16:128:large:plain:forward last": 8,
+    "bfloat16:128:large:bounded:forward last": 8,
+    "bfloat16:128:large:softcap:dkdv": 24,
+    "bfloat16:128:large:alibi:dkdv": 28,
+    "bfloat16:128:large:softcap alibi:dkdv": 100,
+    "bfloat16:128:large:function:dkdv": 140,
+    "bfloat16:128:large:softcap alibi:dq": 16,
+}
+# With 128 registers a thread ptxas lets no product go on beside another instruction; the other program on the multiprocessor does.
+SERIALIZED = {"bfloat16:128:large:plain:forward last", "bfloat16:128:large:bounded:forward last"}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +96,7 @@ def test_fits(compiled, request_name):
     assert taken["shared"] <= SHARED[size], taken
     assert taken["spills"] <= SPILLS.get(request_name, SPILLS_OTHERWISE), taken
     assert taken["loop_spills"] <= LOOP_SPILLS.get(request_name, 0), taken
-    assert not taken["serialized"], taken
+    assert request_name in SERIALIZED or not taken["serialized"], taken
 
 
 @pytest.mark.parametrize("request_name", TMA_REQUESTS)
