@@ -55,7 +55,7 @@ SPILLS = {
     "float32:256:small:plain:dq": 700,
 }
 SPILLS_OTHERWISE = 64
-# Instructions in the inner loop: two programs on a multiprocessor, or two products in flight, are worth more than these cost, as
+# Instructions in the inner loop: two programs on a multiprocessor, or two products in flight, are worth more, as
 # `ring-attn bench tune` measured; two modifiers at once keep more numbers than there are registers.
 LOOP_SPILLS = {
     "bfloat16:128:large:plain:forward last": 8,
@@ -66,7 +66,7 @@ LOOP_SPILLS = {
     "bfloat16:128:large:function:dkdv": 140,
     "bfloat16:128:large:softcap alibi:dq": 16,
 }
-# With 128 registers a thread ptxas lets no product go on beside another instruction; the other program on the multiprocessor does.
+# With 128 registers a thread ptxas lets no product run beside other work; the other program on the multiprocessor does.
 SERIALIZED = {"bfloat16:128:large:plain:forward last", "bfloat16:128:large:bounded:forward last"}
 
 
