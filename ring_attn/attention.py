@@ -76,7 +76,7 @@ def ring_attention(
             raise NotImplementedError("ring_attention has no forward-mode derivative (jvp); take its gradients by backward")
         name, call = named(Call.make(ring, mask, score, scale, kv_layout))
         settled = validate(q, k, v, tensors, call)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
+        if wants_gradients(q, k, v, *tensors):
             settled.kernel("backward")
     if ring.ulysses > 1:
         with_tensors = (*modifiers.steps, *([] if sinks is None else [sinks]))
@@ -89,9 +89,13 @@ def ring_attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call of that name; differentiable."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _forward_op(q, k, v, tensors, call)[:2]
-    return _Attend.apply(call, q, k, v, *tensors)
+    if not torch.compiler.is_compiling() and wants_gradients(q, k, v, *tensors):
+        return _Attend.apply(call, q, k, v, *tensors)
+    return _forward_op(q, k, v, tensors, call)[:2]
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
