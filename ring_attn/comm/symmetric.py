@@ -82,6 +82,11 @@ class Route(NamedTuple):
     handle: object
 
 
+def batch_rows(x: Tensor) -> Sequence[Tensor]:
+    """The batch rows of x [b, n, e], each of them contiguous where x is a slice of rows; a single one as it is."""
+    return [x] if x.shape[0] == 1 else x.unbind(0)
+
+
 class SymmetricTransport(ProcessGroupTransport):
     """A ring over GPUs of one host, one rank a process: `pull` and `push` by copy engines, everything else through the group.
 
@@ -156,14 +161,14 @@ class SymmetricTransport(ProcessGroupTransport):
             for rank, rows in (reads[n] for n in order):
                 theirs = handle.get_buffer(rank, [b, put_up[rank], e], mine.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
-                sources += theirs[:, rows.start : rows.stop].unbind(0)
+                sources += batch_rows(theirs[:, rows.start : rows.stop])
         sizes, homes = [len(read.rows) for read in reads], [slice(rows.start, rows.stop) for rows in homes]
         return Route(own, sources, sizes, [n * b + i for n in order for i in range(b)], homes, handle)
 
     def _transfer(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, Callable[[], None]]:
         """Puts up `mine` and reads what others put up, see Note [barriers]: what is received, and what waits for it."""
         received = mine.new_empty(mine.shape[0], sum(route.sizes), mine.shape[2])
-        pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in piece.unbind(0)]
+        pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
         copies = _Copies(received, _capturing(mine.device))
         # An event of a capture means nothing outside of it, and the other way round.
         if self._last is not None and self._last.captured == copies.captured:
