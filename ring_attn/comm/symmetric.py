@@ -127,7 +127,8 @@ class SymmetricTransport(ProcessGroupTransport):
         def add_up() -> None:
             arrive()
             for home, piece in zip(route.homes, received.split_with_sizes(route.sizes, 1), strict=True):
-                total[:, home] += piece
+                # To add to an index would copy the sums onto themselves.
+                total[:, home].add_(piece)
 
         return Pending(into, add_up, what)
 

@@ -115,7 +115,7 @@ class PackedHomeward:
     def add_arrived(self, to: list[Tensor]) -> None:
         for place, pending in self.pending:
             for rows, arrived in zip(to, pending.wait(), strict=True):
-                rows[:, place] += arrived
+                rows[:, place].add_(arrived)
         self.pending = []
 
 
