@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import once_differentiable
 
 from ring_attn.call import Call, called, name_kept, named, validate
 from ring_attn.exchange.base import GradTypes
-from ring_attn.kernels import Grads, Kernel, Upstream, resolve
+from ring_attn.kernels import Grads, Upstream
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.score import CosineSim, Score, listed, sort_scores
@@ -74,10 +75,9 @@ def ring_attention(
         if any(unpack_dual(x).tangent is not None for x in (q, k, v, *tensors)):
             raise NotImplementedError("ring_attention has no forward-mode derivative (jvp); take its gradients by backward")
         name, call = named(Call.make(ring, mask, score, scale, kv_layout))
-        validate(q, k, v, tensors, call)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *tensors)):
-            part, *of_part = call.of_part(q, k, v)
-            resolve(ring.kernel, part.problem(*of_part, "backward"))
+        settled = validate(q, k, v, tensors, call)
+        if wants_gradients(q, k, v, *tensors):
+            settled.kernel("backward")
     if ring.ulysses > 1:
         with_tensors = (*modifiers.steps, *([] if sinks is None else [sinks]))
         out, lse = over_heads(attend, q, k, v, with_tensors, ring.transport, name, return_lse=return_lse)
@@ -89,7 +89,13 @@ def ring_attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call of that name; differentiable."""
+    if not torch.compiler.is_compiling() and wants_gradients(q, k, v, *tensors):
+        return _Attend.apply(call, q, k, v, *tensors)
     return _forward_op(q, k, v, tensors, call)[:2]
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
@@ -110,9 +116,8 @@ def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(out, lse, what came from other ranks if the ring keeps it)."""
     of_modifiers, sinks = call.split(tensors)
-    validate(q, k, v, tensors, call)
-    ring, plan, exchange = call.ring, call.plan(q, k, v), call.exchange(q, k, v)
-    kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "forward"))
+    ring, settled = call.ring, validate(q, k, v, tensors, call)
+    plan, exchange, kernel = settled.plan, settled.exchange, settled.kernel("forward")
     out = q.new_empty(*q.shape[:3], v.shape[3])
     queries, outs = call.hosted(q), call.hosted(out)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
@@ -133,7 +138,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
             kept += visit.came
         # Before the tour goes on and asks for the visit after the next.
         del visit
-    return out, torch.cat([partial.lse for partial in partials], -1), kept
+    lse = [partial.lse for partial in partials]
+    return out, torch.cat(lse, -1) if len(lse) > 1 else lse[0].contiguous(), kept
 
 
 def _backward(
@@ -147,8 +153,9 @@ def _backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """dq, dk, dv and the gradients of those `tensors` for which they are `wanted`, empty for the others."""
-    ring, plan, exchange = call.ring, call.plan(q, k, v), call.exchange(q, k, v)
-    kernel: Kernel = resolve(ring.kernel, call.problem(q, k, v, "backward", up.dlse is not None))
+    ring = call.ring
+    settled = ring.settled.get(call.key(q, k, v, tensors)) or call.settle(q, k, v)
+    plan, exchange, kernel = settled.plan, settled.exchange, settled.kernel("backward", lse_grad=up.dlse is not None)
     queries = call.hosted(q)
     dq = torch.zeros(q.shape, dtype=up.lse.dtype, device=q.device)
     dqs = call.hosted(dq)
@@ -229,7 +236,8 @@ def _backward_op(
 
 def as_given(q: Tensor) -> AbstractContextManager:
     """Kernels choose their own precision: autocast would round what they hold in fp32."""
-    return torch.autocast(q.device.type, enabled=False)
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def unit_stride(*tensors: Tensor) -> list[Tensor]:
@@ -252,15 +260,35 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _op_backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):
-    q, k, v, out, lse, *rest = ctx.saved_tensors
-    tensors, kept = rest[: ctx.num_tensors], rest[ctx.num_tensors :]
-    if dout is None and dlse is None:
-        return None, None, None, [None] * len(tensors), None
-    dout = torch.zeros_like(out) if dout is None else dout
-    wanted = ctx.needs_input_grad[3]
-    *grads, of_tensors = _backward_op(dout, dlse, q, k, v, out, lse, tensors, kept, wanted, ctx.name)
-    of_tensors = [grad if want else None for grad, want in zip(of_tensors, wanted, strict=True)]
+    *grads, of_tensors = _gradients(ctx, dout, dlse, ctx.needs_input_grad[3])
     return *grads, of_tensors, None
 
 
+def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[bool]) -> tuple:
+    """(dq, dk, dv, the gradients of those tensors for which they are `wanted`), None where there is none."""
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    tensors, kept = rest[: ctx.num_tensors], rest[ctx.num_tensors :]
+    if dout is None and dlse is None:
+        return None, None, None, [None] * len(tensors)
+    dout = torch.zeros_like(out) if dout is None else dout
+    *grads, of_tensors = _backward_op(dout, dlse, q, k, v, out, lse, tensors, kept, wanted, ctx.name)
+    return *grads, [grad if want else None for grad, want in zip(of_tensors, wanted, strict=True)]
+
+
 _forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+class _Attend(torch.autograd.Function):
+    """The forward op, differentiable as it is itself: in eager mode PyTorch takes long over an op's lists of tensors."""
+
+    @staticmethod
+    def forward(ctx, call: str, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        output = _forward_op(q, k, v, tensors, call)
+        _setup_context(ctx, (q, k, v, tensors, call), output)
+        return output[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        *grads, of_tensors = _gradients(ctx, dout, dlse, ctx.needs_input_grad[4:])
+        return None, *grads, *of_tensors

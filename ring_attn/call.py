@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ring_attn.cost import MACHINES, Question, Work, fastest
 from ring_attn.exchange import Exchange, get_exchange, make_plan
-from ring_attn.kernels import Problem, resolve
+from ring_attn.kernels import Kernel, Problem, resolve
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.partial import accumulator_dtype
@@ -151,6 +151,18 @@ class Call:
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
         return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), ring, of_scores)
 
+    def key(self, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> tuple:
+        """All of a call on this ring that decides what it comes to, see Settled; quicker to make than a signature."""
+        of_scores = tuple([(x.shape, x.dtype, x.device) for x in tensors])
+        of_call = self.mask, self.modifiers, self.sinks, self.scale, self.kv_layout, self.cosine
+        return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, of_scores, of_call
+
+    def settle(self, q: Tensor, k: Tensor, v: Tensor) -> Settled:
+        """What the call comes to, on two axes that of a part."""
+        part, *of_part = self.of_part(q, k, v)
+        exchange, plan = part.exchange(*of_part), part.plan(*of_part)
+        return Settled(exchange, plan, part.problem(*of_part, "forward"), self.ring.kernel)
+
     def kept_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, int, int]]:
         """Of what a forward keeps for its backward."""
         if not self.ring.keep_kv:
@@ -196,6 +208,29 @@ class Call:
         return (list(tensors[:-1]), tensors[-1]) if self.sinks else (list(tensors), None)
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward."""
+
+    exchange: Exchange
+    plan: Plan
+    problem: Problem
+    kernel_name: str
+
+    def kernel(self, direction: str, *, lse_grad: bool = False) -> Kernel:
+        """The kernel for a direction. Raises KernelUnavailable where there is none."""
+        wanted = direction, lse_grad, torch.are_deterministic_algorithms_enabled()
+        found = self._kernels.get(wanted)
+        if found is None:
+            problem = replace(self.problem, direction=direction, lse_grad=lse_grad, deterministic=wanted[2])
+            found = self._kernels[wanted] = resolve(self.kernel_name, problem)
+        return found
+
+    @cached_property
+    def _kernels(self) -> dict[tuple[str, bool, bool], Kernel]:
+        return {}
+
+
 _names: WeakKeyDictionary[Call, str] = WeakKeyDictionary()
 _calls: WeakValueDictionary[str, Call] = WeakValueDictionary()
 _kept: list[Call] = []
@@ -233,18 +268,25 @@ def called(name: str) -> Call:
 name_kept._dynamo_marked_constant = part_names._dynamo_marked_constant = True
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
-    """Raises unless the call can be done and all ranks make the same one; remembered, so it costs once a signature."""
-    signature = call.signature(q, k, v, tensors)
-    if call.ring.has_agreed(signature):
-        return
-    refusal = None
-    try:
-        _check(q, k, v, tensors, call)
-    except ValueError as error:
-        # A rank that left here alone would keep the others waiting: they hear of it first.
-        refusal = error
-    call.ring.agree(signature, q.device, refusal)
+def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> Settled:
+    """What the call comes to. Raises unless it can be done and all ranks make the same one.
+
+    That is remembered, so it costs once a signature.
+    """
+    key = call.key(q, k, v, tensors)
+    settled = call.ring.settled.get(key)
+    if settled is None:
+        signature = call.signature(q, k, v, tensors)
+        if not call.ring.has_agreed(signature):
+            refusal = None
+            try:
+                _check(q, k, v, tensors, call)
+            except ValueError as error:
+                # A rank that left here alone would keep the others waiting: they hear of it first.
+                refusal = error
+            call.ring.agree(signature, q.device, refusal)
+        settled = call.ring.settled[key] = call.settle(q, k, v)
+    return settled
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
@@ -258,10 +300,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
         )
     layout, kv_layout = call.layouts(q, k)
     call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])
-    part, *of_part = call.of_part(q, k, v)
-    part.plan(*of_part)
+    settled = call.settle(q, k, v)
     call.check_scores(q, kv_layout.seq_len, tensors)
-    resolve(call.ring.kernel, part.problem(*of_part, "forward"))
+    settled.kernel("forward")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ring_attn.exchange import EXCHANGE_NAMES
 from ring_attn.kernels import check_kernel_name
 from ring_attn.layout import LAYOUTS, Layout, Shared
 from ring_attn.typed import typed
+
+if TYPE_CHECKING:
+    from ring_attn.call import Settled
 
 
 class Ring:
@@ -69,6 +73,8 @@ class Ring:
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
         self._agreed: dict[tuple, None] = {}
+        # By `Call.key`, what calls of agreed signatures come to: none stays where a signature is forgotten.
+        self.settled: dict[tuple, Settled] = {}
         rings = dict(zip(transport.ulysses_hosted, transport.rings, strict=True)) if isinstance(transport, TwoAxes) else {}
         # By the Ulysses ranks hosted here: the rings in which they attend, each with its part of the heads.
         choices = {"layout": layout, "exchange": exchange, "kernel": kernel, "kv_memory": kv_memory, "grad_dtype": grad_dtype}
@@ -240,6 +246,7 @@ class Ring:
         # Each keeps its masks and functions alive, and what those close over.
         if len(self._agreed) > 256:
             del self._agreed[next(iter(self._agreed))]
+            self.settled.clear()
 
     def sum_over_processes(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """`x` summed over the processes of the ring, or of `group`, without gradient."""

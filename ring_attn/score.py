@@ -322,6 +322,8 @@ class Scores:
         return tuple(x for step in self.steps for x in step.tensors())
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Scores:
+        if not self.steps:
+            return self
         tensors, steps = list(tensors), []
         for step in self.steps:
             count = len(step.tensors())
@@ -330,10 +332,10 @@ class Scores:
         return replace(self, steps=tuple(steps))
 
     def without_tensors(self) -> Scores:
-        return replace(self, steps=tuple(step.without_tensors() for step in self.steps))
+        return replace(self, steps=tuple(step.without_tensors() for step in self.steps)) if self.steps else self
 
     def rows(self, start: int, stop: int) -> Scores:
-        return replace(self, steps=tuple(step.rows(start, stop) for step in self.steps))
+        return replace(self, steps=tuple(step.rows(start, stop) for step in self.steps)) if self.steps else self
 
     def from_head(self, first: int) -> Scores:
         dropout = self.dropout and self.dropout.from_head(first)
@@ -343,6 +345,9 @@ class Scores:
         for step in self.steps:
             scores = step.apply(scores, cells)
         return scores
+
+
+_NOTHING = Scores(())
 
 
 def listed(score: Score | Sequence[Score] | None) -> tuple[Score, ...]:
@@ -355,6 +360,8 @@ def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None
 
     Raises TypeError for what is no score, ValueError where one that acts once stands twice.
     """
+    if score is None:
+        return None, _NOTHING, None
     scores = listed(score)
     for one in scores:
         if not isinstance(one, Score):

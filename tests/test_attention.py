@@ -126,6 +126,47 @@ def test_an_eager_call_is_forgotten_with_its_graph():
     assert len(call._calls) == before
 
 
+def test_what_one_call_comes_to_is_given_to_no_other():
+    """Calls on one ring that differ in one thing, each against a ring that has seen no other."""
+    kept = ra.Ring.simulated(2, "zigzag", exchange="pull")
+    longer = torch.randn(1, 16, 2, 4, dtype=torch.float64)
+    q, k, v = (x.detach() for x in qkv())
+    calls = [
+        ((q, k, v), {"mask": ra.Causal()}),
+        ((q, k, v), {"mask": ra.Causal() & ra.Window(2)}),
+        ((q, k, v), {"mask": ra.Full(), "kv_layout": "zigzag"}),
+        ((q, k, v), {"mask": ra.Causal(), "kv_layout": "striped"}),
+        ((q, k, v), {"score": ra.SoftCap(0.5)}),
+        ((q, k, v), {"softmax_scale": 3.0}),
+        ((q, longer, longer), {"mask": ra.Full(), "kv_layout": "striped"}),
+        ((longer, longer, longer), {}),
+        ((q.repeat(1, 1, 2, 1), k, v), {}),
+        (tuple(x.float() for x in (q, k, v)), {}),
+    ]
+    for inputs, options in calls * 2:
+        got = ra.ring_attention(*inputs, ring=kept, **options)
+        fresh = ra.Ring.simulated(2, "zigzag", exchange="pull")
+        assert torch.equal(got, ra.ring_attention(*inputs, ring=fresh, **options)), options
+    assert len(kept.settled) == len(calls)
+
+
+def test_what_a_call_comes_to_goes_with_its_signature():
+    ring = ra.Ring.simulated(1)
+    q, k, v = (x.detach() for x in qkv())
+    for n in range(300):
+        ra.ring_attention(q, k, v, ring=ring, softmax_scale=1.0 + n)
+        assert len(ring.settled) <= len(ring._agreed)
+    assert len(ring._agreed) == 256
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = qkv()
+    out = ra.ring_attention(q, k, v, ring=ra.Ring.simulated(2))
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
+
+
 def test_the_fallback_scale_is_one_over_root_head_dim():
     ring = ra.Ring.simulated(1)
     q, k, v = qkv()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -14,10 +14,10 @@ from ring_attn import call
 from ring_attn.bench.contenders import Case, OnRing
 from ring_attn.bench.timing import Everyone, Mark, mark, ms_between
 from ring_attn.comm.transport import Transport
-from ring_attn.exchange import get_exchange
 from ring_attn.exchange.base import KV, Exchange, Homeward, Visit
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
+from ring_attn.ring import Ring
 from ring_attn.tiles import Meets, Plan
 
 
@@ -40,7 +40,7 @@ class Timeline:
 def timeline(contender: OnRing, case: Case, everyone: Everyone) -> Timeline:
     """One forward and backward of a settled ring, after one to warm up. Every process must call this."""
     q, k, v, dout = case.shape.random(len(contender.positions(case)), seed=everyone.transport.hosted[0])
-    with contender.attention(case) as attend, _watched(everyone.device) as seen:
+    with contender.attention(case) as attend, _watched(contender.ring, everyone.device) as seen:
         torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
         seen.clear()
         everyone.meet()
@@ -94,8 +94,17 @@ class _Watched:
 
 
 @contextmanager
-def _watched(device: torch.device) -> Iterator[list[_Seen]]:
-    """Within it the exchanges that calls name are watched."""
+def _watched(ring: Ring, device: torch.device) -> Iterator[list[_Seen]]:
+    """Within it the exchanges of calls on that ring are watched."""
     seen: list[_Seen] = []
-    with patch.object(call, "get_exchange", lambda *name: _Watched(get_exchange(*name), device, seen)):
+    settle = call.Call.settle
+
+    def watched(self, *inputs: torch.Tensor) -> call.Settled:
+        settled = settle(self, *inputs)
+        return replace(settled, exchange=_Watched(settled.exchange, device, seen))
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(call.Call, "settle", watched))
+        for one in (ring, *ring.of_parts.values()):
+            stack.enter_context(patch.dict(one.settled, clear=True))
         yield seen

@@ -66,7 +66,7 @@ class LocalTransport:
         def add() -> None:
             for rank, x in enumerate(grads):
                 for part, place in places(parts[rank]):
-                    into[part.rank][:, part.rows.start : part.rows.stop] += x[:, place]
+                    into[part.rank][:, part.rows.start : part.rows.stop].add_(x[:, place])
 
         added = self._by(add, [], grads, what)
         return Pending(into, lambda: added.wait() and None, what)

@@ -46,7 +46,8 @@ class ProcessGroupTransport:
         self.process = dist.get_rank(self.group)
         if self.process < 0:
             raise ValueError(f"process {dist.get_rank()} is not in the group it was given; build the ring on its own group")
-        self.num_processes = dist.get_world_size(self.group)
+        self._processes = dist.get_process_group_ranks(self.group)
+        self.num_processes = len(self._processes)
         self.ranks_per_process = ranks_per_process
         self.ring_size = self.num_processes * ranks_per_process
         first = self.process * ranks_per_process
@@ -192,7 +193,7 @@ class ProcessGroupTransport:
         return self._pending(received, works, what, keep=mine)
 
     def _global(self, rank: int) -> int:
-        return dist.get_global_rank(self.group, rank // self.ranks_per_process)
+        return self._processes[rank // self.ranks_per_process]
 
     def _guarded(self, post: Callable, what: str):
         """`post()`, with a failure named; backends raise RuntimeError or its subclass DistBackendError."""

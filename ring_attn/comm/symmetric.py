@@ -25,19 +25,66 @@ from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.transport import Parts, Pending, check_payloads
-from ring_attn.layout import Part, places, total_rows
+from ring_attn.layout import places, total_rows
 
 logger = logging.getLogger("ring_attn")
 
 _GRAIN = 1 << 20
+_ROUTES = 256
 
 
 class Read(NamedTuple):
-    """Rows `rows` of what `rank` has put up, and the tensor [b, n, e] that they are copied to."""
+    """Rows `rows` of what `rank` has put up."""
 
     rank: int
     rows: range
-    into: Tensor
+
+
+class Reads(NamedTuple):
+    """What this rank reads in a transfer, in the order of what it receives, where every rank puts up `put_up[rank]` rows.
+
+    `homes`: to which own rows each read is to be added, in a push.
+    """
+
+    put_up: list[int]
+    reads: list[Read]
+    homes: list[range]
+
+
+def pulled(rank: int, parts: Parts, mine: Tensor) -> Reads:
+    """The reads of a pull: the parts that the rank wants."""
+    return Reads([mine.shape[1]] * len(parts), [Read(part.rank, part.rows) for part in parts[rank]], [])
+
+
+def pushed(rank: int, parts: Parts, mine: Tensor) -> Reads:
+    """The reads of a push: what others have of the rank's rows."""
+    found = [
+        (Read(source, range(place.start, place.stop)), part.rows)
+        for source, wanted in enumerate(parts)
+        for part, place in places(wanted)
+        if part.rank == rank
+    ]
+    return Reads([total_rows(wanted) for wanted in parts], [read for read, _ in found], [home for _, home in found])
+
+
+class Route(NamedTuple):
+    """What is the same in all transfers of a shape: views of the memory `own` writes and `sources` reads, one batch row each.
+
+    `sizes`: the rows of each read. `order`: to which of the pieces that these cut out of what is received, batch row by batch
+    row, each source goes.
+    """
+
+    own: Tensor
+    sources: list[Tensor]
+    sizes: list[int]
+    order: list[int]
+    homes: list[slice]
+    handle: object
+
+
+def batch_rows(x: Tensor) -> Sequence[Tensor]:
+    """The batch rows of x [b, n, e], each of them contiguous where x is a slice of rows; a single one as it is."""
+    return [x] if x.shape[0] == 1 else x.unbind(0)
 
 
 class SymmetricTransport(ProcessGroupTransport):
@@ -66,60 +113,82 @@ class SymmetricTransport(ProcessGroupTransport):
 
     def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
-        (shard,), (rank,) = shards, self.hosted
-        received = shard.new_empty(shard.shape[0], total_rows(parts[rank]), shard.shape[2])
-        reads = [Read(part.rank, part.rows, received[:, place]) for part, place in places(parts[rank])]
-        return self._transfer(shard, [shard.shape[1]] * self.ring_size, reads, received, what)
+        (shard,) = shards
+        received, arrive = self._transfer(shard, self._route(pulled, parts, shard), what)
+        return Pending([received], arrive, what)
 
     def push(
         self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
     ) -> Pending[Sequence[Tensor]]:
-        (grad,), (total,), (rank,) = grads, into, self.hosted
-        arrivals: list[tuple[Part, Tensor]] = []
-        reads = []
-        for source, wanted in enumerate(parts):
-            for part, place in places(wanted):
-                if part.rank == rank:
-                    arrivals.append((part, grad.new_empty(grad.shape[0], len(part.rows), grad.shape[2])))
-                    reads.append(Read(source, range(place.start, place.stop), arrivals[-1][1]))
+        (grad,), (total,) = grads, into
+        route = self._route(pushed, parts, grad)
+        received, arrive = self._transfer(grad, route, what)
 
         def add_up() -> None:
-            for part, arrived in arrivals:
-                total[:, part.rows.start : part.rows.stop] += arrived
+            arrive()
+            for home, piece in zip(route.homes, received.split_with_sizes(route.sizes, 1), strict=True):
+                # To add to an index would copy the sums onto themselves.
+                total[:, home].add_(piece)
 
-        return self._transfer(grad, [total_rows(wanted) for wanted in parts], reads, total, what, after=add_up)
+        return Pending(into, add_up, what)
 
-    def _transfer(
-        self, mine: Tensor, rows: list[int], reads: list[Read], received: Tensor, what: str, after: Callable | None = None
-    ) -> Pending[list[Tensor]]:
-        """Puts up `mine`, of which every rank has `rows[rank]`, and reads what others put up; see Note [barriers]."""
+    def _route(self, of: Callable[[int, Parts, Tensor], Reads], parts: Parts, mine: Tensor) -> Route:
+        """The route of a transfer like this; kept for parts that are a tuple, as plans have them, while the memory stays.
+
+        Every rank must ask in the same order, see `_Memory.of_size`.
+        """
+        # What is kept holds the parts, so their number stays theirs; to hash them takes longer.
+        key, capturing = (of, id(parts), mine.shape, mine.dtype), _capturing(mine.device)
+        route, _ = self._memory.routes.get(key, (None, None))
+        if route is None:
+            put_up, reads, homes = of(self.process, parts, mine)
+            b, _, e = mine.shape
+            handle = self._memory.of_size(max(put_up) * b * e * mine.element_size(), mine.device)
+            route = self._new_route(put_up, reads, homes, mine, handle)
+            if isinstance(parts, tuple):
+                self._memory.keep(key, route, parts)
+        if capturing:
+            self._memory.stays(route.handle)
+        return route
+
+    def _new_route(self, put_up: list[int], reads: list[Read], homes: list[range], mine: Tensor, handle: object) -> Route:
         b, _, e = mine.shape
-        memory = self._memory.of_size(max(rows) * b * e * mine.element_size(), mine.device)
-        # An event of a capture means nothing outside of it, and the other way round.
-        if self._last is not None and self._last.captured == _capturing(mine.device):
-            self._last.wait()
-        memory.barrier()
-        memory.get_buffer(self.process, list(mine.shape), mine.dtype).copy_(mine)
-        memory.barrier()
-        copies = self._last = _Copies(reads, _capturing(mine.device))
-        with self._beside(mine.device, copies):
-            # From the next rank on, so that not all read the same one's memory at a time.
-            for rank, wanted, into in sorted(reads, key=lambda read: (read.rank - self.process) % self.ring_size):
-                theirs = memory.get_buffer(rank, [b, rows[rank], e], mine.dtype)
-                wanted_rows = theirs[:, wanted.start : wanted.stop]
+        # From the next rank on, so that not all read the same one's memory at a time.
+        order = sorted(range(len(reads)), key=lambda n: (reads[n].rank - self.process) % self.ring_size)
+        # A view made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            own = handle.get_buffer(self.process, list(mine.shape), mine.dtype)
+            sources = []
+            for rank, rows in (reads[n] for n in order):
+                theirs = handle.get_buffer(rank, [b, put_up[rank], e], mine.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
-                for target, source in [(into, wanted_rows)] if b == 1 else zip(into, wanted_rows, strict=True):
-                    target.copy_(source)
+                sources += batch_rows(theirs[:, rows.start : rows.stop])
+        sizes, homes = [len(read.rows) for read in reads], [slice(rows.start, rows.stop) for rows in homes]
+        return Route(own, sources, sizes, [n * b + i for n in order for i in range(b)], homes, handle)
+
+    def _transfer(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, Callable[[], None]]:
+        """Puts up `mine` and reads what others put up, see Note [barriers]: what is received, and what waits for it."""
+        received = mine.new_empty(mine.shape[0], sum(route.sizes), mine.shape[2])
+        pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
+        copies = _Copies(received, _capturing(mine.device))
+        # An event of a capture means nothing outside of it, and the other way round.
+        if self._last is not None and self._last.captured == copies.captured:
+            self._last.wait()
+        self._last = copies
+        route.handle.barrier()
+        route.own.copy_(mine)
+        route.handle.barrier()
+        with self._beside(mine.device, copies):
+            for n, source in zip(route.order, route.sources, strict=True):
+                pieces[n].copy_(source)
         if self._watch is not None:
             self._watch.add([copies], self._who(what))
 
-        def finish() -> None:
+        def arrive() -> None:
             copies.wait()
-            copies.reads = ()
-            if after is not None:
-                after()
+            copies.received = None
 
-        return Pending([received], finish, what)
+        return received, arrive
 
     @contextmanager
     def _beside(self, device: torch.device, copies: _Copies) -> Iterator[None]:
@@ -136,10 +205,11 @@ class SymmetricTransport(ProcessGroupTransport):
 
 
 class _Copies:
-    """The copies of a transfer. `reads` keeps what they write alive until that is waited for; `done`: their end on a stream."""
+    """The copies of a transfer. What they write, `received`, lives until that is waited for; `done`: their end on a stream."""
 
-    def __init__(self, reads: Sequence[Read], captured: bool) -> None:
-        self.reads, self.captured = reads, captured
+    def __init__(self, received: Tensor, captured: bool) -> None:
+        self.received: Tensor | None = received
+        self.captured = captured
         self.done: torch.cuda.Event | None = None
 
     def is_completed(self) -> bool:
@@ -152,22 +222,25 @@ class _Copies:
 
 
 class _Memory:
-    """Symmetric memory of a group, made by all ranks together and made anew where it is too small."""
+    """Symmetric memory of a group, made by all ranks together and made anew where it is too small.
+
+    `routes`: what was kept of transfers over it, by their shape; with the parts that each is for.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size = 0
         self.handle: object = None
         self.in_graphs: list[object] = []
+        self.routes: dict[tuple, tuple[Route, Parts]] = {}
 
     def of_size(self, size: int, device: torch.device) -> object:
         """A handle of at least that many bytes. Every rank must ask for the same sizes in the same order.
 
         Raises RuntimeError where it would have to be made while a CUDA graph is captured.
         """
-        capturing = _capturing(device)
         if size > self.size:
-            if capturing:
+            if _capturing(device):
                 raise RuntimeError(
                     f"symmetric memory has {self.size} bytes and {size} are needed, which cannot be made while a CUDA graph is "
                     f"captured; make the same call once before"
@@ -177,11 +250,20 @@ class _Memory:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             dist.barrier(self.group)
+            self.routes.clear()
             self.handle = rendezvous(wanted, device, self.group)
             self.size = wanted
-        if capturing and self.handle not in self.in_graphs:
-            self.in_graphs.append(self.handle)
         return self.handle
+
+    def keep(self, key: tuple, route: Route, parts: Parts) -> None:
+        self.routes[key] = route, parts
+        if len(self.routes) > _ROUTES:
+            del self.routes[next(iter(self.routes))]
+
+    def stays(self, handle: object) -> None:
+        """Memory that a CUDA graph goes over lives as long as this."""
+        if handle not in self.in_graphs:
+            self.in_graphs.append(handle)
 
 
 def with_copy_engines(messages: ProcessGroupTransport, exchange: str) -> ProcessGroupTransport:

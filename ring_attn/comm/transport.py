@@ -89,7 +89,7 @@ def check_payloads(transport: Collective, shards: Sequence[Tensor], what: str) -
     """Raises ValueError unless there is one contiguous payload a hosted rank, all alike."""
     if len(shards) != len(transport.hosted):
         raise ValueError(f"{what}: {len(shards)} payloads for {len(transport.hosted)} hosted ranks; give one a hosted rank")
-    if len({(x.shape, x.dtype, x.device) for x in shards}) > 1:
+    if len(shards) > 1 and len({(x.shape, x.dtype, x.device) for x in shards}) > 1:
         raise ValueError(f"{what}: payloads differ in shape, dtype or device: {[(tuple(x.shape), x.dtype) for x in shards]}")
     if not all(x.is_contiguous() for x in shards):
         raise ValueError(f"{what}: payloads must be contiguous; pack or copy them first")

@@ -115,7 +115,7 @@ class PackedHomeward:
     def add_arrived(self, to: list[Tensor]) -> None:
         for place, pending in self.pending:
             for rows, arrived in zip(to, pending.wait(), strict=True):
-                rows[:, place] += arrived
+                rows[:, place].add_(arrived)
         self.pending = []
 
 
@@ -132,8 +132,9 @@ class Widths(NamedTuple):
 
     def unpack(self, rows: Tensor) -> KV:
         """k [b, rows, g, d] and v [b, rows, g, dv], views."""
-        k, v = rows.split([self.heads * self.d, self.heads * self.dv], -1)
-        return k.unflatten(-1, (self.heads, self.d)), v.unflatten(-1, (self.heads, self.dv))
+        k, v = rows.split_with_sizes([self.heads * self.d, self.heads * self.dv], -1)
+        b, n, _ = rows.shape
+        return k.view(b, n, self.heads, self.d), v.view(b, n, self.heads, self.dv)
 
     def zeros(self, pair: KV, dtype: torch.dtype) -> Tensor:
         """Packed rows of zeros for as many rows as the pair has."""

@@ -159,7 +159,7 @@ class CudnnKernel(Tilewise):
         if k.shape[1] == 1:
             return _attend_one_key(q, k, v, scaling.scale)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+        attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
         out, lse, *_ = attend(q, k, v, None, True, 0.0, tile.band.hi is not None, False, scale=scaling.scale)
         return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
@@ -170,8 +170,8 @@ class CudnnKernel(Tilewise):
         lse = up.lse.reshape(*up.lse.shape, *(1,) * (_cudnn_lse_dims(q.device) - 3))
         # This pair's lengths: the operator takes them at their word.
         lengths, causal = (q.shape[2], k.shape[2]), tile.band.hi is not None
-        seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in range(2))
-        differentiate = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        seed, offset = (torch.empty((), dtype=torch.int64, device=q.device) for _ in range(2))
+        differentiate = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
         grads = differentiate(
             dout, q, k, v, out, lse, seed, offset, None, None, None, *lengths, 0.0, causal, scale=scaling.scale
         )

@@ -176,7 +176,7 @@ class Dense:
         return self.tile.batch is None and _can_fuse(x)
 
     def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-        return kernel.attend(q[self._q], k[self._kv], v[self._kv], self.tile, scaling)
+        return kernel.attend(self._q(q), self._kv(k), self._kv(v), self.tile, scaling)
 
     def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
         """`into` with a result merged into its rows; with `target`, which gets the normalised output of all rows, that."""
@@ -189,10 +189,9 @@ class Dense:
         return into if target is None else finish(into, target)
 
     def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
-        batch, rows = self._q
-        dlse = None if up.dlse is None else up.dlse[batch, :, rows].contiguous()
-        up = Upstream(up.dout[batch, rows], up.out[batch, rows], up.lse[batch, :, rows].contiguous(), dlse)
-        return kernel.differentiate(up, q[self._q], k[self._kv], v[self._kv], self.tile, scaling)
+        dlse = None if up.dlse is None else self._q(up.dlse, 2).contiguous()
+        up = Upstream(self._q(up.dout), self._q(up.out), self._q(up.lse, 2).contiguous(), dlse)
+        return kernel.differentiate(up, self._q(q), self._kv(k), self._kv(v), self.tile, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         if self.fuses(dq):
@@ -200,21 +199,21 @@ class Dense:
 
             add_call(into, self.tile.q_rows, self.tile.kv_rows, dq, dk, dv)()
             return
-        into.dq[self._q] += dq
-        into.dk[self._kv] += dk
-        into.dv[self._kv] += dv
+        # To add to an index would copy the sums onto themselves.
+        self._q(into.dq).add_(dq)
+        self._kv(into.dk).add_(dk)
+        self._kv(into.dv).add_(dv)
 
-    @property
-    def _q(self) -> tuple[slice, slice]:
-        return self._batch, slice(self.tile.q_rows.start, self.tile.q_rows.stop)
+    def _q(self, x: Tensor, dim: int = 1) -> Tensor:
+        return self._part(x, self.tile.q_rows, dim)
 
-    @property
-    def _kv(self) -> tuple[slice, slice]:
-        return self._batch, slice(self.tile.kv_rows.start, self.tile.kv_rows.stop)
+    def _kv(self, x: Tensor) -> Tensor:
+        return self._part(x, self.tile.kv_rows, 1)
 
-    @property
-    def _batch(self) -> slice:
-        return slice(None) if self.tile.batch is None else slice(self.tile.batch, self.tile.batch + 1)
+    def _part(self, x: Tensor, rows: range, dim: int) -> Tensor:
+        """The tile's part of x, which may be all of it."""
+        x = x if self.tile.batch is None else x[self.tile.batch : self.tile.batch + 1]
+        return x if len(rows) == x.shape[dim] else x.narrow(dim, rows.start, len(rows))
 
 
 @dataclass(frozen=True)

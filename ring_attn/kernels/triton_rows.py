@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,23 +21,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ring_attn.kernels.triton_blocks import padded
+from ring_attn.kernels.triton_launch import Rows, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-class Rows(NamedTuple):
-    """A tensor of rows for every batch row and head: its pointer, and its strides over batch, rows and heads."""
-
-    ptr: Any
-    b: Any
-    s: Any
-    h: Any
-
-
 def rows_of(x: Tensor) -> Rows:
     """`Rows` of x [b, s, h, d] with unit stride in the last dimension."""
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2))
+    b, s, h, _ = x.stride()
+    return Rows(x, b, s, h)
 
 
 def blocks_of(x: Tensor, rows: int) -> TensorDescriptor | None:
@@ -70,7 +63,8 @@ def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int
 
 def numbers_of(x: Tensor) -> Rows:
     """`Rows` of x [b, h, s], one number a row."""
-    return Rows(x, x.stride(0), x.stride(2), x.stride(1))
+    b, h, s = x.stride()
+    return Rows(x, b, s, h)
 
 
 @dataclass(frozen=True)
@@ -86,12 +80,17 @@ class Call:
     finish: Callable[[], None] | None = None
 
     def __call__(self) -> None:
-        if self.grid:
-            # Triton launches on the current device, which need not be the tensors'.
-            with torch.cuda.device_of(next(x.ptr for x in self.arguments.values() if isinstance(x, Rows))):
-                self.kernel[(self.grid,)](**self.arguments)
-            if self.finish is not None:
-                self.finish()
+        if not self.grid:
+            return
+        device = next(x for x in self.arguments.values() if isinstance(x, Rows)).ptr.get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            launch(self.kernel, self.grid, self.arguments, device)
+        else:
+            # Triton launches on the current device.
+            with torch.cuda.device(device):
+                launch(self.kernel, self.grid, self.arguments, device)
+        if self.finish is not None:
+            self.finish()
 
 
 @triton.jit

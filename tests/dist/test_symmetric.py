@@ -119,13 +119,46 @@ def _lets_go(rank, folder):
     with pretended(MappedFiles, folder):
         transport, shard = SymmetricTransport(), torch.zeros(1, 4, 2)
         pending = transport.pull([shard], [[Part(1, range(4))], [Part(0, range(4))]])
-        assert transport._last.reads
+        assert transport._last.received is not None
         pending.wait()
-        assert not transport._last.reads
+        assert transport._last.received is None
 
 
 def test_what_has_come_is_held_no_longer(tmp_path):
     run_processes(_lets_go, 2, str(tmp_path))
+
+
+def _repeats(rank, folder):
+    """Pulls and pushes that differ in one thing, twice, then of a size for which the memory must grow, then the first again."""
+    halves, ends, large = (
+        tuple((Part(1 - r, range(start, stop)),) for r in range(2)) for start, stop in ((3, 6), (4, 6), (3, 1 << 19))
+    )
+    calls = [(halves, 1, 6, torch.float64), (ends, 1, 6, torch.float64), (halves, 2, 6, torch.float64)]
+    calls += [(halves, 1, 9, torch.float64), (halves, 1, 6, torch.float32)]
+    big = large, 1, 1 << 19, torch.float64
+    with pretended(Dawdling, folder):
+        transport, got = SymmetricTransport(), []
+        noted = lambda self, *args: got.append(args) or MappedFiles.get_buffer(self, *args)  # noqa: E731
+        with patch.object(Dawdling, "get_buffer", noted):
+            for number, call in enumerate([*calls, *calls, big, *calls, big]):
+                parts, b, rows, dtype = call
+                before, wanted = len(got), parts[rank][0].rows
+                shards = torch.randn(2, b, rows, 2, generator=torch.Generator().manual_seed(number)).to(dtype)
+                # What is made in inference mode must serve outside of it, and the other way round.
+                with torch.inference_mode(number % 2 == 0):
+                    (pulled,) = transport.pull([shards[rank].clone()], parts).wait()
+                    assert torch.equal(pulled, shards[1 - rank][:, wanted.start : wanted.stop])
+                    total = torch.zeros_like(shards[rank])
+                    transport.push([2 * pulled], parts, [total]).wait()
+                    # Both ranks want the same rows.
+                    assert torch.equal(total[:, wanted.start : wanted.stop], 2 * shards[rank][:, wanted.start : wanted.stop])
+                    assert not total[:, : wanted.start].any() and not total[:, wanted.stop :].any()
+                known = 5 <= number < 10 or number == 16
+                assert (len(got) == before) == known, number
+
+
+def test_a_shape_met_again_is_worked_out_no_second_time(tmp_path):
+    run_processes(_repeats, 2, str(tmp_path))
 
 
 class WithoutOne(Dawdling):
