@@ -100,6 +100,16 @@ def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
     return fn
 
 
+def global_positions(shard: tuple[range, ...], rows: range, device: torch.device) -> Tensor:
+    """The global positions of some rows of a shard, int64."""
+    parts, start = [torch.empty(0, dtype=torch.int64, device=device)], 0
+    for positions in shard:
+        part = positions[max(0, rows.start - start) : max(0, rows.stop - start)]
+        parts.append(torch.arange(part.start, part.stop, part.step, device=device))
+        start += len(positions)
+    return torch.cat(parts)
+
+
 def captured(fn: Callable) -> tuple[Tensor, ...]:
     """The tensors that a function closes over or names as globals, in a fixed order."""
     cells = [cell.cell_contents for cell in getattr(fn, "__closure__", None) or ()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ring_attn.kernels import Grads, Problem, Upstream
 from ring_attn.partial import Partial, accumulator_dtype, empty, merge_, normalize
 from ring_attn.score import Cells, Scores
-from ring_attn.score_mod import function_transforms, over_cells
+from ring_attn.score_mod import function_transforms, global_positions, over_cells
 from ring_attn.tiles import Tile
 
 
@@ -197,20 +197,10 @@ class _Block:
         device, batch = self.q.device, self.tile.batch
         batch_rows = range(self.q.shape[0]) if batch is None else range(batch, batch + 1)
         parts = zip(self.tile.positions, (self.rows, self.columns), strict=True)
-        q_pos, kv_pos = (_positions(part, rows, device) for part, rows in parts)
+        q_pos, kv_pos = (global_positions(part, rows, device) for part, rows in parts)
         numbers = (torch.arange(r.start, r.stop, device=device) for r in (batch_rows, range(self.q.shape[2]), self.q_rows))
         batches, heads, q_rows = numbers
         return Cells(batches, heads, q_pos, q_rows, kv_pos)
-
-
-def _positions(shard: tuple[range, ...], rows: range, device: torch.device) -> Tensor:
-    """The global positions of some rows of a shard, int64."""
-    parts, start = [torch.empty(0, dtype=torch.int64, device=device)], 0
-    for positions in shard:
-        part = positions[max(0, rows.start - start) : max(0, rows.stop - start)]
-        parts.append(torch.arange(part.start, part.stop, part.step, device=device))
-        start += len(positions)
-    return torch.cat(parts)
 
 
 def _slice(rows: range) -> slice:
