@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from ring_attn.capabilities import report, table
-from ring_attn.kernels import flash, gluon_kernel, triton_kernel
+from ring_attn.kernels import flash, flex, gluon_kernel, triton_kernel
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- capabilities -->\n```text\n)(.*?)(\n```\n)", re.DOTALL)
@@ -26,6 +26,7 @@ def equipped() -> Iterator[None]:
     facts = [
         (flash, "load", flash._Library(ModuleType("flash_attn"), (2, 8, 3))),
         (flash, "load4", SimpleNamespace(utils=SimpleNamespace(create_softcap_scoremod_bwd=None))),
+        (flex, "find_spec", object()),
         (gluon_kernel, "_installation_refusal", None),
         (triton_kernel, "interpreted", False),
         (triton_kernel, "find_spec", object()),

@@ -146,6 +146,7 @@ _MODULES = {
     "flash4": "flash",
     "cudnn": "aten",
     "aten": "aten",
+    "flex": "flex",
 }
 KERNEL_NAMES = ("auto", *_MODULES)
 

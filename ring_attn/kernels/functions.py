@@ -3,20 +3,29 @@
 Note [state]: what a kernel makes from a function once, such as which blocks a mask leaves, holds as long as the function gives
 the same. It gives the same while it reads the same: `state` is all that it reads by name, in a form to compare, where a tensor
 counts as another once it was written to. What is reached without a name, or written by the replay of a CUDA graph, is not seen.
+
+Note [traced functions]: a compiler that is handed a user's function as it is would find the globals of its module, not the
+tensors put in their places. So the function is run once and its operations are kept, with every tensor an argument. And
+flex_attention compiles the gradient of a tensor that is indexed by scalars in one place: one read in several places comes as
+several arguments, and a scalar as one value a query row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dis
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, lru_cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ring_attn.score_mod import function_transforms
+from ring_attn.score_mod import captured, recapture
 
 _PLAIN = int | float | str | torch.dtype | torch.device | None
 
@@ -50,24 +59,26 @@ class Read:
 
 def state(fn: Callable) -> tuple[Read, ...]:
     """All that a function reads by name, itself and through the functions and objects it names, see Note [state]."""
-    return tuple(_reads(fn, frozenset(), set()))
+    return tuple(_reads(fn, (), set()))
 
 
-def _reads(value: Any, names: frozenset[str], met: set[int]) -> Iterator[Read]:
-    """`value` and what is read through it, of objects the attributes of these names; `met`: what was gone through before."""
+def _reads(value: Any, names: tuple[str, ...], met: set[int]) -> Iterator[Read]:
+    """`value` and what is read through it, of objects the attributes of these names; `met`: what was gone through before.
+
+    Functions, methods and containers stand for what is in them.
+    """
     if not isinstance(value, _PLAIN):
         if id(value) in met:
             return
         met.add(id(value))
-    yield Read.of(value)
     match value:
         case FunctionType() if (value.__module__ or "").partition(".")[0] != "torch":
-            names = frozenset(_names(value.__code__))
-            read = [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+            of_globals, names = _names(value.__code__)
+            read = [value.__globals__[name] for name in of_globals if name in value.__globals__]
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
             parts = [value.__code__, *cells, *read, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         case MethodType():
-            parts, names = [value.__func__, value.__self__], names | frozenset(_names(value.__func__.__code__))
+            parts, names = [value.__func__, value.__self__], (*names, *_names(value.__func__.__code__)[1])
         case partial():
             parts = [value.func, *value.args, *value.keywords.values()]
         case list() | tuple():
@@ -76,23 +87,30 @@ def _reads(value: Any, names: frozenset[str], met: set[int]) -> Iterator[Read]:
             parts = value.values()
         case Tensor() | FunctionType() | CodeType() | type():
             parts = ()
+            yield Read.of(value)
         case _:
+            yield Read.of(value)
             call = vars(type(value)).get("__call__")
             if isinstance(call, FunctionType):
-                names = names | frozenset(_names(call.__code__))
+                names = (*names, *_names(call.__code__)[1])
             parts = _attributes(value, names)
+    yield Read(type(value))
     for part in parts:
         yield from _reads(part, names, met)
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
+@lru_cache(maxsize=1024)
+def _names(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The globals that code names, and the attributes; with those of the functions inside it."""
+    of_globals = {x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    of_attributes = {x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+    for inner in (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)):
+        of_globals.update(inner[0])
+        of_attributes.update(inner[1])
+    return tuple(sorted(of_globals)), tuple(sorted(of_attributes))
 
 
-def _attributes(value: Any, names: frozenset[str]) -> list:
+def _attributes(value: Any, names: tuple[str, ...]) -> list:
     own = getattr(value, "__dict__", {})
     if isinstance(value, torch.nn.Module):
         own = own | value._buffers | value._parameters | value._modules
@@ -113,6 +131,160 @@ def _depends(fn: Callable, argument: int, device: torch.device) -> bool:
         found.append(isinstance(result, Tensor) and torch._C._functorch.is_batchedtensor(result))
         return result
 
-    with function_transforms():
+    with outside_of_ops():
         torch.vmap(watched)(torch.zeros(1, dtype=torch.int64, device=device))
     return found[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """The operations of a function, see Note [traced functions]. Two are the same only if they are one object.
+
+    `fn(row, *scalars, *tensors)`: the scalars are those the function takes, `row` the number of the query row. `uses`: how
+    often each captured tensor stands among the tensors; `constants` follow them. `learns`: which of them get a gradient.
+    """
+
+    fn: Callable
+    uses: tuple[int, ...]
+    constants: tuple[Tensor, ...]
+    learns: tuple[bool, ...]
+
+    def arguments(self, tensors: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
+        """The tensors of `fn` in place of the captured ones, for so many query rows; differentiable."""
+        found = []
+        for x, uses, learns in zip(tensors, self.uses, self.learns, strict=True):
+            # flex_attention cannot be asked for a gradient that is not there.
+            x = x if learns else x.detach()
+            # Copies: a view would get no gradient from flex_attention, and nothing would say so.
+            found += [any_size(x.expand(rows).clone(), 0) if x.dim() == 0 else x.clone() for _ in range(uses)]
+        return (*found, *self.constants)
+
+
+def any_size(x: Tensor, *dims: int) -> Tensor:
+    """x, compiled code for which takes any size above 1 of these dimensions."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(x, dim)
+    return x
+
+
+def traced(fn: Callable, scalars: Sequence[Tensor]) -> Traced:
+    """A function of scalars like these as its operations; made once for what it reads and its tensors' shapes."""
+    tensors = captured(fn)
+    kept = recapture(fn, tuple(_like(tuple(x.shape), x.dtype, x.device) for x in tensors))
+    key = _TraceKey(state(kept), tuple((x.dtype, x.device) for x in scalars))
+    found = _traces.get(key)
+    if found is None:
+        while len(_traces) >= 256:
+            del _traces[next(iter(_traces))]
+        found = _traces[key] = _trace(fn, scalars, tensors)
+    return found
+
+
+@dataclass(frozen=True)
+class _TraceKey:
+    reads: tuple[Read, ...]
+    scalars: tuple[tuple[torch.dtype, torch.device], ...]
+
+
+_traces: dict[_TraceKey, Traced] = {}
+
+
+@cache
+def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What stands in a function's state for any captured tensor of its kind."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _trace(fn: Callable, scalars: Sequence[Tensor], tensors: Sequence[Tensor]) -> Traced:
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def run(*inputs: Tensor) -> Tensor:
+        return recapture(fn, inputs[len(scalars) :])(*inputs[: len(scalars)])
+
+    with outside_of_ops(), torch.no_grad(), TransformGetItemToIndex():
+        module = make_fx(run)(*(x.clone() for x in scalars), *(x.detach() for x in tensors))
+    forward, uses, constants = _with_arguments(module, len(scalars), tensors, getattr(fn, "__qualname__", "function"))
+    with outside_of_ops(), torch.enable_grad(), TransformGetItemToIndex():
+        learns = _learning(lambda leaves: run(*scalars, *leaves), tensors)
+    return Traced(lambda *args: forward(None, *args), uses, constants, learns)
+
+
+def _learning(run: Callable, tensors: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which of the tensors a result has a gradient of."""
+    leaves = [x.detach().requires_grad_(x.dtype.is_floating_point) for x in tensors]
+    result, wanted = run(leaves), [x for x in leaves if x.requires_grad]
+    if not result.requires_grad:
+        return (False,) * len(leaves)
+    grads = iter(torch.autograd.grad(result, wanted, allow_unused=True))
+    return tuple(x.requires_grad and next(grads) is not None for x in leaves)
+
+
+def _with_arguments(module: torch.fx.GraphModule, scalars: int, tensors: Sequence[Tensor], name: str) -> tuple:
+    """(fn, uses, constants) of `Traced`, but for fn's first argument, which is the module."""
+    graph = module.graph
+    graph.eliminate_dead_code()
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(inputs[0]):
+        row = graph.placeholder("row")
+    uses = [_spread(graph, node, row, x) for node, x in zip(inputs[scalars:], tensors, strict=True)]
+    with graph.inserting_before(first):
+        read = [node for node in graph.nodes if node.op == "get_attr"]
+        for number, node in enumerate(read):
+            node.replace_all_uses_with(graph.placeholder(f"constant{number}"))
+    for node in list(graph.nodes):
+        with graph.inserting_before(node):
+            if node.target is torch.ops.aten.index.Tensor and None not in node.args[1]:
+                node.replace_all_uses_with(graph.call_function(operator.getitem, (node.args[0], tuple(node.args[1]))))
+            elif node.target is torch.ops.aten.lift_fresh_copy.default:
+                node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    code = graph.python_code("self")
+    names = dict(code.globals)
+    exec(compile(code.src, f"<the operations of {name}>", "exec"), names)
+    return names["forward"], tuple(uses), tuple(_attribute(module, node.target) for node in read)
+
+
+def _attribute(module: torch.fx.GraphModule, path: str) -> Tensor:
+    return operator.attrgetter(path)(module)
+
+
+def _spread(graph: torch.fx.Graph, node: torch.fx.Node, row: torch.fx.Node, x: Tensor) -> int:
+    """Gives a tensor's placeholder one user and counts what then stands for it: a scalar's value at `row`, or more of them."""
+    users = list(node.users)
+    if not users:
+        graph.erase_node(node)
+        return 0
+    with graph.inserting_after(node):
+        if x.dim() == 0:
+            value = graph.call_function(operator.getitem, (node, (row,)))
+            for user in users:
+                user.replace_input_with(node, value)
+            return 1
+        for number, user in enumerate(users[1:]):
+            user.replace_input_with(node, graph.placeholder(f"{node.name}_again{number}"))
+    return len(users)
+
+
+@contextmanager
+def outside_of_ops() -> Iterator[None]:
+    """Inside, autograd, transforms and compilers work, which custom ops and TorchDispatchModes exclude."""
+    with ExitStack() as stack:
+        for key in _excluded(torch._C._dispatch_tls_local_exclude_set()):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        yield
+
+
+def _excluded(keys: torch._C.DispatchKeySet) -> tuple[torch._C.DispatchKey, ...]:
+    """Those of the keys that a new thread does not exclude."""
+    bits = keys.raw_repr()
+    if bits not in _beyond_a_new_thread:
+        with ThreadPoolExecutor(1) as pool:
+            usual = pool.submit(torch._C._dispatch_tls_local_exclude_set).result()
+        every = torch._C.DispatchKey.__members__.values()
+        _beyond_a_new_thread[bits] = tuple(key for key in every if keys.has(key) and not usual.has(key))
+    return _beyond_a_new_thread[bits]
+
+
+_beyond_a_new_thread: dict[int, tuple[torch._C.DispatchKey, ...]] = {}

@@ -103,6 +103,10 @@ class Tilewise(ABC):
     def differentiate(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> Gradients:
         """(dq, dk, dv) of one such tile; `up` holds its rows, with lse contiguous."""
 
+    def scaling(self, scale: float, score: Scores | None) -> Scaling:
+        """What its calls are told of the scores; a library that knows more of them has a class of its own."""
+        return Scaling.of(scale, score)
+
     def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
         """The library calls of a visit."""
         for tile in tiles:
@@ -120,7 +124,7 @@ class Tilewise(ABC):
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
-        calls, scaling = list(self.calls(tiles, q)), Scaling.of(scale, score)
+        calls, scaling = list(self.calls(tiles, q)), self.scaling(scale, score)
         if into is None and len(calls) == 1 and calls[0].covers(q):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = empty(q, v.shape[-1]) if into is None else into
@@ -140,7 +144,7 @@ class Tilewise(ABC):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        scaling = Scaling.of(scale, score)
+        scaling = self.scaling(scale, score)
         for call in self.calls(tiles, q):
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
 

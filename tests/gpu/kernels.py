@@ -61,9 +61,10 @@ PAIRS = (
     ("aten", "aten"),
     ("cudnn", "cudnn"),
     ("cudnn", "flash2"),
+    ("flex", "flex"),
     ("reference", "reference"),
 )
-PARTS = {"triton": 6, "flash4": 8}  # processes for a pair whose forward is this; two for the others
+PARTS = {"triton": 6, "flash4": 8, "flex": 8}  # processes for a pair whose forward is this; two for the others
 GRADS = ("dq", "dk", "dv")
 TENSORS = ("out", *GRADS, "lse")
 HEADING = " ".join(["forward+backward  dtype     d       cases ", *(f"{name:>7s}" for name in TENSORS)])
@@ -124,6 +125,9 @@ class Row:
 
 def cases(pair: tuple[str, str], quick: bool) -> Iterator[Case]:
     """All that a pair is asked to do; what it refuses, it refuses itself."""
+    if pair[0] == "flex":
+        yield from cases_to_compile(quick)
+        return
     sizes, visits, heads = cycle(SIZES), cycle((1, 1, 2)), cycle(HEADS)
     for dtype in HALF:
         for dim in (64, 80, 128):
@@ -156,6 +160,21 @@ def cases(pair: tuple[str, str], quick: bool) -> Iterator[Case]:
     ):
         for kind in ("causal", "strict", "batch rows", "many"):
             yield Case(kind, dtype, dim, dim, next(heads), next(sizes), next(visits), score=score)
+
+
+def cases_to_compile(quick: bool) -> Iterator[Case]:
+    """Few of what compiles anew, which takes seconds: dtypes, head counts and dims, scores; and bands and sizes for each."""
+    kinds = ("causal", "many") if quick else ("causal", "strict", "far window", "batch rows", "many")
+    sizes, visits = cycle(SIZES), cycle((1, 2))
+    for (dtype, d, dv), heads in zip(
+        [(torch.bfloat16, 128, 128), (torch.float16, 80, 48), (torch.float32, 64, 64)], HEADS, strict=True
+    ):
+        for kind in kinds:
+            yield Case(kind, dtype, d, dv, heads, next(sizes), next(visits))
+            yield Case(kind, dtype, d, dv, heads, next(sizes), next(visits), lse_grad=True)
+    for score in ("softcap", "alibi, softcap", "function"):
+        for kind in kinds:
+            yield Case(kind, torch.bfloat16, 64, 64, (8, 2), next(sizes), next(visits), score=score)
 
 
 def random_case(seed: int, any_head_dim: bool) -> Case:

@@ -1,0 +1,217 @@
+"""One call of torch's flex_attention: the blocks, mask and scores of a tile in its terms, and how it is compiled.
+
+Note [one compilation]: a call compiles for its functions, dtype and head counts, and for any number of rows: what depends on a
+tile comes in tensors. Positions, bands and the numbers of heads are looked up by flex_attention's own row numbers, and inputs
+have the strides that follow from their shapes. Every such program has a code object of its own, since Dynamo counts the
+compilations of a code object, and those of a user's flex_attention are not ours to use up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels.block_map import ALL, SOME, block_map
+from ring_attn.kernels.functions import Read, Traced, any_size, state, traced
+from ring_attn.score import Alibi, Bias, RelativeBias, Score, SoftCap
+from ring_attn.score_mod import ScoreMod, captured, global_positions, recapture
+from ring_attn.tiles import Tile
+
+BLOCK = 128
+KINDS = ("softcap", "alibi", "relative_bias", "bias", "score_mod", "triton_score_mod")
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a call is told beside q, k and v. `blocks`: the eight tensors of a BlockMask, of `BLOCK` x `BLOCK` rows.
+
+    `learns`: which of the scores' tensors get a gradient. `key`: equal for two calls if one compilation serves both.
+    """
+
+    blocks: tuple[Tensor, ...]
+    mask_mod: Callable
+    score_mod: Callable | None
+    scale: float
+    learns: tuple[bool, ...]
+    key: Hashable
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """By flex_attention's own numbers: batch rows [b], positions of queries and their rows [i], positions of keys [j]."""
+
+    batches: Tensor
+    q_pos: Tensor
+    q_rows: Tensor
+    kv_pos: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What of a call follows from its tile alone."""
+
+    lookup: Lookup
+    blocks: tuple[Tensor, ...]
+    mask_mod: Callable
+    functions: tuple[Traced, ...]
+
+
+def work_of(tile: Tile, q: Tensor, steps: Sequence[Score], scale: float) -> Work:
+    """The work of a tile with queries like q [b, i, h, d]; differentiable in the tensors of the scores."""
+    reads = tuple(state(predicate.fn) for predicate in tile.predicates)
+    prepared = _prepared(tile, q.shape[0], q.shape[2], q.device, reads)
+    parts = [_part(step, prepared.lookup, q) for step in steps]
+    functions = (*prepared.functions, None, *(function for function, _ in parts))
+    score_mod = _score_mod(tuple((function.fn, *numbers) for function, numbers in parts)) if parts else None
+    learns = tuple(x for function, _ in parts for x in function.learns)
+    return Work(prepared.blocks, prepared.mask_mod, score_mod, scale, learns, functions)
+
+
+@lru_cache(maxsize=256)
+def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, reads: tuple[tuple[Read, ...], ...]) -> Prepared:
+    """`reads`: the states of its predicates, so that what was prepared holds as long as they do."""
+    rows = range(batch) if tile.batch is None else range(tile.batch, tile.batch + 1)
+    i, j = len(tile.q_rows), len(tile.kv_rows)
+    q_rows = torch.arange(tile.q_rows.start, tile.q_rows.stop, device=device)
+    sides = zip(tile.positions, (range(i), range(j)), strict=True)
+    q_pos, kv_pos = (global_positions(shard, side, device) for shard, side in sides)
+    lookup = Lookup(torch.arange(rows.start, rows.stop, device=device), q_pos, q_rows, kv_pos)
+    scalars = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)]
+    functions = tuple(traced(predicate.fn, scalars) for predicate in tile.predicates)
+    parts = []
+    for predicate, function in zip(tile.predicates, functions, strict=True):
+        tensors = function.arguments(captured(predicate.fn), i)
+        heads = _heads(num_heads, predicate.first_head, device)
+        parts.append((function.fn, lookup.batches, heads, q_pos, kv_pos, tensors))
+    lo = -i if tile.band.lo is None else tile.band.lo
+    hi = j if tile.band.hi is None else tile.band.hi
+    own = torch.arange(i, dtype=torch.int32, device=device)
+    first, last = own + lo, own + hi
+    blocks = _blocks(block_map(tile, batch, num_heads, BLOCK, device))
+    for x in (first, last, q_rows, q_pos, kv_pos, *blocks):
+        any_size(x, *range(2, x.dim()) if x.dim() > 1 else (0,))
+    return Prepared(lookup, blocks, _mask_mod(first, last, tuple(parts)), functions)
+
+
+@lru_cache(maxsize=64)
+def _heads(count: int, first: int, device: torch.device) -> Tensor:
+    return torch.arange(first, first + count, device=device)
+
+
+def _blocks(found: Tensor) -> tuple[Tensor, ...]:
+    """What a BlockMask holds of a map [b or 1, h or 1, q blocks, kv blocks]: by query blocks and by KV blocks."""
+    some, every = found == SOME, found == ALL
+    return tuple(x for side in (lambda x: x, lambda x: x.mT) for chosen in (some, every) for x in _ordered(side(chosen)))
+
+
+def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the last dimension are chosen, and the numbers of all, the chosen ones first; int32, contiguous."""
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32).contiguous(), order.to(torch.int32).contiguous()
+
+
+def _mask_mod(first: Tensor, last: Tensor, parts: tuple) -> Callable:
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        allowed = (j >= first[i]) & (j <= last[i])
+        for fn, batches, heads, q_numbers, kv_numbers, tensors in parts:
+            seen = fn(i, batches[b], heads[h], q_numbers[i], kv_numbers[j], *tensors)
+            allowed = allowed & seen.to(torch.bool)
+        return allowed
+
+    return mask_mod
+
+
+def _score_mod(parts: tuple) -> Callable:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        for fn, batches, heads, q_numbers, kv_numbers, tensors in parts:
+            score = fn(i, score, batches[b], heads[h], q_numbers[i], kv_numbers[j], *tensors)
+        return score
+
+    return score_mod
+
+
+def _part(step: Score, lookup: Lookup, q: Tensor) -> tuple[Traced, tuple]:
+    """A step of the scores as a function of scalars, and what it is looked up in and handed."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    fn, first_head, q_numbers = _scalar(step, lookup)
+    # A float64 table would make float64 scores of fp32 ones.
+    tensors = tuple(x.to(dtype) if x.dtype == torch.float64 else x for x in captured(fn))
+    score, *numbers = (torch.zeros((), dtype=x, device=q.device) for x in (dtype, *[torch.int64] * 4))
+    function = traced(recapture(fn, tensors), (score, *numbers))
+    heads = _heads(q.shape[2], first_head, q.device)
+    return function, (lookup.batches, heads, q_numbers, lookup.kv_pos, function.arguments(tensors, q.shape[1]))
+
+
+def _scalar(step: Score, lookup: Lookup) -> tuple[Callable, int, Tensor]:
+    """(a function of a score and its batch row, head, query and key; the number of head 0; the numbers of the queries)."""
+    match step:
+        case SoftCap(cap):
+            return (lambda s, b, h, q, k: cap * torch.tanh(s / cap)), 0, lookup.q_pos
+        case Alibi(slopes):
+            return (lambda s, b, h, q, k: s - slopes[h] * (q - k).abs()), 0, lookup.q_pos
+        case RelativeBias(table):
+            reach = table.shape[1] // 2
+            return (lambda s, b, h, q, k: s + table[h, (q - k).clamp(-reach, reach) + reach]), 0, lookup.q_pos
+        case Bias(bias):
+            return _of_bias(bias), 0, lookup.q_rows
+        case ScoreMod(fn):
+            return fn, step.first_head, lookup.q_pos
+    raise AssertionError(step)
+
+
+def _of_bias(bias: Tensor) -> Callable:
+    *leading, rows, keys = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    by_batch, by_head = (size > 1 for size in leading)
+    table = bias.reshape(*(size for size in leading if size > 1), rows, keys)
+    if by_batch and by_head:
+        return lambda s, b, h, q, k: s + table[b, h, q, k]
+    if by_batch:
+        return lambda s, b, h, q, k: s + table[b, q, k]
+    if by_head:
+        return lambda s, b, h, q, k: s + table[h, q, k]
+    return lambda s, b, h, q, k: s + table[q, k]
+
+
+def compiled(q: Tensor, k: Tensor, v: Tensor, work: Work, backend: str = "inductor") -> tuple[Tensor, Tensor]:
+    """(out [b, h, i, dv], lse [b, h, i]) of queries [b, h, i, d] on keys [b, g, j, d], by a compiled flex_attention."""
+    inputs = tuple(map(_with_own_strides, (q, k, v)))
+    shapes = tuple((x.shape[0], x.shape[1], x.shape[3]) for x in inputs)
+    key = (work.key, work.scale, shapes, q.dtype, q.device, work.blocks[1].shape[:2], torch.is_grad_enabled(), backend)
+    for x in inputs:
+        any_size(x, 2)
+    return _program(key)(*inputs, work.blocks, work.mask_mod, work.score_mod, work.scale)
+
+
+@lru_cache(maxsize=64)
+def _program(key: Hashable) -> Callable:
+    own = FunctionType(attend.__code__.replace(), attend.__globals__)
+    return torch.compile(own, fullgraph=True, backend=key[-1])
+
+
+def _with_own_strides(x: Tensor) -> Tensor:
+    """x [b, h, i, d], laid out as [b, i, h, d] and nothing else."""
+    rows = x.transpose(1, 2)
+    return rows.contiguous().flatten().view(rows.shape).transpose(1, 2)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Tensor, ...], mask_mod: Callable, score_mod: Callable | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What is compiled; uncompiled, torch holds all scores at once."""
+    from torch.nn.attention import flex_attention as flex
+
+    mask = flex.BlockMask((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
+    # One kernel for any number of queries, and products in fp32 that are fp32's.
+    options = {"FORCE_USE_FLEX_ATTENTION": True, "FLOAT32_PRECISION": "'ieee'"}
+    given = {"score_mod": score_mod, "block_mask": mask, "scale": scale, "kernel_options": options}
+    given["enable_gqa"] = q.shape[1] != k.shape[1]
+    # Until torch 2.8 lse is asked for in another way.
+    if not hasattr(flex, "AuxRequest"):
+        return flex.flex_attention(q, k, v, return_lse=True, **given)
+    out, found = flex.flex_attention(q, k, v, return_aux=flex.AuxRequest(lse=True), **given)
+    return out, found.lse
