@@ -177,7 +177,7 @@ def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Grads) 
 
     tensors, chain = (visit.q, visit.k, visit.v), chain_of(visit.score, visit.tiles, visit.q.dtype)
     if launch == "forward":
-        target, table = Partial(up.out, up.lse, up.lse), query_table(visit.tiles, visit.q, config.own, placed=chain.placed)
+        target, table = Partial(up.out, up.lse), query_table(visit.tiles, visit.q, config.own, placed=chain.placed)
         return [forward_call(*tensors, table, config, scale=visit.scale, chain=chain, carried=None, target=target, out=up.out)]
     visited = Visited(up, *tensors, visit.scale, chain, into)
     found = list(backward_calls(visited, visit.tiles, Configs(config, config, config)))
