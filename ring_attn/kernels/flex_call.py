@@ -73,6 +73,8 @@ def work_of(tile: Tile, q: Tensor, steps: Sequence[Score], scale: float) -> Work
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
+@torch.no_grad()
 def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, reads: tuple[tuple[Read, ...], ...]) -> Prepared:
     """`reads`: the states of its predicates, so that what was prepared holds as long as they do."""
     rows = range(batch) if tile.batch is None else range(tile.batch, tile.batch + 1)
@@ -99,6 +101,7 @@ def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, read
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _heads(count: int, first: int, device: torch.device) -> Tensor:
     return torch.arange(first, first + count, device=device)
 

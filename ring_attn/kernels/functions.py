@@ -190,20 +190,25 @@ _traces: dict[_TraceKey, Traced] = {}
 
 
 @cache
+@torch.inference_mode(False)
 def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """What stands in a function's state for any captured tensor of its kind."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+@torch.inference_mode(False)
 def _trace(fn: Callable, scalars: Sequence[Tensor], tensors: Sequence[Tensor]) -> Traced:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
     from torch.fx.experimental.proxy_tensor import make_fx
+
+    # Copies, since autograd takes no tensor of inference mode.
+    scalars, tensors = ([x.detach().clone() for x in given] for given in (scalars, tensors))
 
     def run(*inputs: Tensor) -> Tensor:
         return recapture(fn, inputs[len(scalars) :])(*inputs[: len(scalars)])
 
     with outside_of_ops(), torch.no_grad(), TransformGetItemToIndex():
-        module = make_fx(run)(*(x.clone() for x in scalars), *(x.detach() for x in tensors))
+        module = make_fx(run)(*scalars, *tensors)
     forward, uses, constants = _with_arguments(module, len(scalars), tensors, getattr(fn, "__qualname__", "function"))
     with outside_of_ops(), torch.enable_grad(), TransformGetItemToIndex():
         learns = _learning(lambda leaves: run(*scalars, *leaves), tensors)
@@ -212,7 +217,7 @@ def _trace(fn: Callable, scalars: Sequence[Tensor], tensors: Sequence[Tensor]) -
 
 def _learning(run: Callable, tensors: Sequence[Tensor]) -> tuple[bool, ...]:
     """Which of the tensors a result has a gradient of."""
-    leaves = [x.detach().requires_grad_(x.dtype.is_floating_point) for x in tensors]
+    leaves = [x.clone().requires_grad_(x.dtype.is_floating_point) for x in tensors]
     result, wanted = run(leaves), [x for x in leaves if x.requires_grad]
     if not result.requires_grad:
         return (False,) * len(leaves)

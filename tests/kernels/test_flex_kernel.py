@@ -326,6 +326,17 @@ def test_compiled_in_a_ring(backward_on_a_cpu):
     assert backend.frame_count == 2
 
 
+def test_what_inference_made_serves_training(backward_on_a_cpu):
+    """What is kept of a tile is no tensor of inference mode, which a backward could not use."""
+    _, kernel = counted()
+    x = random_qkv(B, 45, 51, H, 2, 16, dtype=torch.float64)
+    visit = with_predicates("by head", tiles((range(45),), [(range(51),)], ra.Window(13)))
+    with torch.inference_mode():
+        score = Scores((ScoreMod(closing_over(MORE.clone())),))
+        kernel.forward(*(t.clone() for t in x[:3]), visit, scale=0.25, score=score)
+    check([visit], x, kernel=kernel, score=Scores((ScoreMod(closing_over(MORE)),)))
+
+
 def test_torch_s_own_forward_uncompiled():
     """As `attend` hands everything to flex_attention."""
 
@@ -368,6 +379,13 @@ def test_a_function_is_traced_once_for_what_it_reads():
     fn = scaled_by(2, table(H))
     assert traced(fn, scalars()[:1] + [x.int() for x in scalars()[1:]]) is not one
     assert captured(fn)[0] is not one.arguments(captured(fn), 3)[0]
+
+
+def test_a_function_is_traced_once_for_inference_and_training():
+    with torch.inference_mode():
+        one = traced(scaled_by(5, table(11)), scalars())
+        assert traced(scaled_by(5, table(11)), scalars()) is one
+    assert traced(scaled_by(5, table(11)), scalars()) is one
 
 
 def problem(**change):
