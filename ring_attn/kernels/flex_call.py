@@ -211,6 +211,9 @@ def attend(
     mask = flex.BlockMask((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
     # One kernel for any number of queries, and products in fp32 that are fp32's.
     options = {"FORCE_USE_FLEX_ATTENTION": True, "FLOAT32_PRECISION": "'ieee'"}
+    if q.dtype == torch.float32:
+        # More stages of blocks this size take more shared memory than there is.
+        options["num_stages"] = 1
     given = {"score_mod": score_mod, "block_mask": mask, "scale": scale, "kernel_options": options}
     given["enable_gqa"] = q.shape[1] != k.shape[1]
     # Until torch 2.8 lse is asked for in another way.

@@ -72,6 +72,11 @@ def closing_over(unread):
     return lambda s, b, h, q, k: torch.where(unread.sum() > 9, s, s * 0.5) + both[h, (q + k) % 9] + both[h, k % 9]
 
 
+def by_several_numbers(distances):
+    """A table by head and distance, counted from its end where negative, read in two places."""
+    return lambda s, b, h, q, k: s + distances[h, (q - k) % 31 - 15] * distances[h, k % 7]
+
+
 STEPS = {
     "softcap": (SoftCap(1.5),),
     "alibi": (Alibi(SLOPES),),
@@ -84,6 +89,7 @@ STEPS = {
     "a scalar": (ScoreMod(reads_a_scalar),),
     "not captured": (ScoreMod(reads_what_is_not_captured),),
     "twice": (ScoreMod(closing_over(MORE)),),
+    "by several numbers": (ScoreMod(by_several_numbers(table(H, 21))),),
     "heads of a part": (ScoreMod(lambda s, b, h, q, k: s / h, first_head=3),),
     "several": (SoftCap(2.0), Alibi(SLOPES), ScoreMod(reads_a_scalar), SoftCap(3.0), ScoreMod(reads_globals)),
 }
@@ -307,7 +313,9 @@ def test_one_compilation_a_direction_for_any_rows_and_bands(backward_on_a_cpu):
         assert backend.frame_count == 2
 
 
-@pytest.mark.parametrize("name", ["relative bias", "bias by head", "globals", "a scalar", "not captured", "twice"])
+@pytest.mark.parametrize(
+    "name", ["relative bias", "bias by head", "globals", "a scalar", "not captured", "twice", "by several numbers"]
+)
 def test_gradients_of_tensors_are_compiled(name, backward_on_a_cpu):
     _, kernel = counted()
     check(
@@ -372,7 +380,7 @@ def scaled_by(factor, values):
 
 def test_a_function_is_traced_once_for_what_it_reads():
     one = traced(scaled_by(2, table(H)), scalars())
-    assert one.uses == (1,)
+    assert one.uses == ((False,),)
     assert traced(scaled_by(2, table(H) + 1), scalars()) is one, "tensors are arguments"
     assert traced(scaled_by(3, table(H)), scalars()) is not one
     assert traced(scaled_by(2, table(5)), scalars()) is not one, "shapes are numbers to a function"
