@@ -2,6 +2,9 @@
 
 `measured.json` is written by `ring-attn bench kernels --table`: for a compute capability, direction, mask kind, head dim and
 length the kernels, fastest first. A problem goes by the nearest length and head dim; what was not measured comes last.
+
+"flex" is not among them: whether torch can compile a user's function shows only when it does, and "auto" takes nothing that may
+fail.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ MEASURED = Path(__file__).with_name("measured.json")
 
 # Where nothing was measured. Where flash-attn 2 is the best there is, that is the Triton forward and flash-attn's backward.
 _FIXED = {
-    ("cuda", "forward"): ("flash4", "cudnn", "gluon", "triton", "flash2", "aten", "flex", "reference"),
-    ("cuda", "backward"): ("flash4", "cudnn", "flash2", "triton", "gluon", "aten", "flex", "reference"),
+    ("cuda", "forward"): ("flash4", "cudnn", "gluon", "triton", "flash2", "aten", "reference"),
+    ("cuda", "backward"): ("flash4", "cudnn", "flash2", "triton", "gluon", "aten", "reference"),
     ("cpu", "forward"): ("aten", "reference"),
     ("cpu", "backward"): ("aten", "reference"),
 }
@@ -31,11 +34,10 @@ def order_for(device: str, direction: str, kind: str, head_dim: int, rows: int) 
     entries = [e for e in _entries(capability) if (e["direction"], e["mask"]) == (direction, kind)]
     if entries:
         nearest = min(entries, key=lambda e: (_apart(e["head_dim"], head_dim), _apart(e["length"], rows)))
-        found = dict.fromkeys([*nearest["order"], *found])
+        found = dict.fromkeys([*(name for name in nearest["order"] if name in found), *found])
     if kind in ("documents", "decode") and "cudnn" in found:
         # It builds a graph a shape, and these bring new shapes every step: milliseconds that the table does not show.
-        last = ("cudnn", "flex", "reference")
-        found = [name for name in found if name not in last] + list(last)
+        found = [name for name in found if name not in ("cudnn", "reference")] + ["cudnn", "reference"]
     return tuple(found)
 
 

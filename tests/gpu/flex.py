@@ -2,7 +2,7 @@
 
 On a simulated ring of three in zigzag, beside the reference kernel, against one dense softmax in float64. In 16 bits an error
 may be OUT_FACTOR (out) or GRAD_FACTOR (gradients, those of captured tensors too) times that of plain PyTorch in that dtype, in
-fp32 FLOAT32_LIMIT.
+fp32 FLOAT32_LIMIT, and CAPTURED_LIMIT for captured tensors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ring_attn.score_mod import over_cells
 from tests.support import FLOAT32_LIMIT, GRAD_FACTOR, OUT_FACTOR, dense, random_qkv, rel_error
 
 B, H, G, D = 2, 8, 2, 64
+# torch adds the terms of a captured tensor's gradient one by one in fp32, here millions to one number.
+CAPTURED_LIMIT = 10 * FLOAT32_LIMIT
 REACH = 40
 
 
@@ -123,7 +125,7 @@ def check(name: str, dtype: torch.dtype, device: str, t: int) -> list[str]:
             wrong.append(f"{name} {kernel}: raised")
             continue
         errors = [rel_error(x, ref) for x, ref in zip(found, exact, strict=True)]
-        limits = [FLOAT32_LIMIT] * len(errors)
+        limits = [FLOAT32_LIMIT] * 4 + [CAPTURED_LIMIT] * (len(errors) - 4)
         if dtype != torch.float32:
             errors = [error / max(rel_error(x, ref), 1e-4) for error, x, ref in zip(errors, rounded, exact, strict=True)]
             limits = [OUT_FACTOR, *[GRAD_FACTOR] * (len(errors) - 1)]
