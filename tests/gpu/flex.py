@@ -1,4 +1,4 @@
-"""Users' functions on a GPU by torch's flex_attention: `python -m tests.gpu.flex [--times]`, a line for each check.
+"""Users' functions on a GPU by torch's flex_attention: `python -m tests.gpu.flex [--only NAME ...] [--times]`, a line for each check.
 
 On a simulated ring of three in zigzag, beside the reference kernel, against one dense softmax in float64. In 16 bits an error
 may be OUT_FACTOR (out) or GRAD_FACTOR (gradients, those of captured tensors too) times that of plain PyTorch in that dtype, in
@@ -165,14 +165,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", action="store_true", help="also what 16384 rows take")
     parser.add_argument("--rows", type=int, default=894, help="of the whole sequence, a multiple of 6")
+    parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if device == 'cuda' else 'no GPU'}; out dq dk dv captured")
     wrong = []
-    for dtype, name in product((torch.bfloat16, torch.float32), CASES):
+    for dtype, name in product((torch.bfloat16, torch.float32), options.only):
         wrong += check(name, dtype, device, options.rows)
     if options.times:
-        for name in CASES:
+        for name in options.only:
             times(name, 16384)
     print("\n".join(wrong) if wrong else "all within the limits")
     return bool(wrong)
