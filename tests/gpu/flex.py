@@ -1,4 +1,4 @@
-"""Users' functions on a GPU by torch's flex_attention: `python -m tests.gpu.flex [--only NAME ...] [--times]`, a line for each check.
+"""Users' functions on a GPU by torch's flex_attention: `python -m tests.gpu.flex [--only NAME ...] [--times]`, a line a check.
 
 On a simulated ring of three in zigzag, beside the reference kernel, against one dense softmax in float64. In 16 bits an error
 may be OUT_FACTOR (out) or GRAD_FACTOR (gradients, those of captured tensors too) times that of plain PyTorch in that dtype, in
