@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.autograd.function import once_differentiable
 
 from ring_attn.call import Call, called, name_kept, named, validate
 from ring_attn.exchange.base import GradTypes
@@ -288,7 +287,6 @@ class _Attend(torch.autograd.Function):
         return output[:2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
         *grads, of_tensors = _gradients(ctx, dout, dlse, ctx.needs_input_grad[4:])
         return None, *grads, *of_tensors

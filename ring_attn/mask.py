@@ -202,7 +202,11 @@ class MaskMod(Mask):
     `fn` gets and returns integer and bool scalars (tensors under vmap). Two masks are the same only if their functions are.
 
     `triton`: the same for the Triton kernels, which need it: a @triton.jit function (b, h, q_pos, kv_pos) -> bool that works on
-    each element of a block: q_pos and kv_pos are int32 that broadcast to it, b and h int32 scalars.
+    each element of a block: q_pos and kv_pos are int32 that broadcast to it, b and h int32 scalars. `fn` is asked beside it, on
+    the device of q, which blocks are hidden or whole.
+
+    Kernels keep what a function leaves of a block. So where anything changes that it reads, make a new MaskMod, and capture a
+    CUDA graph anew; only in-place operations on a tensor that it closes over or names as a global are noticed.
     """
 
     fn: Callable

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels.block_map import ALL, NONE, joined_block_map
-from ring_attn.kernels.functions import Read, state
+from ring_attn.kernels.functions import versions
 from ring_attn.tiles import Tile, within
 
 
@@ -28,24 +28,24 @@ class _Key:
     num_heads: int
     block: int
     device: torch.device
-    reads: tuple[Read, ...]
+    written: tuple[tuple[int, ...], ...]
     number: int
 
 
 def cleared(tiles: Sequence[Tile], q: Tensor, block: int) -> tuple[tuple[Tile, ...], ...]:
     """The same cells for queries q [b, s, h, d] as lists of tiles, those of a list with the same predicates; never no list.
 
-    `block`: the rows of blocks. The functions are asked once for as long as they read the same; the first time the host waits
-    for the device.
+    `block`: the rows of blocks; for fewer queries, as in decoding, nothing is asked. Else the functions are asked once, see
+    Note [kept] in `functions`, and the host waits for the device.
     """
-    predicates = {predicate for tile in tiles for predicate in tile.predicates}
-    if not predicates:
+    predicates = dict.fromkeys(predicate for tile in tiles for predicate in tile.predicates)
+    if not predicates or q.shape[1] < block:
         return (tuple(tiles),)
-    reads = tuple(read for tile in tiles[:1] for predicate in tile.predicates for read in state(predicate.fn))
-    return _cut(_Key(tiles, q.shape[0], q.shape[2], block, q.device, reads, id(tiles)))
+    written = tuple([versions(predicate.fn) for predicate in predicates])
+    return _cut(_Key(tiles, q.shape[0], q.shape[2], block, q.device, written, id(tiles)))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _cut(key: _Key) -> tuple[tuple[Tile, ...], ...]:
     found = [part for tile in key.tiles for part in _parts(tile, key)]
     asked = tuple(part for part in found if part.predicates)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels.block_map import ALL, SOME, block_map
-from ring_attn.kernels.functions import Read, Traced, any_size, state, traced
+from ring_attn.kernels.functions import Traced, any_size, traced, versions
 from ring_attn.score import Alibi, Bias, RelativeBias, Score, SoftCap
 from ring_attn.score_mod import ScoreMod, captured, global_positions, recapture
 from ring_attn.tiles import Tile
@@ -63,8 +63,8 @@ class Prepared:
 
 def work_of(tile: Tile, q: Tensor, steps: Sequence[Score], scale: float) -> Work:
     """The work of a tile with queries like q [b, i, h, d]; differentiable in the tensors of the scores."""
-    reads = tuple(state(predicate.fn) for predicate in tile.predicates)
-    prepared = _prepared(tile, q.shape[0], q.shape[2], q.device, reads)
+    written = tuple([versions(predicate.fn) for predicate in tile.predicates])
+    prepared = _prepared(tile, q.shape[0], q.shape[2], q.device, written)
     parts = [_part(step, prepared.lookup, q) for step in steps]
     functions = (*prepared.functions, None, *(function for function, _ in parts))
     score_mod = _score_mod(tuple((function.fn, *numbers) for function, numbers in parts)) if parts else None
@@ -72,11 +72,11 @@ def work_of(tile: Tile, q: Tensor, steps: Sequence[Score], scale: float) -> Work
     return Work(prepared.blocks, prepared.mask_mod, score_mod, scale, learns, functions)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)
 @torch.no_grad()
-def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, reads: tuple[tuple[Read, ...], ...]) -> Prepared:
-    """`reads`: the states of its predicates, so that what was prepared holds as long as they do."""
+def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, written: tuple[tuple[int, ...], ...]) -> Prepared:
+    """`written`: how often the tensors of its predicates were written to, see Note [kept] in `functions`."""
     rows = range(batch) if tile.batch is None else range(tile.batch, tile.batch + 1)
     i, j = len(tile.q_rows), len(tile.kv_rows)
     q_rows = torch.arange(tile.q_rows.start, tile.q_rows.stop, device=device)
@@ -184,13 +184,16 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, work: Work, backend: str = "induct
     """(out [b, h, i, dv], lse [b, h, i]) of queries [b, h, i, d] on keys [b, g, j, d], by a compiled flex_attention."""
     inputs = tuple(map(_with_own_strides, (q, k, v)))
     shapes = tuple((x.shape[0], x.shape[1], x.shape[3]) for x in inputs)
-    key = (work.key, work.scale, shapes, q.dtype, q.device, work.blocks[1].shape[:2], torch.is_grad_enabled(), backend)
+    # Compilers take a size of one for a number.
+    sizes = (*(x.shape[2] for x in inputs), *work.blocks[1].shape[2:])
+    key = (work.key, work.scale, shapes, q.dtype, q.device, work.blocks[1].shape[:2], torch.is_grad_enabled())
+    key += *(size == 1 for size in sizes), backend
     for x in inputs:
         any_size(x, 2)
     return _program(key)(*inputs, work.blocks, work.mask_mod, work.score_mod, work.scale)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _program(key: Hashable) -> Callable:
     own = FunctionType(attend.__code__.replace(), attend.__globals__)
     return torch.compile(own, fullgraph=True, backend=key[-1])

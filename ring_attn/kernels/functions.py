@@ -1,8 +1,8 @@
 """What a kernel may learn of a user's function of cells without running it over all of them.
 
-Note [state]: what a kernel makes from a function once, such as which blocks a mask leaves, holds as long as the function gives
-the same. It gives the same while it reads the same: `state` is all that it reads by name, in a form to compare, where a tensor
-counts as another once it was written to. What is reached without a name, or written by the replay of a CUDA graph, is not seen.
+Note [kept]: what a kernel makes from a function once, such as which blocks a mask leaves, is kept with the function, which must
+go on giving the same: where what it reads changes, a new mask or score is due. A tensor that it captures may be written to by
+operations that PyTorch counts, `versions`; the replay of a CUDA graph and collectives are not among them.
 
 Note [traced functions]: a compiler that is handed a user's function as it is would find the globals of its module, not the
 tensors put in their places. So the function is run once and its operations are kept, with every tensor an argument. And
@@ -12,14 +12,12 @@ several arguments, and a scalar as one value a query row.
 
 from __future__ import annotations
 
-import dis
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -31,90 +29,48 @@ _PLAIN = int | float | str | torch.dtype | torch.device | None
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
-    """Something that a function reads, kept alive. Equal: the same number, or the same object and not written to since."""
+class Itself:
+    """A function that is like no other."""
 
-    value: Any
-    version: int | None = None
-
-    @staticmethod
-    def of(value: Any) -> Read:
-        # A tensor of inference mode counts no writes, so it has no version and equals nothing.
-        return Read(value, value._version if isinstance(value, Tensor) and not value.is_inference() else None)
+    fn: Callable
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Read) or type(self.value) is not type(other.value):
-            return False
-        if isinstance(self.value, _PLAIN):
-            return self.value == other.value
-        return self.value is other.value and self.version == other.version and not self._is_untold
+        return isinstance(other, Itself) and self.fn is other.fn
 
     def __hash__(self) -> int:
-        return hash(self.value) if isinstance(self.value, _PLAIN) else hash((id(self.value), self.version))
-
-    @property
-    def _is_untold(self) -> bool:
-        return isinstance(self.value, Tensor) and self.version is None
+        return id(self.fn)
 
 
-def state(fn: Callable) -> tuple[Read, ...]:
-    """All that a function reads by name, itself and through the functions and objects it names, see Note [state]."""
-    return tuple(_reads(fn, (), set()))
+def sameness(fn: Callable) -> Hashable:
+    """Equal for two functions only if they do the same, but for the values of the tensors that they capture; see Note [kept].
 
-
-def _reads(value: Any, names: tuple[str, ...], met: set[int]) -> Iterator[Read]:
-    """`value` and what is read through it, of objects the attributes of these names; `met`: what was gone through before.
-
-    Functions, methods and containers stand for what is in them.
+    Functions of one code that read numbers, words, modules and tensors alone are told apart by these; any other is itself.
     """
-    if not isinstance(value, _PLAIN):
-        if id(value) in met:
-            return
-        met.add(id(value))
-    match value:
-        case FunctionType() if (value.__module__ or "").partition(".")[0] != "torch":
-            of_globals, names = _names(value.__code__)
-            read = [value.__globals__[name] for name in of_globals if name in value.__globals__]
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            parts = [value.__code__, *cells, *read, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        case MethodType():
-            parts, names = [value.__func__, value.__self__], (*names, *_names(value.__func__.__code__)[1])
-        case partial():
-            parts = [value.func, *value.args, *value.keywords.values()]
-        case list() | tuple():
-            parts = value
-        case dict():
-            parts = value.values()
-        case Tensor() | FunctionType() | CodeType() | type():
-            parts = ()
-            yield Read.of(value)
-        case _:
-            yield Read.of(value)
-            call = vars(type(value)).get("__call__")
-            if isinstance(call, FunctionType):
-                names = (*names, *_names(call.__code__)[1])
-            parts = _attributes(value, names)
-    yield Read(type(value))
-    for part in parts:
-        yield from _reads(part, names, met)
+    code = getattr(fn, "__code__", None)
+    if not isinstance(fn, FunctionType) or any(isinstance(constant, CodeType) for constant in code.co_consts):
+        return Itself(fn)
+    read = [cell.cell_contents for cell in fn.__closure__ or ()]
+    read += [fn.__globals__[name] for name in code.co_names if name in fn.__globals__]
+    read += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    tensors: list[Tensor] = []
+    told = [_told(value, tensors) for value in read]
+    return Itself(fn) if None in told else (code, *told)
 
 
-@lru_cache(maxsize=1024)
-def _names(code: CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The globals that code names, and the attributes; with those of the functions inside it."""
-    of_globals = {x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    of_attributes = {x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_ATTR", "LOAD_METHOD")}
-    for inner in (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)):
-        of_globals.update(inner[0])
-        of_attributes.update(inner[1])
-    return tuple(sorted(of_globals)), tuple(sorted(of_attributes))
+def _told(value: Any, tensors: list[Tensor]) -> Hashable:
+    """What tells a value apart that a function reads, None where nothing does; `tensors`: those before it."""
+    if isinstance(value, Tensor):
+        first = next((n for n, x in enumerate(tensors) if x is value), len(tensors))
+        tensors.append(value)
+        return first, tuple(value.shape), value.dtype, value.device
+    if isinstance(value, _PLAIN):
+        return type(value), repr(value)
+    return value if isinstance(value, ModuleType) else None
 
 
-def _attributes(value: Any, names: tuple[str, ...]) -> list:
-    own = getattr(value, "__dict__", {})
-    if isinstance(value, torch.nn.Module):
-        own = own | value._buffers | value._parameters | value._modules
-    return [own[name] for name in names if name in own]
+def versions(fn: Callable) -> tuple[int, ...]:
+    """How often each tensor that a function captures was written to, as far as PyTorch counts."""
+    return tuple([0 if x.is_inference() else x._version for x in captured(fn)])
 
 
 def depends_on(fn: Callable, device: torch.device) -> tuple[bool, bool]:
@@ -170,32 +126,17 @@ def any_size(x: Tensor, *dims: int) -> Tensor:
 
 
 def traced(fn: Callable, scalars: Sequence[Tensor]) -> Traced:
-    """A function of scalars like these as its operations; made once for what it reads and its tensors' shapes."""
-    tensors = captured(fn)
-    kept = recapture(fn, tuple(_like(tuple(x.shape), x.dtype, x.device) for x in tensors))
-    key = _TraceKey(state(kept), tuple((x.dtype, x.device) for x in scalars))
+    """A function of scalars like these as its operations; made once for functions that are the same."""
+    key = sameness(fn), *((x.dtype, x.device) for x in scalars)
     found = _traces.get(key)
     if found is None:
-        while len(_traces) >= 256:
+        while len(_traces) >= 1024:
             del _traces[next(iter(_traces))]
-        found = _traces[key] = _trace(fn, scalars, tensors)
+        found = _traces[key] = _trace(fn, scalars, captured(fn))
     return found
 
 
-@dataclass(frozen=True)
-class _TraceKey:
-    reads: tuple[Read, ...]
-    scalars: tuple[tuple[torch.dtype, torch.device], ...]
-
-
-_traces: dict[_TraceKey, Traced] = {}
-
-
-@cache
-@torch.inference_mode(False)
-def _like(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What stands in a function's state for any captured tensor of its kind."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+_traces: dict[Hashable, Traced] = {}
 
 
 @torch.inference_mode(False)

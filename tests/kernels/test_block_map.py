@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch
 import ring_attn as ra
 from ring_attn.kernels import block_map as maps
 from ring_attn.kernels.block_map import ALL, NONE, SOME, block_map, joined_block_map
-from ring_attn.kernels.functions import depends_on, state
+from ring_attn.kernels.functions import depends_on, sameness, versions
 from ring_attn.layout import LAYOUTS
 from ring_attn.tiles import Band, Tile, tiles
 from tests.kernels.comparison import LargestTensor
@@ -122,73 +122,50 @@ def test_memory_is_linear(monkeypatch):
     assert largest.numel <= block * t
 
 
-TABLE = torch.arange(4)
-LIMIT = 3
+TABLE, LIMIT, REACH = torch.arange(4), 3, SimpleNamespace(far=5)
 
 
 def names_globals(b, h, q, k):
-    return (TABLE[h] < LIMIT) & helper(q)
+    return (TABLE[h] < LIMIT) & (q >= k)
 
 
-def helper(q):
-    return q > SETTINGS.start
+def reads_an_object(b, h, q, k):
+    return (q - k).abs() < REACH.far
 
 
-SETTINGS = SimpleNamespace(start=0, other=0)
+def near(reach, *tables):
+    first, *rest = tables or (torch.zeros(3),)
+    second = rest[0] if rest else first
+    return lambda b, h, q, k: ((q - k).abs() < reach) & (first[h] == second[h])
 
 
-def test_a_state_is_that_of_all_that_a_function_reads(monkeypatch):
-    owner, table = SimpleNamespace(ids=torch.zeros(3), unread=0), torch.zeros(3)
-    makers = {
-        "closure": lambda: lambda b, h, q, k: table[q] > 0,
-        "attribute": lambda: lambda b, h, q, k: owner.ids[q] > 0,
-        "partial": lambda: partial(lambda ids, b, h, q, k: ids[q] > 0, table),
-        "default": lambda: lambda b, h, q, k, ids=table: ids[q] > 0,
-    }
+def test_functions_are_the_same_that_differ_in_the_values_of_tensors_alone():
+    assert sameness(near(2)) == sameness(near(2)) and hash(sameness(near(2))) == hash(sameness(near(2)))
+    two, three = torch.zeros(2), torch.zeros(3)
+    others = [near(3), near(2.0), near(True), near(2, two), near(2, three, torch.zeros(3)), near(2, three.int())]
+    others += [near(SimpleNamespace()), lambda b, h, q, k: (lambda x: x > 0)(q), partial(near(2), 0), REACH]
+    told = [sameness(near(2)), *map(sameness, others)]
+    assert len(set(told)) == len(told)
+    assert sameness(near(2, three, two)) != sameness(near(2, three, three))
 
-    class Near:
-        def __init__(self):
-            self.ids = table
 
-        def sees(self, b, h, q, k):
-            return self.ids[q] > 0
+def test_a_function_that_reads_more_is_like_itself_alone(monkeypatch):
+    for fn in (reads_an_object, REACH.__init__, partial(near(2), 0)):
+        copy = FunctionType(fn.__code__, fn.__globals__) if isinstance(fn, FunctionType) else partial(fn)
+        assert sameness(fn) == sameness(fn) != sameness(copy)
+    before = sameness(names_globals)
+    monkeypatch.setitem(globals(), "LIMIT", 2)
+    assert sameness(names_globals) != before
 
-        def __call__(self, b, h, q, k):
-            return self.ids[q] > 0
 
-    makers |= {"method": lambda: Near().sees, "callable": Near}
-    held = {"closure", "partial", "default", "method", "callable"}
-    fns = {name: make() for name, make in makers.items()} | {"globals": names_globals}
-    before = {name: state(fn) for name, fn in fns.items()}
-    owner.unread = SETTINGS.other = 1
-
-    def changed():
-        return {name for name, fn in fns.items() if state(fn) != before[name]}
-
-    assert changed() == set()
-    assert {hash(before[name]) == hash(state(fn)) for name, fn in fns.items()} == {True}
+def test_writes_to_captured_tensors_are_counted():
+    before, table = versions(names_globals), torch.zeros(3)
+    fn = near(2, table)
+    assert versions(fn) == versions(fn)
+    counts = versions(fn)
     table[0] = 1
-    assert changed() == held
-    owner.ids = torch.zeros(3)
-    assert changed() == {*held, "attribute"}
-    for change in (
-        lambda: monkeypatch.setitem(globals(), "LIMIT", 2),
-        lambda: monkeypatch.setattr(SETTINGS, "start", 1),
-        lambda: TABLE.add_(0),
-    ):
-        change()
-        assert "globals" in changed()
-        before["globals"] = state(names_globals)
+    assert versions(fn) != counts and versions(names_globals) == before
+    TABLE.add_(0)
+    assert versions(names_globals) != before
     with torch.inference_mode():
-        ids = torch.zeros(3)
-    untold = lambda b, h, q, k: ids[q] > 0  # noqa: E731
-    assert state(untold) != state(untold), "nobody counts the writes"
-
-
-def test_functions_of_one_code_are_told_apart_by_what_they_hold():
-    def near(reach):
-        return lambda b, h, q, k: (q - k).abs() < reach
-
-    assert state(near(2)) != state(near(3))
-    one = near(2)
-    assert state(one) == state(one)
+        assert versions(near(2, torch.zeros(3))) == (0, 0)

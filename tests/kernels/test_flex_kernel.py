@@ -313,6 +313,14 @@ def test_one_compilation_a_direction_for_any_rows_and_bands(backward_on_a_cpu):
         assert backend.frame_count == 2
 
 
+def test_sizes_of_one_row_and_of_one_block_are_programs_of_their_own():
+    """Compilers take such sizes for numbers, and Dynamo ends at a few compilations of one code."""
+    _, kernel = counted()
+    for num_q, num_kv in product((1, 5, 300), (1, 7, 290)):
+        visit = with_predicates("by position", tiles((range(num_q),), [(range(num_kv),)], ra.Full()))
+        kernel.forward(*random_qkv(B, num_q, num_kv, H, 2, 16, dtype=torch.float64)[:3], visit, scale=0.25)
+
+
 @pytest.mark.parametrize(
     "name", ["relative bias", "bias by head", "globals", "a scalar", "not captured", "twice", "by several numbers"]
 )
