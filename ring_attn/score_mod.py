@@ -23,8 +23,8 @@ class ScoreMod(Score):
     """fn(score, b, h, q_pos, kv_pos) -> score, as torch's flex_attention takes it, on scalars and in global positions.
 
     Tensors that `fn` closes over or names as globals get gradients; one that it reaches in another way may not need one. It is
-    also asked about cells beside those that the mask allows, and must be finite there. Tensors may change; where anything else does
-    that it reads, make a new ScoreMod.
+    also asked about cells beside those that the mask allows, and must be finite there. Tensors may change; where something else
+    does that it reads, make a new ScoreMod.
 
     `triton`: the same for the Triton kernels, which need it: two @triton.jit functions, forward(score, b, h, q_pos, kv_pos) ->
     score and backward(dscore, score, b, h, q_pos, kv_pos) -> the gradient of the score that the forward was given. They work on
