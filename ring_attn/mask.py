@@ -205,8 +205,8 @@ class MaskMod(Mask):
     each element of a block: q_pos and kv_pos are int32 that broadcast to it, b and h int32 scalars. `fn` is asked beside it, on
     the device of q, which blocks are hidden or whole.
 
-    Kernels keep what a function leaves of a block. So where anything changes that it reads, make a new MaskMod, and capture a
-    CUDA graph anew; only in-place operations on a tensor that it closes over or names as a global are noticed.
+    Kernels keep what a function leaves of a block. So where anything changes that it reads, make a new MaskMod of a new
+    function, and capture CUDA graphs anew; of tensors that it closes over or names as globals, in-place operations are noticed.
     """
 
     fn: Callable

@@ -24,7 +24,7 @@ class ScoreMod(Score):
 
     Tensors that `fn` closes over or names as globals get gradients; one that it reaches in another way may not need one. It is
     also asked about cells beside those that the mask allows, and must be finite there. Tensors may change; where something else
-    does that it reads, make a new ScoreMod.
+    does that it reads, make a new ScoreMod of a new function.
 
     `triton`: the same for the Triton kernels, which need it: two @triton.jit functions, forward(score, b, h, q_pos, kv_pos) ->
     score and backward(dscore, score, b, h, q_pos, kv_pos) -> the gradient of the score that the forward was given. They work on
@@ -128,7 +128,13 @@ def recapture(fn: Callable, tensors: tuple[Tensor, ...]) -> Callable:
     names = fn.__globals__ | {name: next(rest) for name in _globals_of(fn)}
     copy = FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, closure)
     copy.__kwdefaults__ = fn.__kwdefaults__
+    copy.origin = origin(fn)
     return MethodType(copy, fn.__self__) if isinstance(fn, MethodType) else copy
+
+
+def origin(fn: Callable) -> Callable:
+    """The function that the user gave, of which this may be a copy with other tensors."""
+    return getattr(fn, "origin", fn)
 
 
 def _globals_of(fn: Callable) -> dict[str, Tensor]:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ring_attn.kernels.block_map import ALL, SOME, block_map
 from ring_attn.kernels.functions import Traced, any_size, traced, versions
-from ring_attn.score import Alibi, Bias, RelativeBias, Score, SoftCap
+from ring_attn.partial import accumulator_dtype
+from ring_attn.score import Alibi, Score, SoftCap
 from ring_attn.score_mod import ScoreMod, captured, global_positions, recapture
 from ring_attn.tiles import Tile
 
 BLOCK = 128
-KINDS = ("softcap", "alibi", "relative_bias", "bias", "score_mod", "triton_score_mod")
+KINDS = ("softcap", "alibi", "score_mod", "triton_score_mod")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +44,10 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """By flex_attention's own numbers: batch rows [b], positions of queries and their rows [i], positions of keys [j]."""
+    """By flex_attention's own numbers: batch rows [b], positions of queries [i], positions of keys [j]."""
 
     batches: Tensor
     q_pos: Tensor
-    q_rows: Tensor
     kv_pos: Tensor
 
 
@@ -79,10 +79,9 @@ def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, writ
     """`written`: how often the tensors of its predicates were written to, see Note [kept] in `functions`."""
     rows = range(batch) if tile.batch is None else range(tile.batch, tile.batch + 1)
     i, j = len(tile.q_rows), len(tile.kv_rows)
-    q_rows = torch.arange(tile.q_rows.start, tile.q_rows.stop, device=device)
     sides = zip(tile.positions, (range(i), range(j)), strict=True)
     q_pos, kv_pos = (global_positions(shard, side, device) for shard, side in sides)
-    lookup = Lookup(torch.arange(rows.start, rows.stop, device=device), q_pos, q_rows, kv_pos)
+    lookup = Lookup(torch.arange(rows.start, rows.stop, device=device), q_pos, kv_pos)
     scalars = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)]
     functions = tuple(traced(predicate.fn, scalars) for predicate in tile.predicates)
     parts = []
@@ -95,7 +94,7 @@ def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, writ
     own = torch.arange(i, dtype=torch.int32, device=device)
     first, last = own + lo, own + hi
     blocks = _blocks(block_map(tile, batch, num_heads, BLOCK, device))
-    for x in (first, last, q_rows, q_pos, kv_pos, *blocks):
+    for x in (first, last, q_pos, kv_pos, *blocks):
         any_size(x, *range(2, x.dim()) if x.dim() > 1 else (0,))
     return Prepared(lookup, blocks, _mask_mod(first, last, tuple(parts)), functions)
 
@@ -140,44 +139,26 @@ def _score_mod(parts: tuple) -> Callable:
 
 def _part(step: Score, lookup: Lookup, q: Tensor) -> tuple[Traced, tuple]:
     """A step of the scores as a function of scalars, and what it is looked up in and handed."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    fn, first_head, q_numbers = _scalar(step, lookup)
+    dtype = accumulator_dtype(q.dtype)
+    fn, first_head = _scalar(step)
     # A float64 table would make float64 scores of fp32 ones.
     tensors = tuple(x.to(dtype) if x.dtype == torch.float64 else x for x in captured(fn))
     score, *numbers = (torch.zeros((), dtype=x, device=q.device) for x in (dtype, *[torch.int64] * 4))
     function = traced(recapture(fn, tensors), (score, *numbers))
     heads = _heads(q.shape[2], first_head, q.device)
-    return function, (lookup.batches, heads, q_numbers, lookup.kv_pos, function.arguments(tensors, q.shape[1]))
+    return function, (lookup.batches, heads, lookup.q_pos, lookup.kv_pos, function.arguments(tensors, q.shape[1]))
 
 
-def _scalar(step: Score, lookup: Lookup) -> tuple[Callable, int, Tensor]:
-    """(a function of a score and its batch row, head, query and key; the number of head 0; the numbers of the queries)."""
+def _scalar(step: Score) -> tuple[Callable, int]:
+    """(a function of a score and its batch row, head, query and key positions; the number of head 0)."""
     match step:
         case SoftCap(cap):
-            return (lambda s, b, h, q, k: cap * torch.tanh(s / cap)), 0, lookup.q_pos
+            return (lambda s, b, h, q, k: cap * torch.tanh(s / cap)), 0
         case Alibi(slopes):
-            return (lambda s, b, h, q, k: s - slopes[h] * (q - k).abs()), 0, lookup.q_pos
-        case RelativeBias(table):
-            reach = table.shape[1] // 2
-            return (lambda s, b, h, q, k: s + table[h, (q - k).clamp(-reach, reach) + reach]), 0, lookup.q_pos
-        case Bias(bias):
-            return _of_bias(bias), 0, lookup.q_rows
+            return (lambda s, b, h, q, k: s - slopes[h] * (q - k).abs()), 0
         case ScoreMod(fn):
-            return fn, step.first_head, lookup.q_pos
+            return fn, step.first_head
     raise AssertionError(step)
-
-
-def _of_bias(bias: Tensor) -> Callable:
-    *leading, rows, keys = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    by_batch, by_head = (size > 1 for size in leading)
-    table = bias.reshape(*(size for size in leading if size > 1), rows, keys)
-    if by_batch and by_head:
-        return lambda s, b, h, q, k: s + table[b, h, q, k]
-    if by_batch:
-        return lambda s, b, h, q, k: s + table[b, q, k]
-    if by_head:
-        return lambda s, b, h, q, k: s + table[h, q, k]
-    return lambda s, b, h, q, k: s + table[q, k]
 
 
 def compiled(q: Tensor, k: Tensor, v: Tensor, work: Work, backend: str = "inductor") -> tuple[Tensor, Tensor]:

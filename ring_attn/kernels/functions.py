@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ring_attn.score_mod import captured, recapture
+from ring_attn.score_mod import captured, origin, recapture
 
 _PLAIN = int | float | str | torch.dtype | torch.device | None
 
 
 @dataclass(frozen=True, eq=False)
 class Itself:
-    """A function that is like no other."""
+    """A function that is like no other, whatever tensors it captures."""
 
     fn: Callable
 
@@ -48,13 +48,13 @@ def sameness(fn: Callable) -> Hashable:
     """
     code = getattr(fn, "__code__", None)
     if not isinstance(fn, FunctionType) or any(isinstance(constant, CodeType) for constant in code.co_consts):
-        return Itself(fn)
+        return Itself(origin(fn))
     read = [cell.cell_contents for cell in fn.__closure__ or ()]
     read += [fn.__globals__[name] for name in code.co_names if name in fn.__globals__]
     read += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
     tensors: list[Tensor] = []
     told = [_told(value, tensors) for value in read]
-    return Itself(fn) if None in told else (code, *told)
+    return Itself(origin(fn)) if None in told else (code, *told)
 
 
 def _told(value: Any, tensors: list[Tensor]) -> Hashable:
@@ -96,13 +96,12 @@ def _depends(fn: Callable, argument: int, device: torch.device) -> bool:
 class Traced:
     """The operations of a function, see Note [traced functions]. Two are the same only if they are one object.
 
-    `fn(row, *scalars, *tensors)`: the scalars are those the function takes, `row` the number of the query row. `uses`: for each
-    captured tensor, how it stands among the tensors, once a use: whether flat. `constants` follow them. `learns`: which of them
-    get a gradient.
+    `fn(row, *scalars, *tensors)`: the scalars are those the function takes, `row` the number of the query row. `uses`: how
+    often each captured tensor stands among the tensors; `constants` follow them. `learns`: which of them get a gradient.
     """
 
     fn: Callable
-    uses: tuple[tuple[bool, ...], ...]
+    uses: tuple[int, ...]
     constants: tuple[Tensor, ...]
     learns: tuple[bool, ...]
 
@@ -113,8 +112,7 @@ class Traced:
             # flex_attention cannot be asked for a gradient that is not there.
             x = x if learns else x.detach()
             # Copies: a view would get no gradient from flex_attention, and nothing would say so.
-            for flat in uses:
-                found.append(any_size(x.expand(rows).clone(), 0) if x.dim() == 0 else (x.flatten() if flat else x).clone())
+            found += [any_size(x.expand(rows).clone(), 0) if x.dim() == 0 else x.clone() for _ in range(uses)]
         return (*found, *self.constants)
 
 
@@ -198,43 +196,21 @@ def _attribute(module: torch.fx.GraphModule, path: str) -> Tensor:
     return operator.attrgetter(path)(module)
 
 
-def _spread(graph: torch.fx.Graph, node: torch.fx.Node, row: torch.fx.Node, x: Tensor) -> tuple[bool, ...]:
-    """Gives a tensor's placeholder one user, and others placeholders of their own; a scalar is its value at `row`.
-
-    For each of them, whether it is the flat tensor: one that is looked up by several numbers at once is looked up by the one
-    that they come to, as PyTorch 2.11 compiles no gradient of a lookup by a head and a distance.
-    """
+def _spread(graph: torch.fx.Graph, node: torch.fx.Node, row: torch.fx.Node, x: Tensor) -> int:
+    """Gives a tensor's placeholder one user and counts what then stands for it: a scalar's value at `row`, or more of them."""
     users = list(node.users)
     if not users:
         graph.erase_node(node)
-        return ()
+        return 0
     with graph.inserting_after(node):
         if x.dim() == 0:
             value = graph.call_function(operator.getitem, (node, (row,)))
             for user in users:
                 user.replace_input_with(node, value)
-            return (False,)
+            return 1
         for number, user in enumerate(users[1:]):
             user.replace_input_with(node, graph.placeholder(f"{node.name}_again{number}"))
-    return tuple([_flattened(graph, user, x.shape) for user in users])
-
-
-def _flattened(graph: torch.fx.Graph, user: torch.fx.Node, shape: torch.Size) -> bool:
-    """Whether a node looks up one number of a tensor by several; it then does by one."""
-    if (
-        user.target is not torch.ops.aten.index.Tensor
-        or None in user.args[1]
-        or len(user.args[1]) != len(shape)
-        or len(shape) < 2
-    ):
-        return False
-    call, number = graph.call_function, None
-    with graph.inserting_before(user):
-        for size, index in zip(shape, user.args[1], strict=True):
-            counted = call(torch.where, (call(operator.lt, (index, 0)), call(operator.add, (index, size)), index))
-            number = counted if number is None else call(operator.add, (call(operator.mul, (number, size)), counted))
-    user.args = user.args[0], [number]
-    return True
+    return len(users)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from ring_attn.kernels.flex_call import attend, compiled
 from ring_attn.kernels.functions import outside_of_ops, traced
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import MaskMod
-from ring_attn.score import Alibi, Bias, RelativeBias, Scores, SoftCap
-from ring_attn.score_mod import ScoreMod, captured
+from ring_attn.score import Alibi, Scores, SoftCap
+from ring_attn.score_mod import ScoreMod, captured, recapture
 from ring_attn.tiles import tiles
 from tests.kernels.comparison import check_equal, check_half, exact, plain
 from tests.kernels.dense_flex import dense_flex
@@ -80,11 +80,6 @@ def by_several_numbers(distances):
 STEPS = {
     "softcap": (SoftCap(1.5),),
     "alibi": (Alibi(SLOPES),),
-    "relative bias": (RelativeBias(table(H, 21)),),
-    "bias": (Bias(table(NUM_Q, NUM_KV)),),
-    "bias by head": (Bias(table(H, NUM_Q, NUM_KV)),),
-    "bias by batch row": (Bias(table(B, 1, NUM_Q, NUM_KV)),),
-    "bias by both": (Bias(table(B, H, NUM_Q, NUM_KV)),),
     "globals": (ScoreMod(reads_globals),),
     "a scalar": (ScoreMod(reads_a_scalar),),
     "not captured": (ScoreMod(reads_what_is_not_captured),),
@@ -156,9 +151,9 @@ def test_dtypes(dtype):
     check_half(found, exact(*x, visits, scale=0.25), plain(*x, visits, scale=0.25))
 
 
-@pytest.mark.parametrize("name", ["bias by both", "alibi", "globals"])
+@pytest.mark.parametrize("name", ["alibi", "globals"])
 def test_rows_of_a_shard_that_begins_late(name):
-    """A bias goes by rows, all else by positions; also where a tile begins late in its shard."""
+    """Functions go by positions; also where a tile begins late in its shard."""
     visit = tiles((range(100, 100 + NUM_Q),), [(range(NUM_KV),)], ra.Causal() & PREDICATES["by position"][0] & ra.Window(90))
     later = tiles((range(60), range(200, 280)), [(range(90, NUM_KV),)], ra.Causal() & ra.Window(90, 5))
     assert later[0].q_rows.start > 0
@@ -321,9 +316,7 @@ def test_sizes_of_one_row_and_of_one_block_are_programs_of_their_own():
         kernel.forward(*random_qkv(B, num_q, num_kv, H, 2, 16, dtype=torch.float64)[:3], visit, scale=0.25)
 
 
-@pytest.mark.parametrize(
-    "name", ["relative bias", "bias by head", "globals", "a scalar", "not captured", "twice", "by several numbers"]
-)
+@pytest.mark.parametrize("name", ["globals", "a scalar", "not captured", "twice", "by several numbers"])
 def test_gradients_of_tensors_are_compiled(name, backward_on_a_cpu):
     _, kernel = counted()
     check(
@@ -388,13 +381,24 @@ def scaled_by(factor, values):
 
 def test_a_function_is_traced_once_for_what_it_reads():
     one = traced(scaled_by(2, table(H)), scalars())
-    assert one.uses == ((False,),)
+    assert one.uses == (1,)
     assert traced(scaled_by(2, table(H) + 1), scalars()) is one, "tensors are arguments"
     assert traced(scaled_by(3, table(H)), scalars()) is not one
     assert traced(scaled_by(2, table(5)), scalars()) is not one, "shapes are numbers to a function"
     fn = scaled_by(2, table(H))
     assert traced(fn, scalars()[:1] + [x.int() for x in scalars()[1:]]) is not one
     assert captured(fn)[0] is not one.arguments(captured(fn), 3)[0]
+
+
+def test_a_function_that_reads_more_is_traced_once_whatever_tensors_it_captures():
+    owner = SimpleNamespace(factor=2)
+
+    def made(values):
+        return lambda s, b, h, q, k: s * owner.factor + values[h]
+
+    fn, other = made(table(H)), made(table(H))
+    assert traced(fn, scalars()) is traced(recapture(fn, (table(H) + 1,)), scalars())
+    assert traced(fn, scalars()) is not traced(other, scalars())
 
 
 def test_a_function_is_traced_once_for_inference_and_training():
@@ -436,7 +440,7 @@ def test_what_it_refuses(change, reason, installed):
 
 def test_what_it_takes(installed):
     for direction, dtype in product(("forward", "backward"), (torch.float16, torch.bfloat16, torch.float32)):
-        every = ("softcap", "softcap", "alibi", "relative_bias", "bias", "score_mod", "triton_score_mod")
+        every = ("softcap", "softcap", "alibi", "score_mod", "triton_score_mod")
         options = {"lse_grad": True, "left_bounded": True, "head_dim": 20, "v_head_dim": 128, "predicate": "python"}
         assert resolve("flex", problem(direction=direction, dtype=dtype, score=every, **options)) is get_kernel("flex")
     assert flex.FlexKernel().supports(problem(deterministic=True, score=("softcap",), direction="backward")) is None
