@@ -102,7 +102,8 @@ class TritonKernel:
 
     def _configs(self, q: Tensor, v: Tensor, chain: Chain) -> Configs:
         size = device_size(q.device)
-        return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], size, modified=bool(chain.steps))
+        how = {"modified": bool(chain.steps), "by_functions": chain.by_functions}
+        return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], size, **how)
 
 
 def interpreted() -> bool:

@@ -44,7 +44,7 @@ SPILLS = {
     "bfloat16:128:large:alibi:dq": 300,
     "bfloat16:128:large:softcap alibi:dkdv": 900,
     "bfloat16:128:large:softcap alibi:dq": 800,
-    "bfloat16:128:large:function:dkdv": 1100,
+    "bfloat16:128:large:function:dkdv": 300,
     "bfloat16:128:large:function:dq": 300,
     "bfloat16:256:large:plain:dkdv": 400,
     "bfloat16:256:large:softcap:dkdv": 400,
@@ -63,7 +63,6 @@ LOOP_SPILLS = {
     "bfloat16:128:large:softcap:dkdv": 24,
     "bfloat16:128:large:alibi:dkdv": 28,
     "bfloat16:128:large:softcap alibi:dkdv": 100,
-    "bfloat16:128:large:function:dkdv": 140,
     "bfloat16:128:large:softcap alibi:dq": 16,
 }
 # With 128 registers a thread ptxas lets no product run beside other work; the other program on the multiprocessor does.

@@ -81,7 +81,8 @@ def main(requests: list[str]) -> None:
     for request in requests:
         name, head_dim, size, modifiers, *wanted = request.split(":")
         dtype = getattr(torch, name)
-        config = configs(dtype, int(head_dim), int(head_dim), size, modified=bool(scores(modifiers).steps))
+        how = {"modified": bool(scores(modifiers).steps), "by_functions": "function" in modifiers}
+        config = configs(dtype, int(head_dim), int(head_dim), size, **how)
         for launch, call in calls(dtype, int(head_dim), config, scores(modifiers)):
             if not wanted or launch in wanted:
                 taken = {"request": f"{name}:{head_dim}:{size}:{modifiers}:{launch}"} | asdict(
