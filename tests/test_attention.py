@@ -150,6 +150,19 @@ def test_what_one_call_comes_to_is_given_to_no_other():
     assert len(kept.settled) == len(calls)
 
 
+def test_kernels_of_a_call_are_asked_for_by_what_a_backward_needs(monkeypatch):
+    """One call's kernels, where the gradient of lse and determinism come and go; each problem is resolved once."""
+    problems = []
+    monkeypatch.setattr(call, "resolve", lambda name, problem: problems.append(problem) or len(problems))
+    q, k, v = (x.detach() for x in qkv())
+    settled = call.Call.make(ra.Ring.simulated(2), ra.Causal(), None, 1.0).settle(q, k, v)
+    asked = [("forward", False, False), ("backward", False, False), ("backward", True, False), ("backward", False, True)]
+    for number, (direction, lse_grad, deterministic) in [*enumerate(asked, 1)] * 2:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda found=deterministic: found)
+        assert settled.kernel(direction, lse_grad=lse_grad) == number
+    assert [(p.direction, p.lse_grad, p.deterministic) for p in problems] == asked
+
+
 def test_what_a_call_comes_to_goes_with_its_signature():
     ring = ra.Ring.simulated(1)
     q, k, v = (x.detach() for x in qkv())
