@@ -120,7 +120,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     out = q.new_empty(*q.shape[:3], v.shape[3])
     queries, outs = call.hosted(q), call.hosted(out)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
-    partials = [None if sinks is None else only_sinks(query, v.shape[3], sinks) for query in queries]
+    partials = [None if sinks is None else only_sinks(query, sinks) for query in queries]
     kv, kept = list(zip(call.hosted(k), call.hosted(v), strict=True)), []
     for visit in exchange.tour(ring.transport, kv, plan, what=f"{exchange.name} forward"):
         for i, rank in enumerate(ring.hosted):

@@ -19,7 +19,7 @@ from ring_attn.cache import KVCache, refuse_gradients
 from ring_attn.call import Call, check_inputs
 from ring_attn.kernels import Problem, resolve
 from ring_attn.mask import Causal, Mask
-from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks
+from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to
 from ring_attn.ring import Ring
 from ring_attn.score import Score, sort_scores
 from ring_attn.tiles import tiles
@@ -68,7 +68,7 @@ def tree_decode(
         partials = _all_gather(partials, ring)
         if sinks is not None:
             # Here and once: a rank that started from the sinks would count them again.
-            partials.append(only_sinks(q, whole[1].shape[3], sinks.tensor))
+            partials.append(to_add_to(only_sinks(q, sinks.tensor), q, whole[1].shape[3]))
         total = merge_all(partials)
         out = normalize(total, q.dtype)
     return (out, total.lse) if return_lse else out

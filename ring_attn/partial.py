@@ -21,12 +21,13 @@ from torch import Tensor
 
 
 class Partial(NamedTuple):
-    """`acc` [b, s, h, d] unnormalised, `m` [b, h, s] in natural log, `sum` [b, h, s], or None where it is 1 everywhere.
+    """`acc` [b, s, h, d] unnormalised, `m` [b, h, s] in natural log and `sum` [b, h, s].
 
-    All in `accumulator_dtype` of the inputs, but for the acc of a normalised one, which is the output.
+    Where acc is 0 everywhere it may be None (see `to_add_to`), where sum is 1 everywhere, too. All are in `accumulator_dtype`
+    of the inputs, but for the acc of a normalised partial, which is the output.
     """
 
-    acc: Tensor
+    acc: Tensor | None
     m: Tensor
     sum: Tensor | None = None
 
@@ -55,12 +56,19 @@ def empty(q: Tensor, v_head_dim: int) -> Partial:
     return Partial(acc, acc.new_full((b, h, s), -torch.inf), acc.new_zeros(b, h, s))
 
 
-def only_sinks(q: Tensor, v_head_dim: int, sinks: Tensor) -> Partial:
+def only_sinks(q: Tensor, sinks: Tensor) -> Partial:
     """The partial of one key a head with score `sinks` [h] and v = 0, for queries q [b, s, h, d]."""
-    partial = empty(q, v_head_dim)
-    partial.m.copy_(sinks[:, None])
-    partial.sum.fill_(1.0)
-    return partial
+    # A copy in any case: kernels write to it.
+    m = sinks.to(accumulator_dtype(q.dtype))[:, None].repeat(q.shape[0], 1, q.shape[1])
+    return Partial(None, m, torch.ones_like(m))
+
+
+def to_add_to(partial: Partial | None, q: Tensor, v_head_dim: int) -> Partial:
+    """The partial with an acc, for queries q [b, s, h, d]; the identity for None."""
+    if partial is not None and partial.acc is not None:
+        return partial
+    zeros = empty(q, v_head_dim)
+    return zeros if partial is None else partial._replace(acc=zeros.acc)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ring_attn.kernels import Grads, Kernel, Upstream
 from ring_attn.layout import Contiguous
 from ring_attn.mask import All, Causal, Documents, Full, KeyPadding, Mask, Window
-from ring_attn.partial import Partial, accumulator_dtype
+from ring_attn.partial import Partial, accumulator_dtype, to_add_to
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile, tiles
 
@@ -192,7 +192,7 @@ def truth(q, k, v, dout, tile_lists, *, scale, dlse=None, score=None, partial=No
     up = [x.double() for x in (q, k, v, dout)]
     dlse = None if dlse is None else dlse.double()
     score = None if score is None else score.with_tensors([x.double() for x in score.tensors()])
-    partial = None if partial is None else Partial(*(x.double() for x in partial))
+    partial = None if partial is None else Partial(*(x.double() for x in to_add_to(partial, q, v.shape[-1])))
     return run_kernel(get_kernel("reference"), *up, tile_lists, scale=scale, dlse=dlse, score=score, partial=partial)
 
 

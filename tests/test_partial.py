@@ -5,7 +5,18 @@ from functools import reduce
 import pytest
 import torch
 
-from ring_attn.partial import Partial, accumulator_dtype, empty, finish, merge, merge_, merge_all, normalize
+from ring_attn.partial import (
+    Partial,
+    accumulator_dtype,
+    empty,
+    finish,
+    merge,
+    merge_,
+    merge_all,
+    normalize,
+    only_sinks,
+    to_add_to,
+)
 from tests.support import FLOAT64_LIMIT, rel_error
 
 torch.manual_seed(0)
@@ -48,6 +59,17 @@ def test_a_normalised_partial_is_the_case_m_equals_lse_and_may_leave_out_its_sum
     assert torch.equal(normalize(normalised, torch.float64), normalize(b, torch.float64))
     for one in (normalised, normalised._replace(sum=torch.ones_like(b.m))):
         assert rel_error(normalize(merge(merge(a, one), c), torch.float64), whole) < FLOAT64_LIMIT
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 7), (1, 1, 3, 7)])
+def test_sinks_are_a_key_without_a_value_and_are_left_as_they_are(shape):
+    """Kernels write into the partial that they are given, also where it is no larger than the sinks."""
+    q, sinks = torch.empty(shape), torch.randn(3)
+    before, partial = sinks.clone(), only_sinks(q, sinks)
+    assert partial.acc is None and torch.equal(partial.lse, sinks[:, None].expand(shape[0], 3, shape[1]))
+    for x in to_add_to(partial, q, 5):
+        x.fill_(7.0)
+    assert torch.equal(sinks, before)
 
 
 def test_identity_on_either_side_and_with_itself():

@@ -75,19 +75,21 @@ def forward_call(
     target: Partial,
     out: Tensor | None,
 ) -> Call:
-    """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, which may be `target`.
+    """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, if any.
 
-    With `out` it is the last visit: out [b, s, h, d] is written, the final lse to target's m, and target's acc and sum are not.
+    What `carried` has is the target's. With `out` it is the last visit: out [b, s, h, d] is written, the final lse to target's
+    m, and target's acc and sum are not.
     """
     q, scale = positive(q, scale)
-    every_row_counts = carried is None or out is not None
+    adding = carried is not None and carried.acc is not None
+    every_row_counts = not adding or out is not None
     programs = table.programs if every_row_counts else table.busy
     heads, groups = q.shape[2], k.shape[2]
     arguments = {
         "q": described(q, CONSUMER_ROWS.value),
         "k": described(k, config.walk),
         "v": described(v, config.walk),
-        "acc": None if carried is None and out is not None else rows_of(target.acc),
+        "acc": rows_of(target.acc) if adding or out is None else None,
         "m": numbers_of(target.m),
         "sums": None if carried is None and out is not None else numbers_of(target.sum),
         "out": None if out is None else rows_of(out),
@@ -99,6 +101,7 @@ def forward_call(
         "group": heads // groups,
         "heads": heads,
         "CARRIED": carried is not None,
+        "ADDING": adding,
         "LAST": out is not None,
         "DIM": q.shape[3],
         "CONFIG": config,
@@ -159,6 +162,7 @@ def forward_kernel(
     group,
     heads,
     CARRIED: gl.constexpr,
+    ADDING: gl.constexpr,
     LAST: gl.constexpr,
     DIM: gl.constexpr,
     CONFIG: gl.constexpr,
@@ -181,8 +185,8 @@ def forward_kernel(
     if CONFIG.consumers == 2:
         gl.warp_specialize(
             [
-                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
-                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, ADDING, LAST, DIM, CONFIG)),
                 (_produce, (q, k, v, shared, queue, DIM, CONFIG)),
             ],
             [4, 1],
@@ -191,9 +195,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, LAST, DIM, CONFIG)),
-                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, LAST, DIM, CONFIG)),
-                (_consume, (shared, queue, memory, scale_log2, 2, CARRIED, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, scale_log2, 2, CARRIED, ADDING, LAST, DIM, CONFIG)),
                 (_produce, (q, k, v, shared, queue, DIM, CONFIG)),
             ],
             [4, 4, 1],
@@ -256,6 +260,7 @@ def _consume(
     scale_log2,
     PART: gl.constexpr,
     CARRIED: gl.constexpr,
+    ADDING: gl.constexpr,
     LAST: gl.constexpr,
     DIM: gl.constexpr,
     CONFIG: gl.constexpr,
@@ -267,7 +272,7 @@ def _consume(
         if item < queue.items:
             work = work_of(queue, item, CONFIG.own)
             met, cleared = _consume_one(
-                shared, work, lap & 1, met, cleared, memory, scale_log2, PART, CARRIED, LAST, DIM, CONFIG
+                shared, work, lap & 1, met, cleared, memory, scale_log2, PART, CARRIED, ADDING, LAST, DIM, CONFIG
             )
 
 
@@ -282,6 +287,7 @@ def _consume_one(
     scale_log2,
     PART: gl.constexpr,
     CARRIED: gl.constexpr,
+    ADDING: gl.constexpr,
     LAST: gl.constexpr,
     DIM: gl.constexpr,
     CONFIG: gl.constexpr,
@@ -323,7 +329,7 @@ def _consume_one(
 
     across: gl.constexpr = gl.SliceLayout(1, total_layout)
     rows_across = first_row + gl.arange(0, CONSUMER_ROWS, across)
-    if CARRIED:
+    if ADDING:
         # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
         factor = gl.exp2(m2_carried - gl.where(m2 == float("-inf"), 0.0, m2))
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, get_kernel, modifier_refusal
 from ring_attn.kernels.triton_blocks import query_table
-from ring_attn.kernels.triton_kernel import interpreted, unwritten
+from ring_attn.kernels.triton_kernel import interpreted, target_of
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile
@@ -69,7 +69,7 @@ class GluonKernel:
 
         config = self.config or config_for(q.shape[-1])
         table = query_table(tiles, q, config.own)
-        target = unwritten(q, v, out) if into is None else into
+        target = target_of(q, v, into, out)
         forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
         return target if out is None else Partial(out, target.m)
 

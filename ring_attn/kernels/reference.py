@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream
-from ring_attn.partial import Partial, accumulator_dtype, empty, finish, merge_
+from ring_attn.partial import Partial, accumulator_dtype, finish, merge_, to_add_to
 from ring_attn.score import Cells, Scores
 from ring_attn.score_mod import function_transforms, global_positions, over_cells
 from ring_attn.tiles import Tile
@@ -40,7 +40,7 @@ class ReferenceKernel:
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
-        into = empty(q, v.shape[-1]) if into is None else into
+        into = to_add_to(into, q, v.shape[-1])
         for block in self._blocks(q, k, v, tiles, scale, score):
             if block.has_cells:
                 merge_(into.rows(block.q_rows, block.tile.batch), block.forward())

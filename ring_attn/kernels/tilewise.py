@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
-from ring_attn.partial import Partial, accumulator_dtype, empty, finish, merge, merge_
+from ring_attn.partial import Partial, accumulator_dtype, finish, merge, merge_, to_add_to
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
 
@@ -127,7 +127,7 @@ class Tilewise(ABC):
         calls, scaling = list(self.calls(tiles, q)), self.scaling(scale, score)
         if into is None and len(calls) == 1 and calls[0].covers(q):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
-        into = empty(q, v.shape[-1]) if into is None else into
+        into = to_add_to(into, q, v.shape[-1])
         for n, call in enumerate(calls, 1):
             into = call.merge(into, *call.attend(self, q, k, v, scaling), out if n == len(calls) else None)
         return finish(into, out) if out is not None and not calls else into

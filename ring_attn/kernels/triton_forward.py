@@ -49,20 +49,21 @@ def forward_call(
     target: Partial,
     out: Tensor | None,
 ) -> Call:
-    """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, which may be `target`.
+    """The launch that brings `target` to the partial of q, k, v over the table's tiles and of `carried`, if any.
 
-    The table is placed where the chain is. With `out` it is the last visit: out [b, s, h, dv] is written, the final lse to
-    target's m, and target's acc and sum are not.
+    What `carried` has is the target's. The table is placed where the chain is. With `out` it is the last visit: out
+    [b, s, h, dv] is written, the final lse to target's m, and target's acc and sum are not.
     """
     q, scale = positive(q, scale)
-    every_row_counts = carried is None or out is not None
+    adding = carried is not None and carried.acc is not None
+    every_row_counts = not adding or out is not None
     programs = table.programs if every_row_counts else table.busy
     heads, groups = q.shape[2], k.shape[2]
     arguments = {
         "q": rows_of(q),
         "k": rows_of(k),
         "v": rows_of(v),
-        "acc": None if carried is None and out is not None else rows_of(target.acc),
+        "acc": rows_of(target.acc) if adding or out is None else None,
         "m": numbers_of(target.m),
         "sums": None if carried is None and out is not None else numbers_of(target.sum),
         "out": None if out is None else rows_of(out),
@@ -71,6 +72,7 @@ def forward_call(
         "programs": programs,
         "group": heads // groups,
         "CARRIED": carried is not None,
+        "ADDING": adding,
         "LAST": out is not None,
         "DIM": q.shape[3],
         "V_DIM": v.shape[3],
@@ -144,6 +146,7 @@ def forward_kernel(
     programs,
     group,
     CARRIED: tl.constexpr,
+    ADDING: tl.constexpr,
     LAST: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -194,7 +197,7 @@ def forward_kernel(
         base = tl.where(m2 == float("-inf"), 0.0, m2)
         rescale = tl.exp2(m2_here - base)
         l_row, total = l_row * rescale + l_carried * tl.exp2(m2_carried - base), total * rescale[:, None]
-    if CARRIED:
+    if ADDING:
         # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
         factor = tl.exp2(m2_carried - tl.where(m2 == float("-inf"), 0.0, m2))
         total += load_rows(at_head(acc, batch, head), rows, live, V_DIM, V_WIDTH) * factor[:, None]

@@ -96,7 +96,7 @@ class TritonKernel:
         chain = chain_of(score, tiles, q.dtype)
         config = self._configs(q, v, chain).forward
         table = query_table(tiles, q, config.own, placed=chain.placed)
-        target = unwritten(q, v, out) if into is None else into
+        target = target_of(q, v, into, out)
         forward_call(q, k, v, table, config, scale=scale, chain=chain, carried=into, target=target, out=out)()
         return target if out is None else Partial(out, target.m)
 
@@ -135,13 +135,16 @@ def _device_refusal(problem: Problem) -> str | None:
     return None
 
 
-def unwritten(q: Tensor, v: Tensor, out: Tensor | None) -> Partial:
-    """An unwritten partial; where `out` is given, that and the place of lse."""
+def target_of(q: Tensor, v: Tensor, into: Partial | None, out: Tensor | None) -> Partial:
+    """Where a visit's result goes: to `into`, and to memory yet unwritten in place of what that lacks; acc may be `out`."""
+    if into is not None and into.acc is not None:
+        return into
     b, s, h, _ = q.shape
+    acc = torch.empty(b, s, h, v.shape[-1], dtype=torch.float32, device=q.device) if out is None else out
+    if into is not None:
+        return into._replace(acc=acc)
     m = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    if out is not None:
-        return Partial(out, m)
-    return Partial(torch.empty(b, s, h, v.shape[-1], dtype=torch.float32, device=q.device), m, torch.empty_like(m))
+    return Partial(acc, m, torch.empty_like(m) if out is None else None)
 
 
 KERNELS = {"triton": TritonKernel()}

@@ -83,7 +83,7 @@ class Visit(kernels.Visit):
 
     def attend(self) -> tuple[Tensor, Tensor]:
         """(out, lse)"""
-        into = None if self.sinks is None else only_sinks(self.q, self.v.shape[-1], self.sinks)
+        into = None if self.sinks is None else only_sinks(self.q, self.sinks)
         inputs, out = (self.q, self.k, self.v, self.tiles), torch.empty_like(self.dout)
         partial = get_kernel("triton").forward(*inputs, scale=self.scale, score=self.score, into=into, out=out)
         return out, partial.lse

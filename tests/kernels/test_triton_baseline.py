@@ -84,15 +84,16 @@ def test_a_constant_baseline(kind, bound):
 
 
 @pytest.mark.parametrize("sink", [-200.0, -3.0, 3.0, 60.0])
-def test_a_constant_baseline_joins_what_was_carried(sink):
+@pytest.mark.parametrize("bound", [6.0, torch.inf])
+def test_a_baseline_joins_what_was_carried(sink, bound):
     """Sinks far below, inside and far above the bound; some rows meet no key, some on one of two visits."""
     q, k, v, dout = random_qkv(1, 37, 44, 2, 1, 16, seed=8)
     q, k = (of_unit_norm(x.double()) for x in (q, k))
     middle = Tile(range(5, 29), range(7, 40), band_tiles("causal", 24, 33)[0].band, ((range(5, 29),), (range(7, 40),)))
     rest = Tile(range(20, 33), range(4), band_tiles("full", 13, 4)[0].band, ((range(20, 33),), (range(4),)))
     for visits in ([(middle,)], [(middle,), (rest,)], [(), (rest,)]):
-        partial = only_sinks(q, 16, torch.tensor([sink, -torch.inf]))
-        check(visits, q, k, v, dout, Scores((), None, 6.0), scale=6.0, partial=partial)
+        partial = only_sinks(q, torch.tensor([sink, -torch.inf]))
+        check(visits, q, k, v, dout, Scores((), None, bound), scale=6.0, partial=partial)
 
 
 def test_rows_without_keys_under_a_constant_baseline():

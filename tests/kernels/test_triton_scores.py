@@ -79,7 +79,7 @@ def check(visits, q, k, v, dout, score, *, scale=0.3, kernel=KERNEL, partial=Non
     inputs = [x.to(DEVICE) for x in (q, k, v, dout)]
     mine = score.with_tensors([x.to(DEVICE) for x in score.tensors()])
     expected = truth(q, k, v, dout, visits, scale=scale, score=score, partial=partial)
-    partial = None if partial is None else type(partial)(*(x.to(DEVICE) for x in partial))
+    partial = None if partial is None else type(partial)(*(x if x is None else x.to(DEVICE) for x in partial))
     got = run_kernel(kernel, *inputs, visits, scale=scale, score=mine, partial=partial)
     found = {name: rel_error(got[name].cpu(), expected[name]) for name in expected}
     assert all(error < limit for error in found.values()), found
