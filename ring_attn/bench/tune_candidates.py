@@ -22,7 +22,10 @@ _CANDIDATES = {
         Config(128, 64, 8, 2, registers=128),
         Config(128, 32, 8, 4, registers=128),
         Config(128, 32, 8, 3, registers=128),
+        Config(128, 32, 8, 2, registers=128),
         Config(64, 64, 4, 2),
+        Config(64, 32, 4, 3, registers=168),
+        Config(64, 32, 4, 2, registers=168),
     ],
     ("dkdv", 128): [
         Config(128, 64, 8, 2),
@@ -32,6 +35,7 @@ _CANDIDATES = {
         Config(128, 32, 8, 3, tma=True),
         Config(64, 64, 4, 1, tma=True),
         Config(64, 64, 4, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True, early=True),
     ],
     ("dq", 128): [
         Config(128, 64, 8, 3),
@@ -63,7 +67,7 @@ _CANDIDATES = {
 }
 
 _MODIFIED = {
-    ("dkdv", 128): [Config(64, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True), Config(64, 64, 4, 2, tma=True, early=True)],
+    ("dkdv", 128): [Config(64, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True)],
     ("dq", 128): [Config(128, 32, 8, 3, tma=True)],
     ("dq", 64): [Config(64, 64, 4, 3, tma=True)],
 }

@@ -334,19 +334,18 @@ def _consume_one(
         factor = gl.exp2(m2_carried - gl.where(m2 == float("-inf"), 0.0, m2))
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
         total += gl.load(at, mask=mask, other=0.0) * gl.convert_layout(factor, across)[:, None]
+    divisor = gl.where(l_row == 0.0, 1.0, l_row)
+    m_row = (m2 + gl.log2(divisor)) * LN2
+    _store_numbers(m, work, rows, live, m_row)
     if LAST:
-        divisor = gl.where(l_row == 0.0, 1.0, l_row)
-        _store_numbers(m, work, rows, live, (m2 + gl.log2(divisor)) * LN2)
         # By rows, so that neighbouring threads write neighbouring memory.
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
         at, mask = _row_pointers(out, work, first_row + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, wide)), wide, DIM)
         total = total / gl.convert_layout(divisor, across)[:, None]
         gl.store(at, gl.convert_layout(total.to(out.ptr.dtype.element_ty), wide), mask=mask)
     else:
-        m_row = m2 * LN2
         # See Note [base 2] of triton_forward.
         to_read_back = gl.where(m2 == float("-inf"), 1.0, gl.exp2(m2 - m_row * LOG2E))
-        _store_numbers(m, work, rows, live, m_row)
         _store_numbers(sums, work, rows, live, l_row * to_read_back)
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
         gl.store(at, total * gl.convert_layout(to_read_back, across)[:, None], mask=mask)

@@ -177,12 +177,14 @@ def scores_gradient(
     pt = tl.exp2(score * scale_log2 - lse2[None, :])
     if partly:
         pt = tl.where(met_by(place, i, low, high, BLOCK), pt, 0.0)
+    weight = pt
+    if chain is not None:
+        # A gradient is linear in what comes in: what multiplies it is worked out first, and no score waits for dp.
+        weight = pulled_back(pt, st, cells, chain, 0)
     dv_rows = tl.dot(pt.to(dout_rows.dtype), dout_rows, dv_rows, input_precision="ieee")
     if not EARLY:
         dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
-    dst = pt * (dpt - delta_row[None, :])
-    if chain is not None:
-        dst = pulled_back(dst, st, cells, chain, 0)
+    dst = weight * (dpt - delta_row[None, :])
     return dst.to(q_rows.dtype), dv_rows
 
 
@@ -389,9 +391,13 @@ def meet_columns(
     p = tl.exp2(score * scale_log2 - lse2[:, None])
     if partly:
         p = tl.where(met_by(j, i, low, high, BLOCK), p, 0.0)
-    ds = p * (tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee") - delta_row[:, None])
+    # See `scores_gradient`.
+    weight, of_slopes = p, p
     if ALIBI is not None:
-        slope_rows += tl.sum(pulled_back(ds, s, cells, chain, ALIBI + 1) * distance(cells), 1)
+        of_slopes = pulled_back(p, s, cells, chain, ALIBI + 1) * distance(cells)
     if chain is not None:
-        ds = pulled_back(ds, s, cells, chain, 0)
-    return tl.dot(ds.to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee"), slope_rows
+        weight = pulled_back(p, s, cells, chain, 0)
+    dp = tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee") - delta_row[:, None]
+    if ALIBI is not None:
+        slope_rows += tl.sum(of_slopes * dp, 1)
+    return tl.dot((weight * dp).to(k_rows.dtype), k_rows, dq_rows, input_precision="ieee"), slope_rows

@@ -73,7 +73,7 @@ _TABLE = {
         ),
         128: Configs(
             forward=Config(128, 64, 8, 2, registers=128),
-            dkdv=Config(64, 64, 4, 2, tma=True),
+            dkdv=Config(64, 64, 4, 2, tma=True, early=True),
             dq=Config(128, 64, 8, 3, tma=True),
         ),
         256: Configs(Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 64, 8, 2)),
@@ -91,28 +91,29 @@ _TABLE = {
 }
 _TABLE["32-bit", "large"] = _TABLE["32-bit", "small"]
 
-# The launches that are faster where scores are modified, in place of those of the table; functions want more registers.
-_MODIFIED = {
-    ("16-bit", "large", 64): {"dq": Config(128, 64, 8, 2, tma=True)},
-    ("16-bit", "large", 128): {"forward": Config(128, 64, 8, 3), "dkdv": Config(64, 64, 4, 2, tma=True, early=True)},
-    ("16-bit", "small", 64): {"dq": Config(64, 32, 4, 2)},
+# By what happens to scores, see `configs`: the launches that are faster then, in place of those of the table.
+_BY_SCORES = {
+    "modified": {
+        ("16-bit", "large", 64): {"dq": Config(128, 64, 8, 2, tma=True)},
+        ("16-bit", "large", 128): {"forward": Config(128, 64, 8, 3)},
+        ("16-bit", "small", 64): {"dq": Config(64, 32, 4, 2)},
+    },
+    "several": {("16-bit", "large", 128): {"dkdv": Config(64, 64, 4, 2, tma=True)}},
+    "functions": {("16-bit", "large", 128): {"dkdv": Config(64, 32, 4, 2, tma=True)}},
 }
-_BY_FUNCTIONS = {("16-bit", "large", 128): {"dkdv": Config(64, 32, 4, 2, tma=True)}}
 
 
-def configs(
-    dtype: torch.dtype, head_dim: int, v_head_dim: int, size: str, *, modified: bool = False, by_functions: bool = False
-) -> Configs:
+def configs(dtype: torch.dtype, head_dim: int, v_head_dim: int, size: str, scores: str = "plain") -> Configs:
     """The launch configurations for a problem; `size`: "large" or "small", see `device_size`.
 
-    `modified`: its scores are; `by_functions`: by functions of a user among others.
+    `scores`: "plain", "modified" by one step, by "several", or by a user's "functions" among others.
     """
     width = max(padded(head_dim), padded(v_head_dim))
     kind = "32-bit" if dtype == torch.float32 else "16-bit"
     bucket = min(bucket for bucket in _TABLE[kind, size] if bucket >= width)
     found = _TABLE[kind, size][bucket]
-    for table, holds in ((_MODIFIED, modified), (_BY_FUNCTIONS, by_functions)):
-        found = replace(found, **table.get((kind, size, bucket), {})) if holds else found
+    for name in () if scores == "plain" else dict.fromkeys(("modified", scores)):
+        found = replace(found, **_BY_SCORES[name].get((kind, size, bucket), {}))
     return found
 
 

@@ -2,7 +2,7 @@
 
 Note [base 2]: scores are scaled by log2(e) so that exp2 serves; m2 is in base 2, and m and lse in memory are natural logs. The
 baseline is scale * max of the raw scores, which needs a positive scale: `forward_call` turns other scales into one. What is
-carried is left relative to the baseline that the next visit reads back, as m2 rounds on the way to m and back.
+carried is left relative to its log-sum-exp, as near as the next visit reads that back: m2 rounds on the way to m and back.
 
 Note [baseline]: where no score can be larger in size than a bound, p = exp(score - bound) is at least exp(-2 bound), so the
 bound serves every row as a constant baseline, without a running maximum and without rescaling in the loop; what was carried
@@ -122,13 +122,6 @@ def attend(
     return m2, l_row, total
 
 
-@triton.jit
-def left_at(m2):
-    """(m, the factor that makes what is relative to m2 relative to what m is read back as); see Note [base 2]."""
-    m = m2 * LN2
-    return m, tl.where(m2 == float("-inf"), 1.0, tl.exp2(m2 - m * LOG2E))
-
-
 @triton.jit(do_not_specialize=["num_q", "programs"])
 def forward_kernel(
     q,
@@ -201,12 +194,13 @@ def forward_kernel(
         # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
         factor = tl.exp2(m2_carried - tl.where(m2 == float("-inf"), 0.0, m2))
         total += load_rows(at_head(acc, batch, head), rows, live, V_DIM, V_WIDTH) * factor[:, None]
+    divisor = tl.where(l_row == 0.0, 1.0, l_row)
+    m_row = (m2 + tl.log2(divisor)) * LN2
+    store_numbers(at_head(m, batch, head), m_row, rows, live)
     if LAST:
-        divisor = tl.where(l_row == 0.0, 1.0, l_row)
-        store_numbers(at_head(m, batch, head), (m2 + tl.log2(divisor)) * LN2, rows, live)
         store_rows(at_head(out, batch, head), total / divisor[:, None], rows, live, V_DIM, V_WIDTH)
     else:
-        m_row, to_read_back = left_at(m2)
-        store_numbers(at_head(m, batch, head), m_row, rows, live)
+        # See Note [base 2].
+        to_read_back = tl.where(m2 == float("-inf"), 1.0, tl.exp2(m2 - m_row * LOG2E))
         store_numbers(at_head(sums, batch, head), l_row * to_read_back, rows, live)
         store_rows(at_head(acc, batch, head), total * to_read_back[:, None], rows, live, V_DIM, V_WIDTH)

@@ -101,9 +101,7 @@ class TritonKernel:
         return target if out is None else Partial(out, target.m)
 
     def _configs(self, q: Tensor, v: Tensor, chain: Chain) -> Configs:
-        size = device_size(q.device)
-        how = {"modified": bool(chain.steps), "by_functions": chain.by_functions}
-        return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], size, **how)
+        return self.configs or configs(q.dtype, q.shape[-1], v.shape[-1], device_size(q.device), chain.kind)
 
 
 def interpreted() -> bool:

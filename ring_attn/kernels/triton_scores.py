@@ -56,13 +56,13 @@ class Step(NamedTuple):
 class Chain:
     """What happens to the scores of a launch.
 
-    `placed`: some step asks for positions. `by_functions`: some step is a user's function. `alibi`: the step with slopes, which
-    are tensor number `slopes` of the scores. `bound`: as in `Scores`.
+    `placed`: some step asks for positions. `kind`: as in `triton_blocks.configs`. `alibi`: the step with slopes, which are
+    tensor number `slopes` of the scores. `bound`: as in `Scores`.
     """
 
     steps: tuple[Step, ...] = ()
     placed: bool = False
-    by_functions: bool = False
+    kind: str = "plain"
     alibi: int | None = None
     slopes: int | None = None
     bound: float = math.inf
@@ -107,7 +107,8 @@ def chain_of(score: Scores | None, tiles: Sequence[Tile], dtype: torch.dtype) ->
     steps = *(_step(one, dtype) for one in score.steps), *hiding
     alibi = next((n for n, one in enumerate(score.steps) if isinstance(one, Alibi)), None)
     slopes = None if alibi is None else sum(len(one.tensors()) for one in score.steps[:alibi])
-    return Chain(steps, bool(functions) or alibi is not None, bool(functions), alibi, slopes, score.bound)
+    kind = "functions" if functions else ("plain", "modified", "several")[min(len(steps), 2)]
+    return Chain(steps, bool(functions) or alibi is not None, kind, alibi, slopes, score.bound)
 
 
 def _step(score: Score, dtype: torch.dtype) -> Step:

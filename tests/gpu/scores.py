@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
@@ -24,6 +23,7 @@ from torch.nn.functional import normalize
 
 import ring_attn as ra
 from ring_attn.bench import kernels
+from ring_attn.bench.timing import mark, ms_between
 from ring_attn.kernels import KernelUnavailable, Upstream, get_kernel
 from ring_attn.kernels.triton_kernel import interpreted
 from ring_attn.partial import only_sinks
@@ -94,18 +94,23 @@ class Visit(kernels.Visit):
         return lambda: get_kernel("triton").backward(up, *inputs, scale=self.scale, score=self.score, into=into)
 
 
-def milliseconds(runs: dict[tuple, Callable[[], object]], device: str, rounds: int) -> dict[tuple, float]:
-    """The medians of some rounds over all runs, so that a clock that drifts meets them all, after two that do not count."""
-    taken: dict[tuple, list[float]] = {key: [] for key in runs}
-    for _, (key, run) in product(range(2 + rounds), runs.items()):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        taken[key].append(1e3 * (time.perf_counter() - start))
-    return {key: statistics.median(times[2:]) for key, times in taken.items()}
+def milliseconds(runs: dict[tuple[str, str], Callable[[], object]], device: str, rounds: int) -> dict[tuple, tuple]:
+    """(milliseconds, those of "plain" the same way beside it) of all (name, way): medians of some rounds over all of them.
+
+    A clock that drifts meets both. Two rounds do not count.
+    """
+    taken: dict[tuple, list[tuple[float, float]]] = {key: [] for key in runs}
+    for _, key in product(range(2 + rounds), runs):
+        taken[key].append((_timed(runs[key], device), _timed(runs["plain", key[1]], device)))
+    return {key: tuple(map(statistics.median, zip(*times[2:], strict=True))) for key, times in taken.items()}
+
+
+def _timed(run: Callable[[], object], device: str) -> float:
+    """The milliseconds of the second of two runs: the GPU does not wait for the host then."""
+    run()
+    start = mark(torch.device(device))
+    run()
+    return ms_between(start, mark(torch.device(device)))
 
 
 def checks(kernel_names: Sequence[str], device: str) -> Iterator[tuple[str, bool]]:
@@ -171,7 +176,9 @@ def main() -> int:
         runs |= {(name, "forward"): visit.attend, (name, "backward"): visit.backward()}
     found = milliseconds(runs, device, options.repeats)
     for name in dict.fromkeys(name for name, _ in runs):
-        costs = (f"{way} {found[name, way]:8.3f} ms ({found[name, way] / found['plain', way] - 1:+6.1%})" for way in WAYS)
+        ways = {way: found[name, way] for way in WAYS}
+        ways["both"] = tuple(map(sum, zip(*ways.values(), strict=True)))
+        costs = (f"{way} {mine:8.3f} ms ({mine / plain - 1:+6.1%})" for way, (mine, plain) in ways.items())
         print(f"{name:15s} {'  '.join(costs)}")
     return 0
 

@@ -18,7 +18,7 @@ import torch
 
 from ring_attn.kernels import Grads, Upstream
 from ring_attn.kernels.triton_ahead import resources
-from ring_attn.kernels.triton_blocks import Configs, configs, kv_table, query_table
+from ring_attn.kernels.triton_blocks import configs, kv_table, query_table
 from ring_attn.kernels.triton_rows import Call
 from ring_attn.layout import Contiguous
 from ring_attn.mask import Causal
@@ -45,8 +45,8 @@ def scores(name: str) -> Scores:
     return Scores(tuple(steps[word] for word in words if word in steps), None, 10.0 if words == ["bounded"] else math.inf)
 
 
-def calls(dtype: torch.dtype, head_dim: int, config: Configs, score: Scores) -> Iterator[tuple[str, Call]]:
-    """Every launch the kernel makes for this dtype, head dim and scores, by name."""
+def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterator[tuple[str, Call]]:
+    """Every launch the kernel makes for this dtype, head dim, device size and scores, by name."""
     from ring_attn.kernels.triton_backward import Visited, dkdv_call, dq_call
     from ring_attn.kernels.triton_scores import chain_of
 
@@ -57,6 +57,7 @@ def calls(dtype: torch.dtype, head_dim: int, config: Configs, score: Scores) -> 
     grads = Grads(q.float(), k.float(), k.float(), score.tensors())
     up = Upstream(q, q, partial.lse)
     chain = chain_of(score, plan, dtype)
+    config = configs(dtype, head_dim, head_dim, size, chain.kind)
     yield from forward_calls(q, k, partial, plan, config, chain)
     visited = Visited(up, q, k, k, 0.1, chain, grads)
     kv, queries = (
@@ -81,9 +82,7 @@ def main(requests: list[str]) -> None:
     for request in requests:
         name, head_dim, size, modifiers, *wanted = request.split(":")
         dtype = getattr(torch, name)
-        how = {"modified": bool(scores(modifiers).steps), "by_functions": "function" in modifiers}
-        config = configs(dtype, int(head_dim), int(head_dim), size, **how)
-        for launch, call in calls(dtype, int(head_dim), config, scores(modifiers)):
+        for launch, call in calls(dtype, int(head_dim), size, scores(modifiers)):
             if not wanted or launch in wanted:
                 taken = {"request": f"{name}:{head_dim}:{size}:{modifiers}:{launch}"} | asdict(
                     resources(call, CAPABILITY[size])

@@ -21,7 +21,6 @@ from triton.runtime.jit import create_function_from_signature
 
 from ring_attn.kernels import Grads, triton_launch
 from ring_attn.kernels.triton_add import add_call
-from ring_attn.kernels.triton_blocks import configs
 from ring_attn.kernels.triton_launch import Rows
 from ring_attn.kernels.triton_merge import merge_call
 from ring_attn.kernels.triton_rows import Call
@@ -73,9 +72,7 @@ def adding(x: Tensor) -> Call:
 def attending(*of_scores: str) -> Iterator[Call]:
     """Forward and backward, with what TMA copies by."""
     for name in of_scores:
-        score = scores(name)
-        config = configs(torch.bfloat16, 64, 64, "large", modified=bool(score.steps))
-        yield from (call for _, call in calls(torch.bfloat16, 64, config, score))
+        yield from (call for _, call in calls(torch.bfloat16, 64, "large", scores(name)))
 
 
 def launches() -> list[Call]:
