@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.bench.results import Row, append, draw, machine, table, write_order
-from ring_attn.bench.timing import timed
+from ring_attn.bench.timing import second_of_two, timed
 from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.partial import accumulator_dtype
@@ -39,7 +39,7 @@ class KernelBenchOptions:
         kv_heads: KV heads.
         head_dim: Head dimension of q, k and v.
         dtype: Of the inputs.
-        repeats: Timed runs, of which the median counts.
+        repeats: Timed rounds over all kernels, of which the median counts.
         results: A JSONL file that rows are appended to; empty for none.
         plot: A PNG file to draw TFLOP/s over length to; empty for none.
         table: Write the order that kernel="auto" goes by for these masks, this head dim and this GPU.
@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         print("ring-attn bench kernels times GPU kernels, and torch sees no GPU here; ring-attn check needs none")
         return 2
-    rows = [row for mask in options.masks for name in _names(options) for row in bench(get_kernel(name), mask, options)]
+    kernels = [get_kernel(name) for name in _names(options)]
+    rows = [row for mask in options.masks for row in bench(kernels, mask, options)]
     print(table(rows, options))
     if options.results:
         append(rows, options, machine())
@@ -77,14 +78,16 @@ def main(argv: Sequence[str]) -> int:
     return int(any(row.why_not and row.why_not.startswith("wrong") for row in rows))
 
 
-def bench(kernel: Kernel, mask_name: str, options: KernelBenchOptions) -> list[Row]:
-    """The measurements of one kernel under one mask, at every length and in both directions."""
+def bench(kernels: Sequence[Kernel], mask_name: str, options: KernelBenchOptions) -> list[Row]:
+    """The measurements of kernels under one mask, at every length and in both directions."""
     rows = []
     for direction in ("forward", "backward"):
-        reason = kernel.supports(problem_of(mask_name, options, direction)) or gate(kernel, mask_name, options, direction)
+        problem = problem_of(mask_name, options, direction)
+        reasons = {one: one.supports(problem) or gate(one, mask_name, options, direction) for one in kernels}
+        right = [kernel for kernel, reason in reasons.items() if reason is None]
         for length in options.lengths:
-            row = Row(kernel.name, direction, mask_name, length, why_not=reason)
-            rows.append(row if reason else measure(kernel, mask_name, length, direction, options))
+            rows += measure(right, mask_name, length, direction, options)
+            rows += [Row(one.name, direction, mask_name, length, why_not=reason) for one, reason in reasons.items() if reason]
     return rows
 
 
@@ -206,27 +209,29 @@ class Visit:
         return seen
 
 
-def measure(kernel: Kernel, mask_name: str, length: int, direction: str, options: KernelBenchOptions) -> Row:
-    """One measurement: the median of CUDA-event times, and the memory taken beside the inputs and results."""
+def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: str, options: KernelBenchOptions) -> list[Row]:
+    """A measurement of each kernel: the median of as many rounds over all of them, which a GPU's clock meets alike."""
     visit = Visit.random(mask_name, length, options)
+    runs = {kernel.name: _run(kernel, visit, direction) for kernel in kernels}
+    extra = {name: timed(run, 1, visit.q.device)[1] for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            times[name].append(second_of_two(run, visit.q.device))
+    per_cell = 4 if direction == "forward" else 10
+    flops = per_cell * options.head_dim * options.heads * visit.cells
+    ms = {name: statistics.median(taken) for name, taken in times.items()}
+    return [Row(n, direction, mask_name, length, ms[n], flops / ms[n] / 1e9, extra[n] / 2**30) for n in runs]
+
+
+def _run(kernel: Kernel, visit: Visit, direction: str) -> Callable[[], object]:
+    """What is timed of a kernel, run once."""
     out = torch.empty_like(visit.dout)
     visit.forward(kernel, out)
-    per_cell = 4 if direction == "forward" else 10
     if direction == "forward":
-        run = lambda: visit.forward(kernel, out)  # noqa: E731
-    else:
-        up, into = Upstream(visit.dout, out, visit.lse), visit.grads()
-        tensors = visit.q, visit.k, visit.v, visit.tiles
-        run = lambda: kernel.backward(up, *tensors, scale=visit.scale, into=into)  # noqa: E731
-    ms, extra = median_ms(run, options.repeats)
-    flops = per_cell * options.head_dim * options.heads * visit.cells
-    return Row(kernel.name, direction, mask_name, length, ms, flops / ms / 1e9, extra / 2**30)
-
-
-def median_ms(run: Callable[[], object], repeats: int) -> tuple[float, int]:
-    """(median milliseconds, peak bytes beyond what was allocated) of `run`, after two runs to warm up."""
-    times, extra = timed(run, repeats, torch.device("cuda"))
-    return statistics.median(times), extra
+        return lambda: visit.forward(kernel, out)
+    up, into = Upstream(visit.dout, out, visit.lse), visit.grads()
+    return lambda: kernel.backward(up, visit.q, visit.k, visit.v, visit.tiles, scale=visit.scale, into=into)
 
 
 def _names(options: KernelBenchOptions) -> list[str]:

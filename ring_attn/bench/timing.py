@@ -56,6 +56,14 @@ def timed(
     return times, torch.cuda.max_memory_allocated(device) - before if on_cuda else None
 
 
+def second_of_two(run: Callable[[], object], device: torch.device) -> float:
+    """The milliseconds of the second of two runs: a GPU that is busy with the first does not wait for the host."""
+    run()
+    start = mark(device)
+    run()
+    return ms_between(start, mark(device))
+
+
 def captured(run: Callable[[], T]) -> tuple[Callable[[], None], T]:
     """(a replay of `run` from a CUDA graph, what it writes each time); run before, for what no capture can make."""
     stream = torch.cuda.Stream()

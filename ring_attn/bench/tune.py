@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ring_attn.bench.kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit, error, median_ms
+from ring_attn.bench.kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit, error
 from ring_attn.bench.results import append, machine
+from ring_attn.bench.timing import timed
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
 from ring_attn.bench.tune_report import Timed, line, report
 from ring_attn.kernels import Grads, Upstream, get_kernel
@@ -275,7 +277,7 @@ def _tflops(launch: str, config: Config, case: str, options: TuneOptions) -> flo
     flops = FLOPS[launch] * options.head_dim * options.heads * visit.cells
     # So many that what the host takes to begin does not count.
     times = max(1, round(_AT_A_TIME / flops))
-    ms, _ = median_ms(_all(found * times), options.repeats)
+    ms = statistics.median(timed(_all(found * times), options.repeats, visit.q.device)[0])
     return times * flops / ms / 1e9
 
 

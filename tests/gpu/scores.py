@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 import ring_attn as ra
 from ring_attn.bench import kernels
-from ring_attn.bench.timing import mark, ms_between
+from ring_attn.bench.timing import second_of_two
 from ring_attn.kernels import KernelUnavailable, Upstream, get_kernel
 from ring_attn.kernels.triton_kernel import interpreted
 from ring_attn.partial import only_sinks
@@ -101,16 +101,8 @@ def milliseconds(runs: dict[tuple[str, str], Callable[[], object]], device: str,
     """
     taken: dict[tuple, list[tuple[float, float]]] = {key: [] for key in runs}
     for _, key in product(range(2 + rounds), runs):
-        taken[key].append((_timed(runs[key], device), _timed(runs["plain", key[1]], device)))
+        taken[key].append(tuple(second_of_two(run, torch.device(device)) for run in (runs[key], runs["plain", key[1]])))
     return {key: tuple(map(statistics.median, zip(*times[2:], strict=True))) for key, times in taken.items()}
-
-
-def _timed(run: Callable[[], object], device: str) -> float:
-    """The milliseconds of the second of two runs: the GPU does not wait for the host then."""
-    run()
-    start = mark(torch.device(device))
-    run()
-    return ms_between(start, mark(torch.device(device)))
 
 
 def checks(kernel_names: Sequence[str], device: str) -> Iterator[tuple[str, bool]]:
