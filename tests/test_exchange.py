@@ -138,6 +138,17 @@ def test_two_levels(ring_size, ranks_per_node):
             assert len([what for what in shifts if "forward" in what]) <= ring_size // ranks_per_node - 1
 
 
+def test_what_a_node_waits_for_is_posted_before_what_comes_from_the_next_one():
+    """NCCL moves what was posted first first, and between nodes it takes longest."""
+    ring, posted = ra.Ring.simulated(6, exchange="two-level", ranks_per_node=2, hostile=True), []
+    for name in ("pull", "shift"):
+        post = getattr(ring.transport, name)
+        setattr(ring.transport, name, lambda *x, name=name, post=post, **o: posted.append(name) or post(*x, **o))
+    q, k, v, _ = random_qkv(1, 24, 24, 2, 1, 4, dtype=torch.float64)
+    ra.ring_attention(q, k, v, ring=ring, mask=ra.Full())
+    assert posted == ["pull", "shift"] * 2 + ["pull"]
+
+
 def test_nodes_are_named():
     with pytest.raises(ValueError, match=r"exchange='two-level' needs ranks_per_node"):
         ra.Ring.simulated(4, exchange="two-level")
