@@ -91,6 +91,7 @@ def recorded(ring):
 MESSAGES = {torch.float64}, {torch.float32}
 CASES = {
     "ring": (MESSAGES, {"exchange": "ring"}),
+    "two-way": (MESSAGES, {"exchange": "two-way"}),
     "pull in parts": (MESSAGES, {"exchange": "pull", "kv_memory": 2 * 8 * 64}),
     "gather in parts": (({"all-gather"}, {"reduce-scatter"}), {"exchange": "gather", "kv_memory": 2 * 16 * 64}),
     "two-level": (MESSAGES, {"exchange": "two-level", "ranks_per_node": 2}),

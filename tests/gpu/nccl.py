@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 
@@ -172,7 +173,7 @@ def symmetric(report: Report) -> None:
 
 def graphs(report: Report) -> None:
     """CUDA graphs of whole calls."""
-    for exchange in ("pull", "gather", "ring"):
+    for exchange in ("pull", "gather", "ring", "two-way"):
         report.attempt(f"CUDA graph, {exchange}", replays, exchange)
     report.attempt("CUDA graph, pull, KV kept", lambda: replays("pull", keep_kv=True))
     report.attempt("CUDA graph, pull in parts", lambda: replays("pull", kv_memory=1 << 18))
@@ -190,6 +191,9 @@ def messages(report: Report) -> None:
             f"float64 matrix, {exchange}, two ranks a process",
             lambda e=exchange: [run_case(c, ranks_per_process=2) for c in cases() if c.exchange == e] and None,
         )
+    two_ways = [replace(case, exchange="two-way") for case in cases() if case.exchange == "ring"]
+    report.attempt("float64 matrix, two-way", lambda: [run_case(c) for c in two_ways] and None)
+    report.attempt("float64 matrix, two-way, two ranks a process", lambda: [run_case(c, 2) for c in two_ways] and None)
     if dist.get_world_size() % 2 == 0:
         report.attempt("float64 matrix, two axes", lambda: [run_case(c) for c in cases(ulysses=2)[::5]] and None)
 
@@ -256,7 +260,7 @@ def kernels(report: Report) -> None:
 
 def times(report: Report) -> None:
     for seq_len in (8192, 32768, 131072):
-        for exchange in EXCHANGES:
+        for exchange in (*EXCHANGES, "two-way"):
             ring = ra.Ring(ProcessGroupTransport(), layout="zigzag", exchange=exchange)
             report.attempt(f"time {exchange} {seq_len}", timing, ring, seq_len)
         report.attempt(f"time pull by copy engines {seq_len}", timing, symmetric_ring("zigzag"), seq_len)
