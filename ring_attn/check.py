@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ring_attn.attention import ring_attention
 from ring_attn.capabilities import capabilities, report
-from ring_attn.exchange import EXCHANGES
+from ring_attn.exchange import EXCHANGE_NAMES
 from ring_attn.kernels import KERNEL_NAMES, KernelUnavailable
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Mask, Window
@@ -57,7 +57,7 @@ class CheckOptions:
     def exchanges(self) -> dict[str, int | None]:
         """The exchanges to check, each with the ranks of a node where it knows nodes."""
         several_nodes = self.ring_size > 2 and self.ring_size % 2 == 0
-        return dict.fromkeys(EXCHANGES) | ({"two-level": 2} if several_nodes else {})
+        return {name: 2 if name == "two-level" else None for name in EXCHANGE_NAMES if name != "two-level" or several_nodes}
 
     @property
     def sizes(self) -> Sizes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import NamedTuple
 
-from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES, Exchange, get_exchange, make_plan
+from ring_attn.exchange import EXCHANGES, Exchange, TwoLevelExchange, get_exchange, make_plan
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.tiles import Plan
@@ -136,10 +136,11 @@ def fastest(question: Question) -> Exchange:
 def estimates(question: Question) -> tuple[Estimate, ...]:
     """One for every exchange that fits into `max_rows`, the fastest first. Raises ValueError where none does.
 
-    "two-level" is a choice only where nodes are known.
+    "two-level" is a choice only where nodes are known. "two-way" is none: what it wins over "ring" are wires between
+    neighbours that can be used at once, of which a Link says nothing, and behind a switch it is "ring" with more calls.
     """
     found, refused = [], []
-    for name in EXCHANGES if question.ranks_per_node is None else EXCHANGE_NAMES:
+    for name in EXCHANGES if question.ranks_per_node is None else (*EXCHANGES, TwoLevelExchange.name):
         exchange = get_exchange(name, question.ranks_per_node)
         try:
             plan = make_plan(exchange, question.mask, question.layout, question.kv_layout, question.max_rows)

@@ -30,8 +30,8 @@ class Ring:
     """A ring of ranks and how it works. Make one with simulated, from_group or from_mesh, which take
 
     layout: "contiguous", "striped" or "zigzag": which positions each rank holds;
-    exchange: "ring", "gather", "pull" or "two-level": how ranks meet each other's KV; "auto" takes the fastest for a call, by
-    the formula that `ring-attn plan --explain` prints;
+    exchange: "ring", "gather", "pull", "two-way" or "two-level": how ranks meet each other's KV; "auto" takes the fastest for a
+    call, by the formula that `ring-attn plan --explain` prints, which leaves "two-way" out;
     kernel: "auto", the name of a kernel, or a pair such as "triton+flash2" for forward and backward;
     kv_memory: how many bytes of KV that came from other ranks a rank may hold in a forward, what is under way included; a
     backward holds dK and dV of the same rows beside them, in fp32. None: as many as the exchange takes at once;

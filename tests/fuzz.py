@@ -204,8 +204,9 @@ def cases(draw) -> dict:
     g = draw(st.integers(1, 3).map(lambda g: g if ulysses % g == 0 else ulysses * g))
     d = draw(st.integers(1 if dtype == "float64" else 3, 9))
     scored = draw(scores(d, dtype) if draw(st.integers(0, 3)) else st.just(()))
-    exchange = draw(st.sampled_from(["ring", "gather", "pull"]))
-    rows = draw(st.none() | st.integers(2 * ring if exchange == "gather" else 1, 50)) if exchange != "ring" else None
+    exchange = draw(st.sampled_from(["ring", "gather", "pull", "two-way"]))
+    in_parts = exchange in ("gather", "pull")
+    rows = draw(st.none() | st.integers(2 * ring if exchange == "gather" else 1, 50)) if in_parts else None
     return {
         "ring": ring,
         "ulysses": ulysses,

@@ -211,7 +211,7 @@ def test_what_is_checked_is_what_auto_takes_at_the_length_that_is_timed():
         (["--lengths", "100"], "lengths must be multiples of 2 * ring size = 8, at least 32, got (100,)"),
         (["--masks", "padding"], "mask 'padding' is not one of causal, full, window, documents"),
         (["--layouts", "spiral"], "layout 'spiral' is not one of contiguous, striped, zigzag"),
-        (["--exchanges", "mail"], "exchange 'mail' is not one of auto, ring, gather, pull, two-level"),
+        (["--exchanges", "mail"], "exchange 'mail' is not one of auto, ring, gather, pull, two-way, two-level"),
         (["--exchanges", "two-level"], "exchange='two-level' needs ranks_per_node, how many neighbouring ranks share a node"),
     ],
 )

@@ -81,7 +81,7 @@ def test_plan_shows_the_balance_of_the_layouts(capsys):
         (["--seq-len", "63"], "seq_len 63 must be a multiple of 2 * ring_size = 8 for the zigzag layout"),
         (["--documents", "1,x"], "--documents takes whole numbers"),
         (["--seq-len", "64", "--documents", "1,2"], "the documents add up to 3 positions, but seq_len is 64"),
-        (["--exchange", "post"], "exchange 'post' is not one of auto, ring, gather, pull, two-level"),
+        (["--exchange", "post"], "exchange 'post' is not one of auto, ring, gather, pull, two-way, two-level"),
         (["--exchange", "two-level"], "the two-level exchange needs --ranks-per-node"),
         (["--exchange", "two-level", "--ranks-per-node", "3"], "--ranks-per-node 3 must divide --ring-size 4"),
         (["--ranks-per-node", "2"], "--ranks-per-node is for the two-level exchange and for --explain, not for ring"),
@@ -140,7 +140,7 @@ def test_check_runs_two_levels_where_there_are_several_nodes(capsys, ring_size, 
     why = f"exchange two-level: not here, a ring of {ring_size} is not several nodes of 2 ranks; --ring-size 4 is"
     assert (why in lines) != checked
     table = lines[next(n for n, line in enumerate(lines) if line.startswith("device dtype")) : -1]
-    assert [line[27:37].rstrip() for line in table] == ["exchange", *EXCHANGES, *(["two-level"] if checked else [])]
+    assert [line[27:37].rstrip() for line in table] == ["exchange", *EXCHANGES, "two-way", *(["two-level"] if checked else [])]
     assert all(line.endswith("  ok, 15 cases") and line.index("  ok") == table[0].index("  verdict") for line in table[1:])
 
 

@@ -45,6 +45,7 @@ def test_what_it_prefers():
     assert best(Window(4096), Zigzag(131072, 4), "gpus") == "pull", "only what a window needs"
     assert best(Causal(), Zigzag(64, 4), "process") == "gather", "in one process nothing is moved"
     assert "ring" not in by_name(Causal(), Zigzag(131072, 4), MACHINES["gpus"], max_rows=1000), "it holds whole shards"
+    assert "two-way" not in by_name(Causal(), Zigzag(131072, 16), MACHINES["network"], nodes=8), "no link tells what it wins"
 
 
 def test_a_call_goes_by_it(caplog):

@@ -1,10 +1,12 @@
 """What an exchange moves and holds: position order, only the rows that a mask needs, and no more at a time than kv_memory."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 import ring_attn as ra
-from ring_attn.exchange import EXCHANGES, make_plan
+from ring_attn.exchange import EXCHANGES, get_exchange, make_plan
 from ring_attn.layout import LAYOUTS, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.tiles import part_positions
@@ -106,6 +108,7 @@ def test_too_little_memory_is_named():
         (127, "pull", r"kv_memory 127 is below the 128 bytes that one KV row at a time takes"),
         (4 * 128, "gather", r"a row of all 3 ranks at a time, three times over, but kv_memory is enough for 8 rows"),
         (7 * 128, "ring", r"a whole shard of 8 KV rows at a time, but kv_memory is enough for 7; exchange='pull' and 'gather'"),
+        (7 * 128, "two-way", r"the two-way exchange holds a whole shard of 8 KV rows at a time"),
     ):
         ring = ra.Ring.simulated(3, "contiguous", exchange=exchange, kv_memory=memory)
         with pytest.raises(ValueError, match=message):
@@ -138,6 +141,49 @@ def test_two_levels(ring_size, ranks_per_node):
             assert len([what for what in shifts if "forward" in what]) <= ring_size // ranks_per_node - 1
 
 
+def test_what_a_node_waits_for_is_posted_before_what_comes_from_the_next_one():
+    """NCCL moves what was posted first first, and between nodes it takes longest."""
+    ring, posted = ra.Ring.simulated(6, exchange="two-level", ranks_per_node=2, hostile=True), []
+    for name in ("pull", "shift"):
+        post = getattr(ring.transport, name)
+        setattr(ring.transport, name, lambda *x, name=name, post=post, **o: posted.append(name) or post(*x, **o))
+    q, k, v, _ = random_qkv(1, 24, 24, 2, 1, 4, dtype=torch.float64)
+    ra.ring_attention(q, k, v, ring=ring, mask=ra.Full())
+    assert posted == ["pull", "shift"] * 2 + ["pull"]
+
+
+@pytest.mark.parametrize("ring_size", range(1, 8))
+def test_two_ways(ring_size):
+    """The matrix, where rows travel to ranks as far to the one side as to the other, and half of them to each."""
+    for case in cases():
+        if case.exchange == "ring":
+            ring = ra.Ring.simulated(ring_size, case.layout, exchange="two-way", kernel=case.kernel, hostile=True)
+            pull = ring.transport.pull
+
+            def both_ways(rows, parts, *, what, pull=pull):
+                for rank, wanted in enumerate(parts):
+                    shares = Counter((part.rank - rank) % ring_size for part in wanted for _ in part.rows)
+                    assert set(shares) == {min(shares), ring_size - min(shares)} and shares.total() == rows[0].shape[1]
+                    assert max(shares.values()) - min(shares.values()) <= 2
+                return pull(rows, parts, what=what)
+
+            ring.transport.pull, ring.transport.shift = both_ways, None
+            check(case, ring)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ring_size", [4, 7])
+def test_two_ways_are_as_balanced_as_one_for_a_tile_more(layout, ring_size):
+    one, two = (
+        make_plan(get_exchange(name, None), Causal(), LAYOUTS[layout](64 * ring_size, ring_size))
+        for name in ("ring", "two-way")
+    )
+    for step in one.steps:
+        worst_one, worst_two = (max(plan.cells(rank, step) for rank in range(ring_size)) for plan in (one, two))
+        assert worst_two == pytest.approx(worst_one, rel=0.04)
+        assert all(len(two[rank, step]) <= 2 for rank in range(ring_size))
+
+
 def test_nodes_are_named():
     with pytest.raises(ValueError, match=r"exchange='two-level' needs ranks_per_node"):
         ra.Ring.simulated(4, exchange="two-level")
@@ -151,7 +197,7 @@ def test_nodes_are_named():
         ra.ring_attention(q, k, v, ring=ring)
 
 
-@pytest.mark.parametrize("exchange", ["ring", "gather", "pull", "two-level"])
+@pytest.mark.parametrize("exchange", ["ring", "gather", "pull", "two-way", "two-level"])
 def test_gradients_travel_in_the_dtype_asked_for(exchange):
     """float64 inputs over a wire of fp32: dK and dV as exact as that, the rest as ever."""
     choice = {"exchange": exchange, "ranks_per_node": 2 if exchange == "two-level" else None}
@@ -168,7 +214,7 @@ def test_gradients_travel_in_the_dtype_asked_for(exchange):
 
         setattr(ring.transport, name, watched)
 
-    for name in ("shift", "reduce_scatter", "push"):
+    for name in ("shift", "reduce_scatter", "pull", "push"):
         watch(name)
     found = errors(ring, Sizes(), ra.Causal() & ra.Window(20), [])
     assert sent == {torch.float32}
@@ -203,10 +249,12 @@ class Living:
         return sum(rows for storage, rows in held if storage is not None)
 
 
-@pytest.mark.parametrize(("exchange", "operation"), [("pull", "pull"), ("gather", "all_gather"), ("ring", "shift")])
+@pytest.mark.parametrize(
+    ("exchange", "operation"), [("pull", "pull"), ("gather", "all_gather"), ("ring", "shift"), ("two-way", "pull")]
+)
 def test_a_forward_holds_a_visit_and_the_next_one(exchange, operation):
     q, k, v, _ = random_qkv(1, 192, 192, 1, 1, 4, dtype=torch.float64)
-    rows = 48 if exchange == "ring" else 16
+    rows = 48 if exchange in ("ring", "two-way") else 16
     ring, living = ra.Ring.simulated(4, "contiguous", exchange=exchange, kv_memory=2 * rows * 64, hostile=True), Living()
     living.watch(ring.transport, operation, "KV", lambda sent, got: got if exchange == "gather" else got[:1])
     ra.ring_attention(q, k, v, ring=ring, mask=ra.Full())

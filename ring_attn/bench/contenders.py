@@ -188,6 +188,10 @@ class Silent:
         self.link, self.ranks_per_node = self.inner.link, self.inner.ranks_per_node
         self.ring_size, self.hosted = self.inner.ring_size, self.inner.hosted
 
+    @property
+    def beside(self) -> Silent:
+        return self
+
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         return _at_once(list(shards), what)
 

@@ -28,6 +28,10 @@ class LocalTransport:
         self.hosted = tuple(range(ring_size))
         self.hostile = hostile
 
+    @property
+    def beside(self) -> LocalTransport:
+        return self
+
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
         sources = [shards[(rank - offset) % self.ring_size] for rank in self.hosted]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring_attn.comm.second import second_group, timeout_s
 from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import watch
@@ -37,9 +38,19 @@ class ProcessGroupTransport:
     Process p of the group hosts ranks p * n ... p * n + n - 1. Ranks are those of the ring, never the job's. A transfer that
     fails (a peer died, or the group's timeout passed) raises RuntimeError naming this rank, its peer and the operation; `among`
     says of which ranks, where there are more than those of this transport.
+
+    `beside`: the group whose wires `beside` goes over, of the same processes in the same order; `group` itself for none of its
+    own. None: over NCCL a second communicator, split off on first use, see `second_group`, and otherwise the group itself.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, ranks_per_process: int = 1, among: str = "") -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        ranks_per_process: int = 1,
+        among: str = "",
+        beside: dist.ProcessGroup | None = None,
+    ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed is not initialised; call torch.distributed.init_process_group first")
         self.group = dist.group.WORLD if group is None else group
@@ -56,7 +67,25 @@ class ProcessGroupTransport:
         self.ranks_per_node = on_node * ranks_per_process if self.link == "network" else None
         self._among = among
         self._tag = 0
-        self._watch = watch(_timeout_s(self.group)) if dist.get_backend(self.group) == dist.Backend.NCCL else None
+        self._watch = watch(timeout_s(self.group)) if dist.get_backend(self.group) == dist.Backend.NCCL else None
+        self._second = None if beside is None else self._over(beside)
+
+    @property
+    def beside(self) -> ProcessGroupTransport:
+        if self._second is None:
+            self._second = self._over(self._guarded(lambda: second_group(self.group), "a second communicator"))
+        return self._second
+
+    def _over(self, group: dist.ProcessGroup) -> ProcessGroupTransport:
+        """This transport over another group of the same processes."""
+        if group is self.group:
+            return self
+        processes = dist.get_process_group_ranks(group)
+        if processes != self._processes:
+            raise ValueError(
+                f"the group beside must have the same processes in the same order, {self._processes}, not {processes}"
+            )
+        return ProcessGroupTransport(group, ranks_per_process=self.ranks_per_process, among=self._among, beside=group)
 
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
@@ -233,11 +262,6 @@ def _link(group: dist.ProcessGroup) -> tuple[str, int]:
     hosts = [rank // on_host for rank in dist.get_process_group_ranks(group)]
     # Where hosts hold uneven runs of them, nodes are what divides all.
     return "gpus" if len(set(hosts)) == 1 else "network", math.gcd(*(len(list(run)) for _, run in groupby(hosts)))
-
-
-def _timeout_s(group: dist.ProcessGroup) -> float:
-    """The timeout of an NCCL group in seconds."""
-    return group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
 
 
 def split_group(group: dist.ProcessGroup | None, ring_size: int, ranks_per_process: int) -> dist.ProcessGroup:

@@ -107,6 +107,11 @@ class SymmetricTransport(ProcessGroupTransport):
         self._stream: torch.cuda.Stream | None = None
 
     @property
+    def beside(self) -> SymmetricTransport:
+        # Pushes and pulls go over one memory, so in one order.
+        return self
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of symmetric memory on each rank."""
         return self._memory.size

@@ -65,6 +65,12 @@ class Transport(Collective, Protocol):
 
     link: str
 
+    @property
+    def beside(self) -> Transport:
+        """The same ranks over wires on which nothing waits in line for what is under way here; itself where nothing does anyway
+        or there are no others. Every process must ask for it at the same point of its calls.
+        """
+
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         """Sends each hosted rank's payload to rank + offset; receives from rank - offset, in the order of `hosted`."""
 

@@ -17,17 +17,21 @@ from ring_attn.exchange.gather import GatherExchange
 from ring_attn.exchange.pull import PullExchange
 from ring_attn.exchange.ring import RingExchange
 from ring_attn.exchange.two_level import TwoLevelExchange
+from ring_attn.exchange.two_way import TwoWayExchange
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
 from ring_attn.tiles import Plan
 
 EXCHANGES: dict[str, Exchange] = {exchange.name: exchange for exchange in (RingExchange(), GatherExchange(), PullExchange())}
-EXCHANGE_NAMES = (*EXCHANGES, TwoLevelExchange.name)
+"""Those among which auto chooses, and beside them "two-level" where nodes are known."""
+
+_BY_NAME = EXCHANGES | {TwoWayExchange.name: TwoWayExchange()}
+EXCHANGE_NAMES = (*_BY_NAME, TwoLevelExchange.name)
 
 
 def get_exchange(name: str, ranks_per_node: int | None) -> Exchange:
     """The exchange of that name; `ranks_per_node` is for the one that knows nodes."""
-    return TwoLevelExchange(ranks_per_node) if name == TwoLevelExchange.name else EXCHANGES[name]
+    return TwoLevelExchange(ranks_per_node) if name == TwoLevelExchange.name else _BY_NAME[name]
 
 
 @lru_cache(maxsize=128)

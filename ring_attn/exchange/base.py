@@ -91,10 +91,14 @@ def at_hand(kv: list[KV], plan: Plan) -> Pending[list[Tensor]]:
 
 
 class PackedHomeward:
-    """What every way home shares: packed buffers of a visit, and the own rows to which arrivals are added."""
+    """What every way home shares: packed buffers of a visit, the own rows to which arrivals are added, and wires beside those
+    that KV travels over.
+    """
 
     def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> None:
-        self.transport, self.plan, self.dtypes = transport, plan, dtypes
+        # With two steps neither is in the other's way: the second visit waits for its KV anyway.
+        self.transport = transport.beside if len(plan.steps) > 2 else transport
+        self.plan, self.dtypes = plan, dtypes
         self.rows: list[Tensor] = []
         self.own: list[Tensor] = []
         self.pending: list[tuple[slice, Pending[list[Tensor]]]] = []

@@ -22,21 +22,28 @@ class RingExchange:
         size, everything = layout.ring_size, range(kv_layout.shard_len)
         if max_rows is not None and max_rows < len(everything):
             raise ValueError(
-                f"the ring exchange holds a whole shard of {len(everything)} KV rows at a time, but kv_memory is enough for "
-                f"{max_rows}; exchange='pull' and 'gather' take less at a time"
+                f"the {self.name} exchange holds a whole shard of {len(everything)} KV rows at a time, but kv_memory is enough "
+                f"for {max_rows}; exchange='pull' and 'gather' take less at a time"
             )
         return tuple(tuple((Part((rank - step) % size, everything),) for rank in range(size)) for step in range(size))
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
         widths, steps = Widths.of(kv[0]), plan.steps
 
-        def shift(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
-            return transport.shift(came, step - steps[steps.index(step) - 1], what=f"{what}, KV for step {step}")
+        def onward(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
+            before = steps[steps.index(step) - 1]
+            return self.pass_on(transport, came, plan, before, step, what=f"{what}, KV for step {step}")
 
-        return visits(at_hand(kv, plan), plan, shift, lambda step, came: list(map(widths.unpack, came)) if step else kv)
+        return visits(at_hand(kv, plan), plan, onward, lambda step, came: list(map(widths.unpack, came)) if step else kv)
+
+    def pass_on(
+        self, transport: Transport, rows: list[Tensor], plan: Plan, start: int, stop: int, *, what: str
+    ) -> Pending[list[Tensor]]:
+        """The packed rows of a visit at step `start` on to the ranks that visit them at step `stop`, which is 0 at home."""
+        return transport.shift(rows, stop - start, what=what)
 
     def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
-        return _RingHomeward(transport, plan, dtypes)
+        return _RingHomeward(transport, plan, dtypes, self)
 
 
 class _RingHomeward(PackedHomeward):
@@ -45,12 +52,17 @@ class _RingHomeward(PackedHomeward):
     A visit fills buffers of its own, so that what came from the rank before is awaited only after this visit's compute.
     """
 
+    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes, exchange: RingExchange) -> None:
+        super().__init__(transport, plan, dtypes)
+        self.exchange = exchange
+
     def add(self, visit: Visit) -> None:
         if visit.step == 0:
             self.own = self.rows
             return
         self.add_arrived(self.rows)
         steps = self.plan.steps
-        offset = -visit.step if visit.last else steps[steps.index(visit.step) + 1] - visit.step
-        where = f"ring backward, dK and dV {'home' if visit.last else 'on'} from step {visit.step}"
-        self.pending = [(slice(None), self.transport.shift(self.sent(self.rows), offset, what=where))]
+        to = 0 if visit.last else steps[steps.index(visit.step) + 1]
+        where = f"{self.exchange.name} backward, dK and dV {'home' if visit.last else 'on'} from step {visit.step}"
+        sent = self.sent(self.rows)
+        self.pending = [(slice(None), self.exchange.pass_on(self.transport, sent, self.plan, visit.step, to, what=where))]

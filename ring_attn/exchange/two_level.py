@@ -61,12 +61,13 @@ class TwoLevelExchange:
         for level, following in zip(levels, [*levels[1:], None], strict=True):
             if arriving is not None:
                 held = arriving.wait()
+            inside = 2 * level + 1
+            if inside in steps:
+                # First, as this level waits for it: wires that have a queue would keep it behind the slow link.
+                pulled = transport.pull(held, self.holders(plan, inside), what=f"{what}, KV for step {inside}")
             if following is not None:
                 away = (following - level) * self.ranks_per_node
                 arriving = transport.shift(held, away, what=f"{what}, KV of {following} nodes back")
-            inside = 2 * level + 1
-            if inside in steps:
-                pulled = transport.pull(held, self.holders(plan, inside), what=f"{what}, KV for step {inside}")
             if 2 * level in steps:
                 yield Visit(2 * level, list(map(unpack, held)) if level else kv, 2 * level == steps[-1])
             if inside in steps:

@@ -31,6 +31,18 @@ def test_two_levels():
     run_processes(_two_levels, 4)
 
 
+def _two_ways(rank: int, ranks_per_process: int) -> None:
+    for case in cases():
+        if case.exchange == "ring":
+            options = {"exchange": "two-way", "kernel": case.kernel, "ranks_per_process": ranks_per_process}
+            check(case, ra.Ring.from_group(None, case.layout, **options))
+
+
+@pytest.mark.parametrize(("num_processes", "ranks_per_process"), [(2, 1), (4, 1), (2, 3)])
+def test_two_ways(num_processes: int, ranks_per_process: int):
+    run_processes(_two_ways, num_processes, ranks_per_process)
+
+
 def _side_by_side(rank: int) -> None:
     for case in cases():
         ring = ra.Ring.from_group(None, case.layout, exchange=case.exchange, kernel=case.kernel, ring_size=2)

@@ -83,7 +83,9 @@ class pretended:
 
 def _conforms(rank, folder):
     with pretended(MappedFiles, folder):
-        conform(SymmetricTransport())
+        transport = SymmetricTransport()
+        assert transport.beside is transport, "one memory, one order"
+        conform(transport)
         for case in cases():
             if case.exchange == "pull":
                 for keep_kv in (False, True):

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 
@@ -76,7 +77,7 @@ def dozing_rounds(count: int, rings: int = 1) -> None:
 def replays(exchange: str, count: int = 20, **options) -> None:
     """A CUDA graph of a forward and a backward gives, on new inputs and between other calls, what the call gives."""
     ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, **options)
-    shape = 1, 298, 298, 4, 2, 128
+    shape = 1, 300, 300, 4, 2, 128
     q, k, v, dout = (x.requires_grad_() for x in random_qkv(*shape, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0]))
 
     def run() -> list[torch.Tensor]:
@@ -127,14 +128,14 @@ def median_ms(function, repeats: int = 7) -> float:
 
 def timing(ring: ra.Ring, seq_len: int, h: int = 32, g: int = 8, d: int = 128) -> str:
     """ms and TFLOP/s a GPU, forward and forward + backward, causal, bf16."""
-    rows = seq_len // ring.size
+    rows = ring.layout(seq_len).shard_len * len(ring.hosted)
     q, k, v, dout = (
         x.requires_grad_() for x in random_qkv(1, rows, rows, h, g, d, dtype=torch.bfloat16, device=DEVICE, seed=ring.hosted[0])
     )
     with torch.no_grad():
         forward = median_ms(lambda: ra.ring_attention(q, k, v, ring=ring))
     both = median_ms(lambda: torch.autograd.grad(ra.ring_attention(q, k, v, ring=ring), (q, k, v), dout))
-    flops = 2 * h * seq_len**2 * d / ring.size / 1e9
+    flops = 2 * h * seq_len * rows * d / 1e9
     return f"forward {forward:8.2f} ms {flops / forward:5.0f} TF   both {both:8.2f} ms {3.5 * flops / both:5.0f} TF"
 
 
@@ -172,7 +173,7 @@ def symmetric(report: Report) -> None:
 
 def graphs(report: Report) -> None:
     """CUDA graphs of whole calls."""
-    for exchange in ("pull", "gather", "ring"):
+    for exchange in ("pull", "gather", "ring", "two-way"):
         report.attempt(f"CUDA graph, {exchange}", replays, exchange)
     report.attempt("CUDA graph, pull, KV kept", lambda: replays("pull", keep_kv=True))
     report.attempt("CUDA graph, pull in parts", lambda: replays("pull", kv_memory=1 << 18))
@@ -190,8 +191,60 @@ def messages(report: Report) -> None:
             f"float64 matrix, {exchange}, two ranks a process",
             lambda e=exchange: [run_case(c, ranks_per_process=2) for c in cases() if c.exchange == e] and None,
         )
+    two_ways = [replace(case, exchange="two-way") for case in cases() if case.exchange == "ring"]
+    report.attempt("float64 matrix, two-way", lambda: [run_case(c) for c in two_ways] and None)
+    report.attempt("float64 matrix, two-way, two ranks a process", lambda: [run_case(c, 2) for c in two_ways] and None)
     if dist.get_world_size() % 2 == 0:
         report.attempt("float64 matrix, two axes", lambda: [run_case(c) for c in cases(ulysses=2)[::5]] and None)
+
+
+def beside(report: Report) -> None:
+    """A second communicator for what goes home: the wires, delays, graphs, memory, and what it is worth.
+
+    On less than four GPUs each hosts two ranks: in a ring of two no KV is left to travel when the first gradients leave.
+    """
+    each = 2 if dist.get_world_size() < 4 else 1
+    transport = ProcessGroupTransport(ranks_per_process=each)
+    report.attempt("second communicator: it is one", memory_of_second, transport)
+    report.attempt("second communicator: conformance", lambda: conform(transport.beside, DEVICE))
+    report.attempt("second communicator: 1,000 rounds with delays", dozing_on_both, transport, 1000)
+    report.attempt("second communicator: CUDA graph, ring", lambda: replays("ring", ranks_per_process=each))
+    alone = ProcessGroupTransport(ranks_per_process=each, beside=dist.group.WORLD)
+    for seq_len in (8192, 32768, 131072):
+        for name, wires in (("in line", alone), ("beside", transport), ("in line again", alone), ("beside again", transport)):
+            ring = ra.Ring(wires, layout="zigzag", exchange="ring")
+            report.attempt(f"time ring {seq_len}, gradients {name}", timing, ring, seq_len)
+
+
+def memory_of_second(transport: ProcessGroupTransport) -> str:
+    """Memory of the GPU that a communicator takes which only shifts to the next rank."""
+    shards = [torch.zeros(1 << 24, device=DEVICE) for _ in transport.hosted]
+    transport.shift(shards).wait()
+    torch.cuda.synchronize()
+    free, _ = torch.cuda.mem_get_info()
+    assert transport.beside.group is not transport.group
+    split, _ = torch.cuda.mem_get_info()
+    transport.beside.shift(shards).wait()
+    torch.cuda.synchronize()
+    connected, _ = torch.cuda.mem_get_info()
+    return f"{(free - split) / 2**20:.0f} MiB, {(free - connected) / 2**20:.0f} MiB with connections"
+
+
+def dozing_on_both(transport: ProcessGroupTransport, count: int) -> None:
+    """Shifts over both communicators at once, with random delays on any rank between them and compute beside them."""
+    chance, size, (first, *_) = random.Random(dist.get_rank()), transport.ring_size, transport.hosted
+    busy = torch.randn(2048, 2048, device=DEVICE)
+    for number in range(count):
+        sent, ways = [], (transport, transport.beside)
+        for n, way in enumerate(ways):
+            if chance.random() < 0.3:
+                torch.cuda._sleep(int(chance.random() * 2e7))
+            shards = [torch.full((1 << 20,), 2 * rank + n + number, device=DEVICE) for rank in transport.hosted]
+            sent.append(way.shift(shards, n + 1))
+            busy = (busy @ busy).clamp(-1, 1)
+        for n in (1, 0) if number % 2 else (0, 1):
+            source = (first - n - 1) % size
+            assert (sent[n].wait()[0] == 2 * source + n + number).all(), f"round {number}"
 
 
 def kernels(report: Report) -> None:
@@ -207,13 +260,13 @@ def kernels(report: Report) -> None:
 
 def times(report: Report) -> None:
     for seq_len in (8192, 32768, 131072):
-        for exchange in EXCHANGES:
+        for exchange in (*EXCHANGES, "two-way"):
             ring = ra.Ring(ProcessGroupTransport(), layout="zigzag", exchange=exchange)
             report.attempt(f"time {exchange} {seq_len}", timing, ring, seq_len)
         report.attempt(f"time pull by copy engines {seq_len}", timing, symmetric_ring("zigzag"), seq_len)
 
 
-STAGES = {stage.__name__: stage for stage in (symmetric, messages, kernels, times, graphs)}
+STAGES = {stage.__name__: stage for stage in (symmetric, messages, beside, kernels, times, graphs)}
 
 
 def main() -> None:
