@@ -4,8 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ring_attn.comm import process_group
+from ring_attn.comm.backend import over_nccl
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.layout import Part
@@ -130,6 +132,17 @@ def test_gloo(num_processes, ranks_per_process):
 
 
 @pytest.mark.parametrize(
+    ("backend", "nccl"),
+    [("nccl", True), ("gloo", False), ("cpu:gloo,cuda:nccl", True), ("cpu:gloo", False), ("cuda:gloo", False)],
+)
+def test_what_carries_tensors_on_gpus(monkeypatch, backend, nccl):
+    """A group that is made without a backend has one for each kind of device, and get_backend calls that undefined."""
+    config = dist.distributed_c10d.BackendConfig(dist.Backend(backend))
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: str(config))
+    assert over_nccl(None) is nccl
+
+
+@pytest.mark.parametrize(
     ("on_host", "ranks", "link"),
     [
         (4, range(4), ("gpus", 4)),
@@ -142,7 +155,7 @@ def test_gloo(num_processes, ranks_per_process):
 )
 def test_what_lies_between_processes_and_how_many_share_a_host(monkeypatch, on_host, ranks, link):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_host))
-    monkeypatch.setattr(process_group.dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(process_group, "over_nccl", lambda group: True)
     monkeypatch.setattr(process_group.dist, "get_world_size", lambda *group: 24)
     monkeypatch.setattr(process_group.dist, "get_process_group_ranks", lambda group: list(ranks))
     assert process_group._link(None) == link

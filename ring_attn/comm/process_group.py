@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.second import second_group, timeout_s
+from ring_attn.comm.backend import over_nccl, timeout_s
+from ring_attn.comm.second import second_group
 from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import watch
@@ -67,7 +68,7 @@ class ProcessGroupTransport:
         self.ranks_per_node = on_node * ranks_per_process if self.link == "network" else None
         self._among = among
         self._tag = 0
-        self._watch = watch(timeout_s(self.group)) if dist.get_backend(self.group) == dist.Backend.NCCL else None
+        self._watch = watch(timeout_s(self.group)) if over_nccl(self.group) else None
         self._second = None if beside is None else self._over(beside)
 
     @property
@@ -188,7 +189,7 @@ class ProcessGroupTransport:
     def reduce_scatter(self, parts: Sequence[Sequence[Tensor]], *, what: str = "reduce-scatter") -> Pending[list[Tensor]]:
         check_parts(self, parts, what)
         mine = torch.stack([torch.stack([row[rank] for row in parts]).sum(0) for rank in range(self.ring_size)])
-        if dist.get_backend(self.group) != dist.Backend.NCCL:
+        if not (mine.is_cuda and over_nccl(self.group)):
             return self._reduce_scatter_by_all_to_all(mine, what)
         sums = mine.new_empty(self.ranks_per_process, *mine.shape[1:])
         works = self._guarded(lambda: [_reduce_scatter(sums, mine, group=self.group, async_op=True)], what)
@@ -256,7 +257,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _link(group: dist.ProcessGroup) -> tuple[str, int]:
     """What lies between the processes, see Transport, and how many of them share a host: as torchrun tells, without it all."""
-    if dist.get_backend(group) != dist.Backend.NCCL:
+    if not over_nccl(group):
         return "gloo", dist.get_world_size(group)
     on_host = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     hosts = [rank // on_host for rank in dist.get_process_group_ranks(group)]

@@ -23,6 +23,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from ring_attn.comm.backend import over_nccl, timeout_s
+
 logger = logging.getLogger("ring_attn")
 
 _seconds: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
@@ -34,7 +36,7 @@ def second_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     It is made once for a group, by all its processes together and while nothing of them is under way on this GPU, and goes
     with `destroy_process_group()`. Raises RuntimeError where it would have to be made while a CUDA graph is captured.
     """
-    if dist.get_backend(group) != dist.Backend.NCCL:
+    if not over_nccl(group):
         # Messages of other backends are matched by their tags and wait for none.
         return group
     if dist.group.WORLD.bound_device_id is None:
@@ -47,11 +49,6 @@ def second_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if found is None:
         found = _seconds[group] = _split_off(group)
     return found
-
-
-def timeout_s(group: dist.ProcessGroup) -> float:
-    """The timeout of an NCCL group in seconds."""
-    return group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
 
 
 def _split_off(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -119,6 +119,8 @@ class SymmetricTransport(ProcessGroupTransport):
     def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
         (shard,) = shards
+        if not _on_gpu(shard):
+            return super().pull(shards, parts, what=what)
         received, arrive = self._transfer(shard, self._route(pulled, parts, shard), what)
         return Pending([received], arrive, what)
 
@@ -126,6 +128,8 @@ class SymmetricTransport(ProcessGroupTransport):
         self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
     ) -> Pending[Sequence[Tensor]]:
         (grad,), (total,) = grads, into
+        if not _on_gpu(grad):
+            return super().push(grads, parts, into, what=what)
         route = self._route(pushed, parts, grad)
         received, arrive = self._transfer(grad, route, what)
 
@@ -300,6 +304,11 @@ def _why_not(processes: int) -> str | None:
         return f"each of {processes} processes must see the GPUs of all, but this one sees {seen}"
     apart = [pair for pair in permutations(range(seen), 2) if not torch.cuda.can_device_access_peer(*pair)]
     return f"of these pairs of GPUs one does not reach the other: {apart}" if apart else None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Others, in a group that carries both kinds, go as messages."""
+    return x.is_cuda
 
 
 def _capturing(device: torch.device) -> bool:

@@ -70,6 +70,7 @@ class pretended:
             patch.object(symmetric, "rendezvous", size_of),
             patch.object(process_group, "_link", lambda group: ("gpus", dist.get_world_size())),
             patch.object(symmetric, "_why_not", lambda processes: None),
+            patch.object(symmetric, "_on_gpu", lambda x: True),
         ]
 
     def __enter__(self):
@@ -216,7 +217,10 @@ def _is_refused(rank):
                 with patch.object(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2}):
                     _falls_back_by_name(r"of these pairs of GPUs one does not reach the other: \[\(0, 2\), \(2, 0\)\]")
                 with patch.object(torch.cuda, "can_device_access_peer", lambda one, other: True):
-                    assert ra.Ring.from_group(exchange="pull").transport.link == "symmetric"
+                    assert (pull := ra.Ring.from_group(exchange="pull")).transport.link == "symmetric"
+                    # Tensors on the CPU, in a group that carries both kinds, go as messages.
+                    ones = torch.ones(1, 4, 1, 4)
+                    assert torch.equal(ra.ring_attention(ones, ones, ones, ring=pull), ones)
                     assert ra.Ring.from_group(exchange="auto").transport.link == "symmetric"
                     assert ra.Ring.from_group(exchange="gather").transport.link == "gpus"
         # Who sees it otherwise than the others is found out by the first call.
