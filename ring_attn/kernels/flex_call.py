@@ -4,6 +4,9 @@ Note [one compilation]: a call compiles for its functions, dtype and head counts
 tile comes in tensors. Positions, bands and the numbers of heads are looked up by flex_attention's own row numbers, and inputs
 have the strides that follow from their shapes. Every such program has a code object of its own, since Dynamo counts the
 compilations of a code object, and those of a user's flex_attention are not ours to use up.
+
+Note [shifts]: a position is its row's number plus what is looked up. What is only looked up has no shape for torch 2.11, which
+cannot compile the gradient of a tensor that is indexed by what is worked out from it, such as a distance within bounds.
 """
 
 from __future__ import annotations
@@ -44,11 +47,11 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """By flex_attention's own numbers: batch rows [b], positions of queries [i], positions of keys [j]."""
+    """By flex_attention's own numbers: batch rows [b]; how far positions are from rows, of queries [i] and of keys [j]."""
 
     batches: Tensor
-    q_pos: Tensor
-    kv_pos: Tensor
+    q_shifts: Tensor
+    kv_shifts: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,21 +83,21 @@ def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, writ
     rows = range(batch) if tile.batch is None else range(tile.batch, tile.batch + 1)
     i, j = len(tile.q_rows), len(tile.kv_rows)
     sides = zip(tile.positions, (range(i), range(j)), strict=True)
-    q_pos, kv_pos = (global_positions(shard, side, device) for shard, side in sides)
-    lookup = Lookup(torch.arange(rows.start, rows.stop, device=device), q_pos, kv_pos)
+    shifts = (global_positions(shard, side, device) - torch.arange(len(side), device=device) for shard, side in sides)
+    lookup = Lookup(torch.arange(rows.start, rows.stop, device=device), *shifts)
     scalars = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)]
     functions = tuple(traced(predicate.fn, scalars) for predicate in tile.predicates)
     parts = []
     for predicate, function in zip(tile.predicates, functions, strict=True):
         tensors = function.arguments(captured(predicate.fn), i)
         heads = _heads(num_heads, predicate.first_head, device)
-        parts.append((function.fn, lookup.batches, heads, q_pos, kv_pos, tensors))
+        parts.append((function.fn, lookup.batches, heads, lookup.q_shifts, lookup.kv_shifts, tensors))
     lo = -i if tile.band.lo is None else tile.band.lo
     hi = j if tile.band.hi is None else tile.band.hi
     own = torch.arange(i, dtype=torch.int32, device=device)
     first, last = own + lo, own + hi
     blocks = _blocks(block_map(tile, batch, num_heads, BLOCK, device))
-    for x in (first, last, q_pos, kv_pos, *blocks):
+    for x in (first, last, lookup.q_shifts, lookup.kv_shifts, *blocks):
         any_size(x, *range(2, x.dim()) if x.dim() > 1 else (0,))
     return Prepared(lookup, blocks, _mask_mod(first, last, tuple(parts)), functions)
 
@@ -120,8 +123,8 @@ def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(first: Tensor, last: Tensor, parts: tuple) -> Callable:
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         allowed = (j >= first[i]) & (j <= last[i])
-        for fn, batches, heads, q_numbers, kv_numbers, tensors in parts:
-            seen = fn(i, batches[b], heads[h], q_numbers[i], kv_numbers[j], *tensors)
+        for fn, batches, heads, q_shifts, kv_shifts, tensors in parts:
+            seen = fn(i, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
             allowed = allowed & seen.to(torch.bool)
         return allowed
 
@@ -130,8 +133,8 @@ def _mask_mod(first: Tensor, last: Tensor, parts: tuple) -> Callable:
 
 def _score_mod(parts: tuple) -> Callable:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        for fn, batches, heads, q_numbers, kv_numbers, tensors in parts:
-            score = fn(i, score, batches[b], heads[h], q_numbers[i], kv_numbers[j], *tensors)
+        for fn, batches, heads, q_shifts, kv_shifts, tensors in parts:
+            score = fn(i, score, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
         return score
 
     return score_mod
@@ -146,7 +149,7 @@ def _part(step: Score, lookup: Lookup, q: Tensor) -> tuple[Traced, tuple]:
     score, *numbers = (torch.zeros((), dtype=x, device=q.device) for x in (dtype, *[torch.int64] * 4))
     function = traced(recapture(fn, tensors), (score, *numbers))
     heads = _heads(q.shape[2], first_head, q.device)
-    return function, (lookup.batches, heads, lookup.q_pos, lookup.kv_pos, function.arguments(tensors, q.shape[1]))
+    return function, (lookup.batches, heads, lookup.q_shifts, lookup.kv_shifts, function.arguments(tensors, q.shape[1]))
 
 
 def _scalar(step: Score) -> tuple[Callable, int]:

@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice, product
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ring_attn as ra
 from ring_attn.kernels import Grads, KernelUnavailable, Problem, Upstream, flex, get_kernel, resolve
 from ring_attn.kernels.flex import FlexKernel
-from ring_attn.kernels.flex_call import attend, compiled
+from ring_attn.kernels.flex_call import attend, compiled, work_of
 from ring_attn.kernels.functions import outside_of_ops, traced
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import MaskMod
@@ -369,6 +372,43 @@ def test_what_cannot_be_compiled_says_what_else_runs_it():
     assert caught.value.__notes__ == [
         "torch's flex_attention cannot compile this for kernel 'flex'; kernel='reference' runs any function"
     ]
+
+
+def graph_of(score_mod):
+    """A function as flex_attention takes it, as a graph of operations on single numbers."""
+    numbers = [torch.tensor(0.0), *(torch.tensor(0, dtype=torch.int32) for _ in range(4))]
+    with TransformGetItemToIndex():
+        return make_fx(score_mod)(*numbers).graph
+
+
+class Places(NamedTuple):
+    """Which of the query's and the key's row a number changes with; and which torch 2.11 believes, as it forgets lookups'."""
+
+    real: frozenset
+    believed: frozenset
+
+
+def places(graph):
+    found = {}
+    *_, row, column = (node for node in graph.nodes if node.op == "placeholder")
+    for node in graph.nodes:
+        own = frozenset({node} & {row, column})
+        before = [found[x] for x in node.all_input_nodes]
+        looked_up = node.target is torch.ops.aten.index.Tensor
+        believed = own.union(*([] if looked_up else [x.believed for x in before]))
+        found[node] = Places(own.union(*(x.real for x in before)), believed)
+    return found
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_indices_have_the_shape_of_their_positions(name):
+    """Of tensors that learn; torch 2.11 cannot compile the gradient otherwise, see Note [shifts]."""
+    tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
+    graph = graph_of(work_of(tile, inputs(dtype=torch.float32)[0], STEPS[name], 1.0).score_mod)
+    found = places(graph)
+    lookups = [node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor]
+    indices = [x for node in lookups if node.meta["val"].dtype.is_floating_point for x in node.args[1]]
+    assert lookups and all(found[index].real == found[index].believed for index in indices)
 
 
 def scalars():
