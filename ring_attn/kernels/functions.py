@@ -8,6 +8,10 @@ Note [traced functions]: a compiler that is handed a user's function as it is wo
 tensors put in their places. So the function is run once and its operations are kept, with every tensor an argument. And
 flex_attention compiles the gradient of a tensor that is indexed by scalars in one place: one read in several places comes as
 several arguments, and a scalar as one value a query row.
+
+Note [indices]: a compiled flex_attention reads before a tensor's beginning where an index is below zero, so what counts from
+the end is made to count from the beginning. And an index that is worked out from what was looked up has no shape for torch
+2.11, which cannot compile the gradient then. So it is written as how far it is from the positions that it changes with.
 """
 
 from __future__ import annotations
@@ -171,6 +175,7 @@ def _with_arguments(module: torch.fx.GraphModule, scalars: int, tensors: Sequenc
     graph = module.graph
     graph.eliminate_dead_code()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    _counted_from_the_beginning(graph, inputs[:scalars])
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(inputs[0]):
         row = graph.placeholder("row")
@@ -190,6 +195,36 @@ def _with_arguments(module: torch.fx.GraphModule, scalars: int, tensors: Sequenc
     names = dict(code.globals)
     exec(compile(code.src, f"<the operations of {name}>", "exec"), names)
     return names["forward"], tuple(uses), tuple(_attribute(module, node.target) for node in read)
+
+
+def _counted_from_the_beginning(graph: torch.fx.Graph, scalars: Sequence[torch.fx.Node]) -> None:
+    """Rewrites every index that is not one of the scalars, see Note [indices]."""
+    changes = _changes_with(graph, scalars[-2:])
+    for node in [node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor]:
+        table, indices = node.args
+        found = list(indices)
+        with graph.inserting_before(node):
+            for dim, index in enumerate(indices):
+                if index is not None and index not in scalars:
+                    found[dim] = _from_the_beginning(graph, index, table.meta["val"].shape[dim])
+                    for position in changes[index]:
+                        away = graph.call_function(operator.sub, (found[dim], position))
+                        found[dim] = graph.call_function(operator.add, (away, position))
+        node.args = table, found
+
+
+def _changes_with(graph: torch.fx.Graph, positions: Sequence[torch.fx.Node]) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """Which of the positions each node changes with."""
+    found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in graph.nodes:
+        before = {node}.union(*(found[x] for x in node.all_input_nodes))
+        found[node] = [position for position in positions if position in before]
+    return found
+
+
+def _from_the_beginning(graph: torch.fx.Graph, index: torch.fx.Node, size: int) -> torch.fx.Node:
+    below, from_the_end = (graph.call_function(fn, (index, x)) for fn, x in ((operator.lt, 0), (operator.add, size)))
+    return graph.call_function(torch.where, (below, from_the_end, index))
 
 
 def _attribute(module: torch.fx.GraphModule, path: str) -> Tensor:

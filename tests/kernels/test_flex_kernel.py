@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ring_attn as ra
 from ring_attn.kernels import Grads, KernelUnavailable, Problem, Upstream, flex, get_kernel, resolve
@@ -53,8 +54,8 @@ def table(*shape):
 
 
 SLOPES, ROWS, ONE, MORE = table(H) / 20, table(B), table().abs(), table(3)
-SETTINGS = SimpleNamespace(weights=table(H))
 IDS = torch.arange(500) // 90
+SETTINGS = SimpleNamespace(weights=table(H), ids=IDS)
 
 
 def reads_globals(s, b, h, q, k):
@@ -80,6 +81,13 @@ def by_several_numbers(distances):
     return lambda s, b, h, q, k: s + distances[h, (q - k) % 31 - 15] * distances[h, k % 7]
 
 
+def by_what_is_looked_up(distances):
+    """The second index changes with keys alone."""
+    return lambda s, b, h, q, k: (
+        s + distances[h, (SETTINGS.ids[q] - SETTINGS.ids[k]).clamp(-2, 2)] * distances[h % 2, SETTINGS.ids[k] + 1]
+    )
+
+
 STEPS = {
     "softcap": (SoftCap(1.5),),
     "alibi": (Alibi(SLOPES),),
@@ -88,6 +96,7 @@ STEPS = {
     "not captured": (ScoreMod(reads_what_is_not_captured),),
     "twice": (ScoreMod(closing_over(MORE)),),
     "by several numbers": (ScoreMod(by_several_numbers(table(H, 21))),),
+    "by what is looked up": (ScoreMod(by_what_is_looked_up(table(H, 9))),),
     "heads of a part": (ScoreMod(lambda s, b, h, q, k: s / h, first_head=3),),
     "several": (SoftCap(2.0), Alibi(SLOPES), ScoreMod(reads_a_scalar), SoftCap(3.0), ScoreMod(reads_globals)),
 }
@@ -319,7 +328,7 @@ def test_sizes_of_one_row_and_of_one_block_are_programs_of_their_own():
         kernel.forward(*random_qkv(B, num_q, num_kv, H, 2, 16, dtype=torch.float64)[:3], visit, scale=0.25)
 
 
-@pytest.mark.parametrize("name", ["globals", "a scalar", "not captured", "twice", "by several numbers"])
+@pytest.mark.parametrize("name", ["globals", "a scalar", "not captured", "twice", "by several numbers", "by what is looked up"])
 def test_gradients_of_tensors_are_compiled(name, backward_on_a_cpu):
     _, kernel = counted()
     check(
@@ -402,13 +411,35 @@ def places(graph):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_indices_have_the_shape_of_their_positions(name):
-    """Of tensors that learn; torch 2.11 cannot compile the gradient otherwise, see Note [shifts]."""
+    """Of tensors that learn; torch 2.11 cannot compile the gradient otherwise, see Notes [shifts] and [indices]."""
     tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
     graph = graph_of(work_of(tile, inputs(dtype=torch.float32)[0], STEPS[name], 1.0).score_mod)
     found = places(graph)
     lookups = [node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor]
     indices = [x for node in lookups if node.meta["val"].dtype.is_floating_point for x in node.args[1]]
     assert lookups and all(found[index].real == found[index].believed for index in indices)
+
+
+class Indices(TorchDispatchMode):
+    """Counts lookups, and sees to it that their indices count from the beginning."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:
+            self.count += 1
+            assert all(((index >= 0) & (index < size)).all() for index, size in zip(args[1], args[0].shape, strict=True))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["by several numbers", "by what is looked up"])
+def test_indices_count_from_the_beginning(name):
+    """flex_attention, compiled, would read before the tensor."""
+    x = inputs(dtype=torch.float32)
+    work = work_of(band_tiles("full", NUM_Q, NUM_KV)[0], x[0], STEPS[name], 1.0)
+    with Indices() as seen:
+        dense_flex(*(t.transpose(1, 2) for t in x[:3]), work)
+    assert seen.count > 4
 
 
 def scalars():
