@@ -7,6 +7,10 @@ compilations of a code object, and those of a user's flex_attention are not ours
 
 Note [shifts]: a position is its row's number plus what is looked up. What is only looked up has no shape for torch 2.11, which
 cannot compile the gradient of a tensor that is indexed by what is worked out from it, such as a distance within bounds.
+
+Note [stages]: Triton copies what the next stages of a loop read into shared memory ahead of time. Where a tensor of 32 or 64
+bits a number is read by query and key, that is as much as a block of scores each, and torch reckons with none: one such table
+asks for 250 KB in bf16 with head_dim 64, where an H100 has 227. So such calls have one stage, as those in fp32.
 """
 
 from __future__ import annotations
@@ -34,13 +38,15 @@ KINDS = ("softcap", "alibi", "score_mod", "triton_score_mod")
 class Work:
     """What a call is told beside q, k and v. `blocks`: the eight tensors of a BlockMask, of `BLOCK` x `BLOCK` rows.
 
-    `learns`: which of the scores' tensors get a gradient. `key`: equal for two calls if one compilation serves both.
+    `stages`: of the loops, None for torch's choice, see Note [stages]. `learns`: which of the scores' tensors get a gradient.
+    `key`: equal for two calls if one compilation serves both.
     """
 
     blocks: tuple[Tensor, ...]
     mask_mod: Callable
     score_mod: Callable | None
     scale: float
+    stages: int | None
     learns: tuple[bool, ...]
     key: Hashable
 
@@ -69,10 +75,13 @@ def work_of(tile: Tile, q: Tensor, steps: Sequence[Score], scale: float) -> Work
     written = tuple([versions(predicate.fn) for predicate in tile.predicates])
     prepared = _prepared(tile, q.shape[0], q.shape[2], q.device, written)
     parts = [_part(step, prepared.lookup, q) for step in steps]
-    functions = (*prepared.functions, None, *(function for function, _ in parts))
+    of_scores = tuple([function for function, _ in parts])
     score_mod = _score_mod(tuple((function.fn, *numbers) for function, numbers in parts)) if parts else None
-    learns = tuple(x for function, _ in parts for x in function.learns)
-    return Work(prepared.blocks, prepared.mask_mod, score_mod, scale, learns, functions)
+    learns = tuple(x for function in of_scores for x in function.learns)
+    by_cell = any(function.by_cell for function in (*prepared.functions, *of_scores))
+    stages = 1 if by_cell or q.dtype == torch.float32 else None
+    key = (*prepared.functions, None, *of_scores)
+    return Work(prepared.blocks, prepared.mask_mod, score_mod, scale, stages, learns, key)
 
 
 @lru_cache(maxsize=64)
@@ -174,7 +183,7 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, work: Work, backend: str = "induct
     key += *(size == 1 for size in sizes), backend
     for x in inputs:
         any_size(x, 2)
-    return _program(key)(*inputs, work.blocks, work.mask_mod, work.score_mod, work.scale)
+    return _program(key)(*inputs, work.blocks, work.mask_mod, work.score_mod, work.scale, work.stages)
 
 
 @lru_cache(maxsize=4096)
@@ -190,7 +199,14 @@ def _with_own_strides(x: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Tensor, ...], mask_mod: Callable, score_mod: Callable | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: tuple[Tensor, ...],
+    mask_mod: Callable,
+    score_mod: Callable | None,
+    scale: float,
+    stages: int | None,
 ) -> tuple[Tensor, Tensor]:
     """What is compiled; uncompiled, torch holds all scores at once."""
     from torch.nn.attention import flex_attention as flex
@@ -198,9 +214,8 @@ def attend(
     mask = flex.BlockMask((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
     # One kernel for any number of queries, and products in fp32 that are fp32's.
     options = {"FORCE_USE_FLEX_ATTENTION": True, "FLOAT32_PRECISION": "'ieee'"}
-    if q.dtype == torch.float32:
-        # More stages of blocks this size take more shared memory than there is.
-        options["num_stages"] = 1
+    if stages is not None:
+        options["num_stages"] = stages
     given = {"score_mod": score_mod, "block_mask": mask, "scale": scale, "kernel_options": options}
     given["enable_gqa"] = q.shape[1] != k.shape[1]
     # Until torch 2.8 lse is asked for in another way.

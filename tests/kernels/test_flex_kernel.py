@@ -362,7 +362,7 @@ def test_torch_s_own_forward_uncompiled():
     """As `attend` hands everything to flex_attention."""
 
     def uncompiled(q: Tensor, k: Tensor, v: Tensor, work) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, work.blocks, work.mask_mod, work.score_mod, work.scale)
+        return attend(q, k, v, work.blocks, work.mask_mod, work.score_mod, work.scale, work.stages)
 
     x = inputs()
     visit = with_predicates("by both", band_tiles("window", NUM_Q, NUM_KV))
@@ -418,6 +418,36 @@ def test_indices_have_the_shape_of_their_positions(name):
     lookups = [node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor]
     indices = [x for node in lookups if node.meta["val"].dtype.is_floating_point for x in node.args[1]]
     assert lookups and all(found[index].real == found[index].believed for index in indices)
+
+
+BY_CELL = {
+    "by distance": lambda x: lambda s, b, h, q, k: s + x[h, (q - k).clamp(-4, 4) + 4],
+    "by cell": lambda x: lambda s, b, h, q, k: s + x[q % 3, k % 9],
+    "by what is looked up": lambda x: lambda s, b, h, q, k: s + x[h, (IDS[q] == IDS[k]).long()],
+}
+BY_ROW = {
+    "nothing": lambda x: lambda s, b, h, q, k: s + (q - k) / 100,
+    "by head": lambda x: lambda s, b, h, q, k: s - x[h, b] * (q - k).abs(),
+    "by row": lambda x: lambda s, b, h, q, k: s * x[b, q % 9] + x[h, k % 9],
+    "flags by cell": lambda x: lambda s, b, h, q, k: torch.where((x > 0)[q % 3, k % 9], s, 0.5 * s),
+}
+
+
+def above_zero(fn):
+    return lambda b, h, q, k: fn(0.0, b, h, q, k) > 0
+
+
+def test_stages_where_tensors_are_read_by_cell():
+    """What is read by query and key takes shared memory with every stage; see Note [stages]."""
+    values, q = table(H, 9).float(), inputs(dtype=torch.bfloat16)[0]
+    tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
+    for made, stages in ((BY_CELL, 1), (BY_ROW, None)):
+        for name, function in made.items():
+            score = SoftCap(2.0), ScoreMod(function(values))
+            assert work_of(tile, q, score, 1.0).stages == stages, name
+            assert work_of(tile, q.float(), score, 1.0).stages == 1
+            mask = MaskMod(above_zero(function(values)))
+            assert work_of(replace(tile, predicates=(mask,)), q, (), 1.0).stages == stages, name
 
 
 class Indices(TorchDispatchMode):
