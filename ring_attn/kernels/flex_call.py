@@ -4,6 +4,13 @@ Note [one compilation]: a call compiles for its functions, dtype and head counts
 tile comes in tensors. Positions, bands and the numbers of heads are looked up by flex_attention's own row numbers, and inputs
 have the strides that follow from their shapes. Every such program has a code object of its own, since Dynamo counts the
 compilations of a code object, and those of a user's flex_attention are not ours to use up.
+
+Note [shifts]: a position is its row's number plus what is looked up. What is only looked up has no shape for torch 2.11, which
+cannot compile the gradient of a tensor that is indexed by what is worked out from it, such as a distance within bounds.
+
+Note [stages]: Triton copies what the next stages of a loop read into shared memory ahead of time. Where a tensor of 32 or 64
+bits a number is read by query and key, that is as much as a block of scores each, and torch reckons with none: one such table
+asks for 250 KB in bf16 with head_dim 64, where an H100 has 227. So such calls have one stage, as those in fp32.
 """
 
 from __future__ import annotations
@@ -31,24 +38,26 @@ KINDS = ("softcap", "alibi", "score_mod", "triton_score_mod")
 class Work:
     """What a call is told beside q, k and v. `blocks`: the eight tensors of a BlockMask, of `BLOCK` x `BLOCK` rows.
 
-    `learns`: which of the scores' tensors get a gradient. `key`: equal for two calls if one compilation serves both.
+    `stages`: of the loops, None for torch's choice, see Note [stages]. `learns`: which of the scores' tensors get a gradient.
+    `key`: equal for two calls if one compilation serves both.
     """
 
     blocks: tuple[Tensor, ...]
     mask_mod: Callable
     score_mod: Callable | None
     scale: float
+    stages: int | None
     learns: tuple[bool, ...]
     key: Hashable
 
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """By flex_attention's own numbers: batch rows [b], positions of queries [i], positions of keys [j]."""
+    """By flex_attention's own numbers: batch rows [b]; how far positions are from rows, of queries [i] and of keys [j]."""
 
     batches: Tensor
-    q_pos: Tensor
-    kv_pos: Tensor
+    q_shifts: Tensor
+    kv_shifts: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +75,13 @@ def work_of(tile: Tile, q: Tensor, steps: Sequence[Score], scale: float) -> Work
     written = tuple([versions(predicate.fn) for predicate in tile.predicates])
     prepared = _prepared(tile, q.shape[0], q.shape[2], q.device, written)
     parts = [_part(step, prepared.lookup, q) for step in steps]
-    functions = (*prepared.functions, None, *(function for function, _ in parts))
+    of_scores = tuple([function for function, _ in parts])
     score_mod = _score_mod(tuple((function.fn, *numbers) for function, numbers in parts)) if parts else None
-    learns = tuple(x for function, _ in parts for x in function.learns)
-    return Work(prepared.blocks, prepared.mask_mod, score_mod, scale, learns, functions)
+    learns = tuple(x for function in of_scores for x in function.learns)
+    by_cell = any(function.by_cell for function in (*prepared.functions, *of_scores))
+    stages = 1 if by_cell or q.dtype == torch.float32 else None
+    key = (*prepared.functions, None, *of_scores)
+    return Work(prepared.blocks, prepared.mask_mod, score_mod, scale, stages, learns, key)
 
 
 @lru_cache(maxsize=64)
@@ -80,21 +92,21 @@ def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, writ
     rows = range(batch) if tile.batch is None else range(tile.batch, tile.batch + 1)
     i, j = len(tile.q_rows), len(tile.kv_rows)
     sides = zip(tile.positions, (range(i), range(j)), strict=True)
-    q_pos, kv_pos = (global_positions(shard, side, device) for shard, side in sides)
-    lookup = Lookup(torch.arange(rows.start, rows.stop, device=device), q_pos, kv_pos)
+    shifts = (global_positions(shard, side, device) - torch.arange(len(side), device=device) for shard, side in sides)
+    lookup = Lookup(torch.arange(rows.start, rows.stop, device=device), *shifts)
     scalars = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)]
     functions = tuple(traced(predicate.fn, scalars) for predicate in tile.predicates)
     parts = []
     for predicate, function in zip(tile.predicates, functions, strict=True):
         tensors = function.arguments(captured(predicate.fn), i)
         heads = _heads(num_heads, predicate.first_head, device)
-        parts.append((function.fn, lookup.batches, heads, q_pos, kv_pos, tensors))
+        parts.append((function.fn, lookup.batches, heads, lookup.q_shifts, lookup.kv_shifts, tensors))
     lo = -i if tile.band.lo is None else tile.band.lo
     hi = j if tile.band.hi is None else tile.band.hi
     own = torch.arange(i, dtype=torch.int32, device=device)
     first, last = own + lo, own + hi
     blocks = _blocks(block_map(tile, batch, num_heads, BLOCK, device))
-    for x in (first, last, q_pos, kv_pos, *blocks):
+    for x in (first, last, lookup.q_shifts, lookup.kv_shifts, *blocks):
         any_size(x, *range(2, x.dim()) if x.dim() > 1 else (0,))
     return Prepared(lookup, blocks, _mask_mod(first, last, tuple(parts)), functions)
 
@@ -120,8 +132,8 @@ def _ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def _mask_mod(first: Tensor, last: Tensor, parts: tuple) -> Callable:
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         allowed = (j >= first[i]) & (j <= last[i])
-        for fn, batches, heads, q_numbers, kv_numbers, tensors in parts:
-            seen = fn(i, batches[b], heads[h], q_numbers[i], kv_numbers[j], *tensors)
+        for fn, batches, heads, q_shifts, kv_shifts, tensors in parts:
+            seen = fn(i, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
             allowed = allowed & seen.to(torch.bool)
         return allowed
 
@@ -130,8 +142,8 @@ def _mask_mod(first: Tensor, last: Tensor, parts: tuple) -> Callable:
 
 def _score_mod(parts: tuple) -> Callable:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        for fn, batches, heads, q_numbers, kv_numbers, tensors in parts:
-            score = fn(i, score, batches[b], heads[h], q_numbers[i], kv_numbers[j], *tensors)
+        for fn, batches, heads, q_shifts, kv_shifts, tensors in parts:
+            score = fn(i, score, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
         return score
 
     return score_mod
@@ -146,7 +158,7 @@ def _part(step: Score, lookup: Lookup, q: Tensor) -> tuple[Traced, tuple]:
     score, *numbers = (torch.zeros((), dtype=x, device=q.device) for x in (dtype, *[torch.int64] * 4))
     function = traced(recapture(fn, tensors), (score, *numbers))
     heads = _heads(q.shape[2], first_head, q.device)
-    return function, (lookup.batches, heads, lookup.q_pos, lookup.kv_pos, function.arguments(tensors, q.shape[1]))
+    return function, (lookup.batches, heads, lookup.q_shifts, lookup.kv_shifts, function.arguments(tensors, q.shape[1]))
 
 
 def _scalar(step: Score) -> tuple[Callable, int]:
@@ -171,7 +183,7 @@ def compiled(q: Tensor, k: Tensor, v: Tensor, work: Work, backend: str = "induct
     key += *(size == 1 for size in sizes), backend
     for x in inputs:
         any_size(x, 2)
-    return _program(key)(*inputs, work.blocks, work.mask_mod, work.score_mod, work.scale)
+    return _program(key)(*inputs, work.blocks, work.mask_mod, work.score_mod, work.scale, work.stages)
 
 
 @lru_cache(maxsize=4096)
@@ -187,7 +199,14 @@ def _with_own_strides(x: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Tensor, ...], mask_mod: Callable, score_mod: Callable | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: tuple[Tensor, ...],
+    mask_mod: Callable,
+    score_mod: Callable | None,
+    scale: float,
+    stages: int | None,
 ) -> tuple[Tensor, Tensor]:
     """What is compiled; uncompiled, torch holds all scores at once."""
     from torch.nn.attention import flex_attention as flex
@@ -195,9 +214,8 @@ def attend(
     mask = flex.BlockMask((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod)
     # One kernel for any number of queries, and products in fp32 that are fp32's.
     options = {"FORCE_USE_FLEX_ATTENTION": True, "FLOAT32_PRECISION": "'ieee'"}
-    if q.dtype == torch.float32:
-        # More stages of blocks this size take more shared memory than there is.
-        options["num_stages"] = 1
+    if stages is not None:
+        options["num_stages"] = stages
     given = {"score_mod": score_mod, "block_mask": mask, "scale": scale, "kernel_options": options}
     given["enable_gqa"] = q.shape[1] != k.shape[1]
     # Until torch 2.8 lse is asked for in another way.

@@ -8,6 +8,10 @@ Note [traced functions]: a compiler that is handed a user's function as it is wo
 tensors put in their places. So the function is run once and its operations are kept, with every tensor an argument. And
 flex_attention compiles the gradient of a tensor that is indexed by scalars in one place: one read in several places comes as
 several arguments, and a scalar as one value a query row.
+
+Note [indices]: a compiled flex_attention reads before a tensor's beginning where an index is below zero, so what counts from
+the end is made to count from the beginning. And an index that is worked out from what was looked up has no shape for torch
+2.11, which cannot compile the gradient then. So it is written as how far it is from the positions that it changes with.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from ring_attn.score_mod import captured, origin, recapture
 
+Changes = dict[torch.fx.Node, list[torch.fx.Node]]
 _PLAIN = int | float | str | torch.dtype | torch.device | None
 
 
@@ -98,11 +103,13 @@ class Traced:
 
     `fn(row, *scalars, *tensors)`: the scalars are those the function takes, `row` the number of the query row. `uses`: how
     often each captured tensor stands among the tensors; `constants` follow them. `learns`: which of them get a gradient.
+    `by_cell`: whether a tensor of at least 32 bits a number is read by query and key.
     """
 
     fn: Callable
     uses: tuple[int, ...]
     constants: tuple[Tensor, ...]
+    by_cell: bool
     learns: tuple[bool, ...]
 
     def arguments(self, tensors: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
@@ -150,10 +157,10 @@ def _trace(fn: Callable, scalars: Sequence[Tensor], tensors: Sequence[Tensor]) -
 
     with outside_of_ops(), torch.no_grad(), TransformGetItemToIndex():
         module = make_fx(run)(*scalars, *tensors)
-    forward, uses, constants = _with_arguments(module, len(scalars), tensors, getattr(fn, "__qualname__", "function"))
+    forward, *found = _with_arguments(module, len(scalars), tensors, getattr(fn, "__qualname__", "function"))
     with outside_of_ops(), torch.enable_grad(), TransformGetItemToIndex():
         learns = _learning(lambda leaves: run(*scalars, *leaves), tensors)
-    return Traced(lambda *args: forward(None, *args), uses, constants, learns)
+    return Traced(lambda *args: forward(None, *args), *found, learns)
 
 
 def _learning(run: Callable, tensors: Sequence[Tensor]) -> tuple[bool, ...]:
@@ -167,10 +174,13 @@ def _learning(run: Callable, tensors: Sequence[Tensor]) -> tuple[bool, ...]:
 
 
 def _with_arguments(module: torch.fx.GraphModule, scalars: int, tensors: Sequence[Tensor], name: str) -> tuple:
-    """(fn, uses, constants) of `Traced`, but for fn's first argument, which is the module."""
+    """(fn, uses, constants, by_cell) of `Traced`, but for fn's first argument, which is the module."""
     graph = module.graph
     graph.eliminate_dead_code()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    changes = _changes_with(graph, inputs[:scalars][-2:])
+    by_cell = any(_by_cell(node, changes) for node in graph.nodes)
+    _counted_from_the_beginning(graph, inputs[:scalars], changes)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(inputs[0]):
         row = graph.placeholder("row")
@@ -189,7 +199,43 @@ def _with_arguments(module: torch.fx.GraphModule, scalars: int, tensors: Sequenc
     code = graph.python_code("self")
     names = dict(code.globals)
     exec(compile(code.src, f"<the operations of {name}>", "exec"), names)
-    return names["forward"], tuple(uses), tuple(_attribute(module, node.target) for node in read)
+    return names["forward"], tuple(uses), tuple(_attribute(module, node.target) for node in read), by_cell
+
+
+def _by_cell(node: torch.fx.Node, changes: Changes) -> bool:
+    """Whether a node reads a tensor as `Traced.by_cell` says."""
+    if node.target is not torch.ops.aten.index.Tensor or node.meta["val"].itemsize < 4:
+        return False
+    return len(set().union(*(changes[index] for index in node.args[1] if index is not None))) == 2
+
+
+def _counted_from_the_beginning(graph: torch.fx.Graph, scalars: Sequence[torch.fx.Node], changes: Changes) -> None:
+    """Rewrites every index that is not one of the scalars, see Note [indices]."""
+    for node in [node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor]:
+        table, indices = node.args
+        found = list(indices)
+        with graph.inserting_before(node):
+            for dim, index in enumerate(indices):
+                if index is not None and index not in scalars:
+                    found[dim] = _from_the_beginning(graph, index, table.meta["val"].shape[dim])
+                    for position in changes[index]:
+                        away = graph.call_function(operator.sub, (found[dim], position))
+                        found[dim] = graph.call_function(operator.add, (away, position))
+        node.args = table, found
+
+
+def _changes_with(graph: torch.fx.Graph, positions: Sequence[torch.fx.Node]) -> Changes:
+    """Which of the positions each node changes with."""
+    found: Changes = {}
+    for node in graph.nodes:
+        before = {node}.union(*(found[x] for x in node.all_input_nodes))
+        found[node] = [position for position in positions if position in before]
+    return found
+
+
+def _from_the_beginning(graph: torch.fx.Graph, index: torch.fx.Node, size: int) -> torch.fx.Node:
+    below, from_the_end = (graph.call_function(fn, (index, x)) for fn, x in ((operator.lt, 0), (operator.add, size)))
+    return graph.call_function(torch.where, (below, from_the_end, index))
 
 
 def _attribute(module: torch.fx.GraphModule, path: str) -> Tensor:

@@ -10,17 +10,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice, product
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ring_attn as ra
 from ring_attn.kernels import Grads, KernelUnavailable, Problem, Upstream, flex, get_kernel, resolve
 from ring_attn.kernels.flex import FlexKernel
-from ring_attn.kernels.flex_call import attend, compiled
+from ring_attn.kernels.flex_call import attend, compiled, work_of
 from ring_attn.kernels.functions import outside_of_ops, traced
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import MaskMod
@@ -50,8 +54,8 @@ def table(*shape):
 
 
 SLOPES, ROWS, ONE, MORE = table(H) / 20, table(B), table().abs(), table(3)
-SETTINGS = SimpleNamespace(weights=table(H))
 IDS = torch.arange(500) // 90
+SETTINGS = SimpleNamespace(weights=table(H), ids=IDS)
 
 
 def reads_globals(s, b, h, q, k):
@@ -77,6 +81,13 @@ def by_several_numbers(distances):
     return lambda s, b, h, q, k: s + distances[h, (q - k) % 31 - 15] * distances[h, k % 7]
 
 
+def by_what_is_looked_up(distances):
+    """The second index changes with keys alone."""
+    return lambda s, b, h, q, k: (
+        s + distances[h, (SETTINGS.ids[q] - SETTINGS.ids[k]).clamp(-2, 2)] * distances[h % 2, SETTINGS.ids[k] + 1]
+    )
+
+
 STEPS = {
     "softcap": (SoftCap(1.5),),
     "alibi": (Alibi(SLOPES),),
@@ -85,6 +96,7 @@ STEPS = {
     "not captured": (ScoreMod(reads_what_is_not_captured),),
     "twice": (ScoreMod(closing_over(MORE)),),
     "by several numbers": (ScoreMod(by_several_numbers(table(H, 21))),),
+    "by what is looked up": (ScoreMod(by_what_is_looked_up(table(H, 9))),),
     "heads of a part": (ScoreMod(lambda s, b, h, q, k: s / h, first_head=3),),
     "several": (SoftCap(2.0), Alibi(SLOPES), ScoreMod(reads_a_scalar), SoftCap(3.0), ScoreMod(reads_globals)),
 }
@@ -316,7 +328,7 @@ def test_sizes_of_one_row_and_of_one_block_are_programs_of_their_own():
         kernel.forward(*random_qkv(B, num_q, num_kv, H, 2, 16, dtype=torch.float64)[:3], visit, scale=0.25)
 
 
-@pytest.mark.parametrize("name", ["globals", "a scalar", "not captured", "twice", "by several numbers"])
+@pytest.mark.parametrize("name", ["globals", "a scalar", "not captured", "twice", "by several numbers", "by what is looked up"])
 def test_gradients_of_tensors_are_compiled(name, backward_on_a_cpu):
     _, kernel = counted()
     check(
@@ -350,7 +362,7 @@ def test_torch_s_own_forward_uncompiled():
     """As `attend` hands everything to flex_attention."""
 
     def uncompiled(q: Tensor, k: Tensor, v: Tensor, work) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, work.blocks, work.mask_mod, work.score_mod, work.scale)
+        return attend(q, k, v, work.blocks, work.mask_mod, work.score_mod, work.scale, work.stages)
 
     x = inputs()
     visit = with_predicates("by both", band_tiles("window", NUM_Q, NUM_KV))
@@ -369,6 +381,95 @@ def test_what_cannot_be_compiled_says_what_else_runs_it():
     assert caught.value.__notes__ == [
         "torch's flex_attention cannot compile this for kernel 'flex'; kernel='reference' runs any function"
     ]
+
+
+def graph_of(score_mod):
+    """A function as flex_attention takes it, as a graph of operations on single numbers."""
+    numbers = [torch.tensor(0.0), *(torch.tensor(0, dtype=torch.int32) for _ in range(4))]
+    with TransformGetItemToIndex():
+        return make_fx(score_mod)(*numbers).graph
+
+
+class Places(NamedTuple):
+    """Which of the query's and the key's row a number changes with; and which torch 2.11 believes, as it forgets lookups'."""
+
+    real: frozenset
+    believed: frozenset
+
+
+def places(graph):
+    found = {}
+    *_, row, column = (node for node in graph.nodes if node.op == "placeholder")
+    for node in graph.nodes:
+        own = frozenset({node} & {row, column})
+        before = [found[x] for x in node.all_input_nodes]
+        looked_up = node.target is torch.ops.aten.index.Tensor
+        believed = own.union(*([] if looked_up else [x.believed for x in before]))
+        found[node] = Places(own.union(*(x.real for x in before)), believed)
+    return found
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_indices_have_the_shape_of_their_positions(name):
+    """Of tensors that learn; torch 2.11 cannot compile the gradient otherwise, see Notes [shifts] and [indices]."""
+    tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
+    graph = graph_of(work_of(tile, inputs(dtype=torch.float32)[0], STEPS[name], 1.0).score_mod)
+    found = places(graph)
+    lookups = [node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor]
+    indices = [x for node in lookups if node.meta["val"].dtype.is_floating_point for x in node.args[1]]
+    assert lookups and all(found[index].real == found[index].believed for index in indices)
+
+
+BY_CELL = {
+    "by distance": lambda x: lambda s, b, h, q, k: s + x[h, (q - k).clamp(-4, 4) + 4],
+    "by cell": lambda x: lambda s, b, h, q, k: s + x[q % 3, k % 9],
+    "by what is looked up": lambda x: lambda s, b, h, q, k: s + x[h, (IDS[q] == IDS[k]).long()],
+}
+BY_ROW = {
+    "nothing": lambda x: lambda s, b, h, q, k: s + (q - k) / 100,
+    "by head": lambda x: lambda s, b, h, q, k: s - x[h, b] * (q - k).abs(),
+    "by row": lambda x: lambda s, b, h, q, k: s * x[b, q % 9] + x[h, k % 9],
+    "flags by cell": lambda x: lambda s, b, h, q, k: torch.where((x > 0)[q % 3, k % 9], s, 0.5 * s),
+}
+
+
+def above_zero(fn):
+    return lambda b, h, q, k: fn(0.0, b, h, q, k) > 0
+
+
+def test_stages_where_tensors_are_read_by_cell():
+    """What is read by query and key takes shared memory with every stage; see Note [stages]."""
+    values, q = table(H, 9).float(), inputs(dtype=torch.bfloat16)[0]
+    tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
+    for made, stages in ((BY_CELL, 1), (BY_ROW, None)):
+        for name, function in made.items():
+            score = SoftCap(2.0), ScoreMod(function(values))
+            assert work_of(tile, q, score, 1.0).stages == stages, name
+            assert work_of(tile, q.float(), score, 1.0).stages == 1
+            mask = MaskMod(above_zero(function(values)))
+            assert work_of(replace(tile, predicates=(mask,)), q, (), 1.0).stages == stages, name
+
+
+class Indices(TorchDispatchMode):
+    """Counts lookups, and sees to it that their indices count from the beginning."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:
+            self.count += 1
+            assert all(((index >= 0) & (index < size)).all() for index, size in zip(args[1], args[0].shape, strict=True))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["by several numbers", "by what is looked up"])
+def test_indices_count_from_the_beginning(name):
+    """flex_attention, compiled, would read before the tensor."""
+    x = inputs(dtype=torch.float32)
+    work = work_of(band_tiles("full", NUM_Q, NUM_KV)[0], x[0], STEPS[name], 1.0)
+    with Indices() as seen:
+        dense_flex(*(t.transpose(1, 2) for t in x[:3]), work)
+    assert seen.count > 4
 
 
 def scalars():
