@@ -48,6 +48,7 @@ class pretended:
     def __enter__(self):
         for patched in (
             patch.object(second, "dist", self.nccl),
+            patch.object(process_group, "_link", lambda group: ("network", 1)),
             patch.object(second, "over_nccl", lambda group: True),
             patch.object(second, "timeout_s", lambda group: 60),
             patch.object(torch.cuda, "synchronize", lambda: None),
@@ -98,8 +99,8 @@ CASES = {
 
 def _kv_and_gradients_part(rank, ranks_per_process):
     for name, ((out, home), choice) in CASES.items():
-        transport = ProcessGroupTransport(ranks_per_process=ranks_per_process)
         with pretended():
+            transport = ProcessGroupTransport(ranks_per_process=ranks_per_process)
             found = recorded(ra.Ring(transport, grad_dtype=torch.float32, **choice))
         # Those of two levels inside a process are no messages.
         home = home if ranks_per_process == 1 or name != "two-level" else MESSAGES[1]
@@ -123,7 +124,10 @@ def _one_will_do(rank):
     with pretended(bound=False) as unbound, patch.object(second.logger, "info") as log:
         transport = ProcessGroupTransport()
         assert transport.beside is transport and "init_process_group(device_id=...)" in log.call_args.args[0]
-    assert nccl.split == unbound.split == []
+    with pretended() as on_one_host, patch.object(process_group, "_link", lambda group: ("gpus", 4)):
+        transport = ProcessGroupTransport()
+        assert transport.beside is transport
+    assert nccl.split == unbound.split == on_one_host.split == []
     transport = ProcessGroupTransport()
     assert transport.beside is transport, "gloo's messages wait for none"
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import ring_attn as ra
 from ring_attn.bench.timing import captured
 from ring_attn.comm.process_group import ProcessGroupTransport, split_group
+from ring_attn.comm.second import second_group
 from ring_attn.comm.symmetric import SymmetricTransport
 from tests.dist.test_symmetric import rounds_that_went_wrong
 from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
@@ -204,27 +205,28 @@ def beside(report: Report) -> None:
     On less than four GPUs each hosts two ranks: in a ring of two no KV is left to travel when the first gradients leave.
     """
     each = 2 if dist.get_world_size() < 4 else 1
-    transport = ProcessGroupTransport(ranks_per_process=each)
-    report.attempt("second communicator: it is one", memory_of_second, transport)
+    alone = ProcessGroupTransport(ranks_per_process=each)
+    report.attempt("second communicator: it is one", memory_of_second, alone)
+    transport = ProcessGroupTransport(ranks_per_process=each, beside=second_group(dist.group.WORLD))
     report.attempt("second communicator: conformance", lambda: conform(transport.beside, DEVICE))
     report.attempt("second communicator: 1,000 rounds with delays", dozing_on_both, transport, 1000)
     report.attempt("second communicator: CUDA graph, ring", lambda: replays("ring", ranks_per_process=each))
-    alone = ProcessGroupTransport(ranks_per_process=each, beside=dist.group.WORLD)
     for seq_len in (8192, 32768, 131072):
         for name, wires in (("in line", alone), ("beside", transport), ("in line again", alone), ("beside again", transport)):
             ring = ra.Ring(wires, layout="zigzag", exchange="ring")
             report.attempt(f"time ring {seq_len}, gradients {name}", timing, ring, seq_len)
 
 
-def memory_of_second(transport: ProcessGroupTransport) -> str:
+def memory_of_second(alone: ProcessGroupTransport) -> str:
     """Memory of the GPU that a communicator takes which only shifts to the next rank."""
-    shards = [torch.zeros(1 << 24, device=DEVICE) for _ in transport.hosted]
-    transport.shift(shards).wait()
+    shards = [torch.zeros(1 << 24, device=DEVICE) for _ in alone.hosted]
+    alone.shift(shards).wait()
     torch.cuda.synchronize()
     free, _ = torch.cuda.mem_get_info()
-    assert transport.beside.group is not transport.group
+    second = second_group(alone.group)
+    assert second is not alone.group
     split, _ = torch.cuda.mem_get_info()
-    transport.beside.shift(shards).wait()
+    ProcessGroupTransport(second, ranks_per_process=alone.ranks_per_process).shift(shards).wait()
     torch.cuda.synchronize()
     connected, _ = torch.cuda.mem_get_info()
     return f"{(free - split) / 2**20:.0f} MiB, {(free - connected) / 2**20:.0f} MiB with connections"
