@@ -26,12 +26,12 @@ from torch import Tensor
 from ring_attn.kernels.block_map import ALL, SOME, block_map
 from ring_attn.kernels.functions import Traced, any_size, traced, versions
 from ring_attn.partial import accumulator_dtype
-from ring_attn.score import Alibi, Score, SoftCap
+from ring_attn.score import Alibi, RelativeBias, Score, SoftCap
 from ring_attn.score_mod import ScoreMod, captured, global_positions, recapture
 from ring_attn.tiles import Tile
 
 BLOCK = 128
-KINDS = ("softcap", "alibi", "score_mod", "triton_score_mod")
+KINDS = ("softcap", "alibi", "relative_bias", "score_mod", "triton_score_mod")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +153,8 @@ def _part(step: Score, lookup: Lookup, q: Tensor) -> tuple[Traced, tuple]:
     """A step of the scores as a function of scalars, and what it is looked up in and handed."""
     dtype = accumulator_dtype(q.dtype)
     fn, first_head = _scalar(step)
-    # A float64 table would make float64 scores of fp32 ones.
-    tensors = tuple(x.to(dtype) if x.dtype == torch.float64 else x for x in captured(fn))
+    # As scores are: a wider table would make wider ones, and a gradient is a sum over many cells.
+    tensors = tuple(x.to(dtype) if x.dtype.is_floating_point else x for x in captured(fn))
     score, *numbers = (torch.zeros((), dtype=x, device=q.device) for x in (dtype, *[torch.int64] * 4))
     function = traced(recapture(fn, tensors), (score, *numbers))
     heads = _heads(q.shape[2], first_head, q.device)
@@ -168,6 +168,9 @@ def _scalar(step: Score) -> tuple[Callable, int]:
             return (lambda s, b, h, q, k: cap * torch.tanh(s / cap)), 0
         case Alibi(slopes):
             return (lambda s, b, h, q, k: s - slopes[h] * (q - k).abs()), 0
+        case RelativeBias(table):
+            reach = table.shape[1] // 2
+            return (lambda s, b, h, q, k: s + table[h, (q - k).clamp(-reach, reach) + reach]), 0
         case ScoreMod(fn):
             return fn, step.first_head
     raise AssertionError(step)

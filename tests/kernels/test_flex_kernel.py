@@ -28,7 +28,7 @@ from ring_attn.kernels.flex_call import attend, compiled, work_of
 from ring_attn.kernels.functions import outside_of_ops, traced
 from ring_attn.layout import LAYOUTS
 from ring_attn.mask import MaskMod
-from ring_attn.score import Alibi, Scores, SoftCap
+from ring_attn.score import Alibi, RelativeBias, Scores, SoftCap
 from ring_attn.score_mod import ScoreMod, captured, recapture
 from ring_attn.tiles import tiles
 from tests.kernels.comparison import check_equal, check_half, exact, plain
@@ -91,6 +91,7 @@ def by_what_is_looked_up(distances):
 STEPS = {
     "softcap": (SoftCap(1.5),),
     "alibi": (Alibi(SLOPES),),
+    "relative": (RelativeBias(table(H, 41)),),
     "globals": (ScoreMod(reads_globals),),
     "a scalar": (ScoreMod(reads_a_scalar),),
     "not captured": (ScoreMod(reads_what_is_not_captured),),
@@ -143,6 +144,12 @@ def test_every_score(name, kind):
     found = check(visits, inputs(), score=Scores(STEPS[name]))
     of_tensors = [x for key, x in found.items() if key.startswith("gradient")]
     assert len(of_tensors) == len(Scores(STEPS[name]).tensors())
+
+
+@pytest.mark.parametrize("made", [Alibi, lambda slopes: RelativeBias(slopes[:, None].expand(-1, 41))])
+def test_gradients_of_tensors_in_16_bits_are_rounded_once(made):
+    score = Scores((made(SLOPES.bfloat16()),))
+    check([band_tiles("full", NUM_Q, NUM_KV)], inputs(dtype=torch.float32), score=score, limit=torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize(("h", "g", "d", "dv"), [(4, 4, 16, 16), (4, 1, 16, 24), (6, 2, 20, 16)])
@@ -328,7 +335,9 @@ def test_sizes_of_one_row_and_of_one_block_are_programs_of_their_own():
         kernel.forward(*random_qkv(B, num_q, num_kv, H, 2, 16, dtype=torch.float64)[:3], visit, scale=0.25)
 
 
-@pytest.mark.parametrize("name", ["globals", "a scalar", "not captured", "twice", "by several numbers", "by what is looked up"])
+@pytest.mark.parametrize(
+    "name", ["relative", "globals", "a scalar", "not captured", "twice", "by several numbers", "by what is looked up"]
+)
 def test_gradients_of_tensors_are_compiled(name, backward_on_a_cpu):
     _, kernel = counted()
     check(
@@ -541,7 +550,7 @@ def test_what_it_refuses(change, reason, installed):
 
 def test_what_it_takes(installed):
     for direction, dtype in product(("forward", "backward"), (torch.float16, torch.bfloat16, torch.float32)):
-        every = ("softcap", "softcap", "alibi", "score_mod", "triton_score_mod")
+        every = ("softcap", "softcap", "alibi", "relative_bias", "score_mod", "triton_score_mod")
         options = {"lse_grad": True, "left_bounded": True, "head_dim": 20, "v_head_dim": 128, "predicate": "python"}
         assert resolve("flex", problem(direction=direction, dtype=dtype, score=every, **options)) is get_kernel("flex")
     assert flex.FlexKernel().supports(problem(deterministic=True, score=("softcap",), direction="backward")) is None
