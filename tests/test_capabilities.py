@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,8 +43,15 @@ def run(feature, ring, device, dtype, backward=True):
         return [*found, *(torch.autograd.grad(found, leaves, up) if backward else [])]
 
 
+@contextmanager
 def deterministically():
-    return patch.object(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # A warning, since cuBLAS wants a variable that is set before a process starts.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def plain_scores(feature):
