@@ -143,7 +143,9 @@ def _mask_mod(first: Tensor, last: Tensor, parts: tuple) -> Callable:
 def _score_mod(parts: tuple) -> Callable:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         for fn, batches, heads, q_shifts, kv_shifts, tensors in parts:
-            score = fn(i, score, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
+            modified = fn(i, score, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
+            # A tensor that is reached, not captured, may make a wider score, which kernels cannot take on with.
+            score = modified.to(score.dtype)
         return score
 
     return score_mod

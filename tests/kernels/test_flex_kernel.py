@@ -429,6 +429,15 @@ def test_indices_have_the_shape_of_their_positions(name):
     assert lookups and all(found[index].real == found[index].believed for index in indices)
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_scores_keep_their_dtype(name):
+    """Also where what a function reads is in float64."""
+    tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
+    score, *numbers = scalars()
+    modify = work_of(tile, inputs(dtype=torch.float32)[0], STEPS[name], 1.0).score_mod
+    assert modify(score.float(), *numbers).dtype == torch.float32
+
+
 BY_CELL = {
     "by distance": lambda x: lambda s, b, h, q, k: s + x[h, (q - k).clamp(-4, 4) + 4],
     "by cell": lambda x: lambda s, b, h, q, k: s + x[q % 3, k % 9],
