@@ -420,7 +420,7 @@ def places(graph):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_indices_have_the_shape_of_their_positions(name):
-    """Of tensors that learn; torch 2.11 cannot compile the gradient otherwise, see Notes [shifts] and [indices]."""
+    """Of tensors that learn; torch 2.11 and 2.12 cannot compile the gradient otherwise, see Notes [shifts] and [indices]."""
     tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
     graph = graph_of(work_of(tile, inputs(dtype=torch.float32)[0], STEPS[name], 1.0).score_mod)
     found = places(graph)
