@@ -5,8 +5,8 @@ tile comes in tensors. Positions, bands and the numbers of heads are looked up b
 have the strides that follow from their shapes. Every such program has a code object of its own, since Dynamo counts the
 compilations of a code object, and those of a user's flex_attention are not ours to use up.
 
-Note [shifts]: a position is its row's number plus what is looked up. What is only looked up has no shape for torch 2.11, which
-cannot compile the gradient of a tensor that is indexed by what is worked out from it, such as a distance within bounds.
+Note [shifts]: a position is its row's number plus what is looked up. What is only looked up has no shape for torch 2.11 and
+2.12, which cannot compile the gradient of a tensor indexed by what is worked out from it, such as a distance within bounds.
 
 Note [stages]: Triton copies what the next stages of a loop read into shared memory ahead of time. Where a tensor of 32 or 64
 bits a number is read by query and key, that is as much as a block of scores each, and torch reckons with none: one such table
@@ -143,7 +143,9 @@ def _mask_mod(first: Tensor, last: Tensor, parts: tuple) -> Callable:
 def _score_mod(parts: tuple) -> Callable:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         for fn, batches, heads, q_shifts, kv_shifts, tensors in parts:
-            score = fn(i, score, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
+            modified = fn(i, score, batches[b], heads[h], i + q_shifts[i], j + kv_shifts[j], *tensors)
+            # A tensor that is reached, not captured, may make a wider score, which kernels cannot take on with.
+            score = modified.to(score.dtype)
         return score
 
     return score_mod

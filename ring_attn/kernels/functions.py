@@ -10,8 +10,8 @@ flex_attention compiles the gradient of a tensor that is indexed by scalars in o
 several arguments, and a scalar as one value a query row.
 
 Note [indices]: a compiled flex_attention reads before a tensor's beginning where an index is below zero, so what counts from
-the end is made to count from the beginning. And an index that is worked out from what was looked up has no shape for torch
-2.11, which cannot compile the gradient then. So it is written as how far it is from the positions that it changes with.
+the end is made to count from the beginning. And an index that is worked out from what was looked up has no shape for torch 2.11
+and 2.12, which cannot compile the gradient then. So it is written as how far it is from the positions that it changes with.
 """
 
 from __future__ import annotations

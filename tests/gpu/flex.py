@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import ring_attn as ra
+from ring_attn.score import Score
 from ring_attn.score_mod import over_cells
 from tests.support import FLOAT32_LIMIT, GRAD_FACTOR, OUT_FACTOR, dense, random_qkv, rel_error
 
@@ -28,6 +29,20 @@ REACH = 40
 
 def by_distance(table: Tensor) -> Callable:
     return lambda s, b, h, q, k: s + table[h, (q - k).clamp(-REACH, REACH) + REACH]
+
+
+def by_documents(table: Tensor) -> Callable:
+    """By what is looked up, and counted from the table's end where keys come later."""
+    ids = torch.arange(1 << 14, device=table.device) // 100
+    return lambda s, b, h, q, k: s + table[h, (ids[q] - ids[k]).clamp(-2, 2)]
+
+
+def with_slopes(slopes: Tensor) -> Callable:
+    return lambda s, b, h, q, k: s - slopes[h] * (q - k).abs()
+
+
+def capped() -> Callable:
+    return lambda s, b, h, q, k: 2 * torch.tanh(s / 2)
 
 
 def with_a_scalar(gain: Tensor, rows: Tensor) -> Callable:
@@ -60,10 +75,24 @@ def prefix(t: int, device: str) -> Callable:
 # A function of scores, the shapes of the tensors that it captures, and a function of the mask.
 CASES = {
     "by distance, prefix": (by_distance, lambda t: [(H, 2 * REACH + 1)], prefix),
+    "by documents, prefix": (by_documents, lambda t: [(H, 5)], prefix),
+    "relative, prefix": (by_distance, lambda t: [(H, 2 * REACH + 1)], prefix),
+    "alibi, dilated": (with_slopes, lambda t: [(H,)], dilated),
+    "softcap, documents": (capped, lambda t: [], documents),
     "a scalar, documents": (with_a_scalar, lambda t: [(), (B,)], documents),
     "of both, dilated": (of_both, lambda t: [(H,), (t,)], dilated),
     "no score, dilated": (nothing, lambda t: [], dilated),
 }
+# Our own scores of the same meaning, which are asked for in place of the function.
+OWN = {"relative, prefix": ra.RelativeBias, "alibi, dilated": ra.Alibi, "softcap, documents": lambda: ra.SoftCap(2.0)}
+
+
+def modifier(name: str, captured: list[Tensor]) -> Score | None:
+    """What a ring is asked for."""
+    if name in OWN:
+        return OWN[name](*captured)
+    fn = CASES[name][0](*captured)
+    return None if fn is None else ra.ScoreMod(fn)
 
 
 def gradients(attend: Callable, inputs: list[Tensor], tensors: list[Tensor], dout: Tensor) -> list[Tensor]:
@@ -92,13 +121,12 @@ def dense_by_head(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, modify: Callabl
     return out.masked_fill(blind.transpose(1, 2).unsqueeze(-1), 0)
 
 
-def by_ring(kernel: str, score: Callable, mask: Callable, t: int, device: str) -> Callable:
+def by_ring(kernel: str, name: str, t: int, device: str) -> Callable:
     ring = ra.Ring.simulated(3, "zigzag", kernel=kernel)
-    masked = ra.MaskMod(mask(t, device))
+    masked = ra.MaskMod(CASES[name][2](t, device))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, captured: list[Tensor]) -> Tensor:
-        fn = score(*captured)
-        given = {"mask": masked, "score": None if fn is None else ra.ScoreMod(fn)}
+        given = {"mask": masked, "score": modifier(name, captured)}
         return ring.unshard(ra.ring_attention(*map(ring.shard, (q, k, v)), ring=ring, **given))
 
     return attend
@@ -119,7 +147,7 @@ def check(name: str, dtype: torch.dtype, device: str, t: int) -> list[str]:
     for kernel in ("flex", "reference"):
         start = time.monotonic()
         try:
-            found = gradients(by_ring(kernel, score, mask, t, device), inputs, tensors, dout)
+            found = gradients(by_ring(kernel, name, t, device), inputs, tensors, dout)
         except Exception:  # a report: one failure must not hide the others
             traceback.print_exc()
             wrong.append(f"{name} {kernel}: raised")
@@ -140,13 +168,13 @@ def check(name: str, dtype: torch.dtype, device: str, t: int) -> list[str]:
 
 def times(name: str, t: int) -> None:
     """Prints what a forward, and a forward and backward, of one device take in ms, after the first, which compiles."""
-    score, shapes, mask = CASES[name]
+    _, shapes, mask = CASES[name]
     *inputs, dout = random_qkv(1, t, t, H, G, 128, dtype=torch.bfloat16, device="cuda")
     leaves = [x.requires_grad_() for x in inputs]
     tensors = [torch.rand(shape, device="cuda", requires_grad=True) for shape in shapes(t)]
     for kernel in ("flex", "reference"):
-        ring, masked, fn = ra.Ring.simulated(1, kernel=kernel), ra.MaskMod(mask(t, "cuda")), score(*tensors)
-        given = {"ring": ring, "mask": masked, "score": None if fn is None else ra.ScoreMod(fn)}
+        ring, masked = ra.Ring.simulated(1, kernel=kernel), ra.MaskMod(mask(t, "cuda"))
+        given = {"ring": ring, "mask": masked, "score": modifier(name, tensors)}
         for way in ("forward", "both"):
             taken = []
             for _ in range(5):

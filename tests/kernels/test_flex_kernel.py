@@ -420,13 +420,22 @@ def places(graph):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_indices_have_the_shape_of_their_positions(name):
-    """Of tensors that learn; torch 2.11 cannot compile the gradient otherwise, see Notes [shifts] and [indices]."""
+    """Of tensors that learn; torch 2.11 and 2.12 cannot compile the gradient otherwise, see Notes [shifts] and [indices]."""
     tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
     graph = graph_of(work_of(tile, inputs(dtype=torch.float32)[0], STEPS[name], 1.0).score_mod)
     found = places(graph)
     lookups = [node for node in graph.nodes if node.target is torch.ops.aten.index.Tensor]
     indices = [x for node in lookups if node.meta["val"].dtype.is_floating_point for x in node.args[1]]
     assert lookups and all(found[index].real == found[index].believed for index in indices)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_scores_keep_their_dtype(name):
+    """Also where what a function reads is in float64."""
+    tile = band_tiles("causal", NUM_Q, NUM_KV)[0]
+    score, *numbers = scalars()
+    modify = work_of(tile, inputs(dtype=torch.float32)[0], STEPS[name], 1.0).score_mod
+    assert modify(score.float(), *numbers).dtype == torch.float32
 
 
 BY_CELL = {
