@@ -67,8 +67,9 @@ def to_add_to(partial: Partial | None, q: Tensor, v_head_dim: int) -> Partial:
     """The partial with an acc, for queries q [b, s, h, d]; the identity for None."""
     if partial is not None and partial.acc is not None:
         return partial
-    zeros = empty(q, v_head_dim)
-    return zeros if partial is None else partial._replace(acc=zeros.acc)
+    if partial is None:
+        return empty(q, v_head_dim)
+    return partial._replace(acc=partial.m.new_zeros(*q.shape[:3], v_head_dim))
 
 
 def merge(a: Partial, b: Partial) -> Partial:

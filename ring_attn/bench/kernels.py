@@ -211,8 +211,12 @@ class Visit:
 
 def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: str, options: KernelBenchOptions) -> list[Row]:
     """A measurement of each kernel: the median of as many rounds over all of them, which a GPU's clock meets alike."""
+    if not kernels:
+        return []
     visit = Visit.random(mask_name, length, options)
-    runs = {kernel.name: _run(kernel, visit, direction) for kernel in kernels}
+    out = visit.forward(kernels[0])
+    up, into = Upstream(visit.dout, out, visit.lse), visit.grads() if direction == "backward" else None
+    runs = {kernel.name: _run(kernel, visit, up, into) for kernel in kernels}
     extra = {name: timed(run, 1, visit.q.device)[1] for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.repeats):
@@ -224,13 +228,10 @@ def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: s
     return [Row(n, direction, mask_name, length, ms[n], flops / ms[n] / 1e9, extra[n] / 2**30) for n in runs]
 
 
-def _run(kernel: Kernel, visit: Visit, direction: str) -> Callable[[], object]:
-    """What is timed of a kernel, run once."""
-    out = torch.empty_like(visit.dout)
-    visit.forward(kernel, out)
-    if direction == "forward":
-        return lambda: visit.forward(kernel, out)
-    up, into = Upstream(visit.dout, out, visit.lse), visit.grads()
+def _run(kernel: Kernel, visit: Visit, up: Upstream, into: Grads | None) -> Callable[[], object]:
+    """What is timed of a kernel: a backward into these gradients, or, where there are none, a forward."""
+    if into is None:
+        return lambda: visit.forward(kernel, up.out)
     return lambda: kernel.backward(up, visit.q, visit.k, visit.v, visit.tiles, scale=visit.scale, into=into)
 
 

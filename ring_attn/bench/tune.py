@@ -112,7 +112,9 @@ def tune(wanted: list[tuple[str, Config]], options: TuneOptions) -> list[Timed]:
         best: dict[Config, tuple[dict[str, float], str]] = {config: ({}, "") for config in fit}
         for config, (tflops, reason) in timed_apart(time_all, launch, fit * options.rounds, options):
             before, fault = best[config]
-            best[config] = {case: max(x, before.get(case, 0)) for case, x in tflops.items()}, fault or reason
+            # One that fails once is no candidate.
+            fault = fault or reason
+            best[config] = {} if fault else {case: max(x, before.get(case, 0)) for case, x in tflops.items()}, fault
         for config, found in best.items():
             rows.append(Timed(launch, config, ahead[launch, config], *found))
             print(line(rows[-1], options.cases), flush=True)

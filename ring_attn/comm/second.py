@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from ring_attn.comm.backend import over_nccl, timeout_s
+from ring_attn.comm.backend import timeout_s
 
 logger = logging.getLogger("ring_attn")
 
@@ -36,8 +36,8 @@ def second_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     It is made once for a group, by all its processes together and while nothing of them is under way on this GPU, and goes
     with `destroy_process_group()`. Raises RuntimeError where it would have to be made while a CUDA graph is captured.
     """
-    if not over_nccl(group):
-        # Messages of other backends are matched by their tags and wait for none.
+    if dist.get_backend(group) != dist.Backend.NCCL:
+        # Messages of other backends are matched by their tags and wait for none; a group with several may carry both kinds.
         return group
     if dist.group.WORLD.bound_device_id is None:
         logger.info(

@@ -25,7 +25,7 @@ from ring_attn.kernels.gluon_attend import attend_overlapped, attend_plainly, la
 from ring_attn.kernels.gluon_work import CONSUMER_ROWS, Queue, Shared, item_of, laps_of, place_of, span_of, walk_of, work_of
 from ring_attn.kernels.triton_blocks import Table
 from ring_attn.kernels.triton_forward import positive
-from ring_attn.kernels.triton_rows import LN2, LOG2E, Call, numbers_of, rows_of
+from ring_attn.kernels.triton_rows import LEFT_BELOW, LN2, LOG2E, Call, numbers_of, rows_of
 from ring_attn.partial import Partial
 
 at_head = gluon.jit(triton_rows.at_head.fn)
@@ -335,7 +335,8 @@ def _consume_one(
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
         total += gl.load(at, mask=mask, other=0.0) * gl.convert_layout(factor, across)[:, None]
     divisor = gl.where(l_row == 0.0, 1.0, l_row)
-    m_row = (m2 + gl.log2(divisor)) * LN2
+    lse2 = m2 + gl.log2(divisor)
+    m_row = (lse2 if LAST else lse2 - LEFT_BELOW) * LN2
     _store_numbers(m, work, rows, live, m_row)
     if LAST:
         # By rows, so that neighbouring threads write neighbouring memory.

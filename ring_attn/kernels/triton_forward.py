@@ -2,7 +2,9 @@
 
 Note [base 2]: scores are scaled by log2(e) so that exp2 serves; m2 is in base 2, and m and lse in memory are natural logs. The
 baseline is scale * max of the raw scores, which needs a positive scale: `forward_call` turns other scales into one. What is
-carried is left relative to its log-sum-exp, as near as the next visit reads that back: m2 rounds on the way to m and back.
+carried is left relative to m = log-sum-exp - 24 ln 2, as near as the next visit reads that back: m2 rounds on the way to m and
+back. The next visit's probabilities are relative to that or to its own largest score: at the log-sum-exp itself they would be
+as small as one in all keys so far, and float16 has no digits left for those.
 
 Note [baseline]: where no score can be larger in size than a bound, p = exp(score - bound) is at least exp(-2 bound), so the
 bound serves every row as a constant baseline, without a running maximum and without rescaling in the loop; what was carried
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ring_attn.kernels.triton_blocks import Config, Table, padded
 from ring_attn.kernels.triton_rows import (
+    LEFT_BELOW,
     LN2,
     LOG2E,
     Call,
@@ -195,7 +198,8 @@ def forward_kernel(
         factor = tl.exp2(m2_carried - tl.where(m2 == float("-inf"), 0.0, m2))
         total += load_rows(at_head(acc, batch, head), rows, live, V_DIM, V_WIDTH) * factor[:, None]
     divisor = tl.where(l_row == 0.0, 1.0, l_row)
-    m_row = (m2 + tl.log2(divisor)) * LN2
+    lse2 = m2 + tl.log2(divisor)
+    m_row = (lse2 if LAST else lse2 - LEFT_BELOW) * LN2
     store_numbers(at_head(m, batch, head), m_row, rows, live)
     if LAST:
         store_rows(at_head(out, batch, head), total / divisor[:, None], rows, live, V_DIM, V_WIDTH)

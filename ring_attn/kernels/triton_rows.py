@@ -25,6 +25,8 @@ from ring_attn.kernels.triton_launch import Rows, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# How far below its log-sum-exp, in base 2, what is carried on is left; see Note [base 2] of triton_forward.
+LEFT_BELOW = tl.constexpr(24.0)
 
 
 def rows_of(x: Tensor) -> Rows:

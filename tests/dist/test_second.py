@@ -31,6 +31,9 @@ class PassesForNccl:
     def __getattr__(self, name):
         return getattr(dist, name)
 
+    def get_backend(self, group):
+        return dist.Backend.NCCL
+
     def split_group(self, group, ranks, *, timeout, group_desc):
         """Only the processes of the group come here."""
         assert ranks == [list(range(dist.get_world_size(group)))] and timeout.total_seconds() == 60
@@ -49,7 +52,6 @@ class pretended:
         for patched in (
             patch.object(second, "dist", self.nccl),
             patch.object(process_group, "_link", lambda group: ("network", 1)),
-            patch.object(second, "over_nccl", lambda group: True),
             patch.object(second, "timeout_s", lambda group: 60),
             patch.object(torch.cuda, "synchronize", lambda: None),
             patch.object(torch.cuda, "is_current_stream_capturing", lambda: self.capturing),

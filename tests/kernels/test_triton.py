@@ -220,6 +220,22 @@ def test_what_is_carried_keeps_its_digits_however_large_scores_are(name, scale):
     assert rel_error(out, wanted) < 1e-6
 
 
+def test_what_is_carried_from_many_keys_leaves_float16_its_digits():
+    """Keys that weigh little beside all before, whose v is 0: relative to the log-sum-exp they would be no float16."""
+    wide, many, few = Config(16, 1024, 4, 1), 16_384, 64
+    kernel, gen = TritonKernel(Configs(wide, wide, wide)), torch.Generator().manual_seed(3)
+    q, none = torch.ones(1, 16, 1, 16).half(), torch.zeros(1, many, 1, 16).half()
+    k = (torch.randn(1, few, 1, 16, generator=gen) / 2 - 6).half()
+    v = torch.randn(1, few, 1, 16, generator=gen).half()
+    before, after = (tiles((range(16),), [(range(n),)], Full()) for n in (many, few))
+    q, none, k, v = (x.to(DEVICE) for x in (q, none, k, v))
+    partial = kernel.forward(q, none, none, before, scale=1 / 16)
+    partial = kernel.forward(q, k, v, after, scale=1 / 16, into=partial)
+    weights = (k.double()[0, :, 0].sum(-1) / 16).exp()
+    exact = (weights @ v.double()[0, :, 0]) / (many + weights.sum())
+    assert rel_error(partial.acc / partial.sum.transpose(1, 2).unsqueeze(-1), exact.expand(1, 16, 1, 16)) < 1e-3
+
+
 def test_keys_outside_the_tiles_are_not_read():
     q, k, v, dout = random_qkv(1, 37, 44, 2, 1, 16, seed=12)
     tile_list = (Tile(range(37), range(3, 40), Band(), ((), ())),)
