@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from ring_attn.bench import tune
 from ring_attn.bench.kernels import Visit
 from ring_attn.bench.tune import GATE_DOCUMENTS, GATE_ROWS, TuneOptions, calls, main, scored, timed_apart
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
@@ -43,6 +44,19 @@ def test_a_candidate_that_breaks_or_hangs_costs_its_own_row_only():
     ended, hung = ({}, "its process ended with status 7"), ({}, "hung for 4 s")
     fine = ({"dq": 1.0}, "")
     assert found == [(GOOD, fine), (BROKEN, ended), (GOOD, fine), (HANGING, hung), (GOOD, fine)]
+
+
+def test_the_best_of_all_rounds_counts_and_one_that_fails_in_any_is_out(monkeypatch):
+    rounds = [(GOOD, ({"causal": 5.0}, "")), (BROKEN, ({"causal": 9.0}, "")), (GOOD, ({"causal": 7.0}, ""))]
+    rounds += [(BROKEN, ({}, "wrong under full")), (GOOD, ({"causal": 6.0}, "")), (BROKEN, ({"causal": 9.0}, ""))]
+    taken = Resources(128, 0, 0, 0, False, 0)
+    monkeypatch.setattr(tune, "compile_all", lambda wanted, options: dict.fromkeys(wanted, taken))
+    monkeypatch.setattr(tune, "timed_apart", lambda *given: iter(rounds))
+    found = tune.tune([("dq", GOOD), ("dq", BROKEN)], TuneOptions(cases=("causal",)))
+    assert [(row.config, row.tflops, row.why_not) for row in found] == [
+        (GOOD, {"causal": 7.0}, ""),
+        (BROKEN, {}, "wrong under full"),
+    ]
 
 
 def test_the_report_puts_the_best_first_and_writes_it_as_it_is_made():

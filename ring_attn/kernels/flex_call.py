@@ -9,8 +9,8 @@ Note [shifts]: a position is its row's number plus what is looked up. What is on
 2.12, which cannot compile the gradient of a tensor indexed by what is worked out from it, such as a distance within bounds.
 
 Note [stages]: Triton copies what the next stages of a loop read into shared memory ahead of time. Where a tensor of 32 or 64
-bits a number is read by query and key, that is as much as a block of scores each, and torch reckons with none: one such table
-asks for 250 KB in bf16 with head_dim 64, where an H100 has 227. So such calls have one stage, as those in fp32.
+bits a number (16 are widened first) is read by query and key, that is as much as a block of scores each, and torch reckons with
+none: one such table asks for 250 KB in bf16 with head_dim 64, where an H100 has 227. So such calls have one stage, as in fp32.
 """
 
 from __future__ import annotations
