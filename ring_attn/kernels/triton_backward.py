@@ -177,10 +177,8 @@ def scores_gradient(
     pt = tl.exp2(score * scale_log2 - lse2[None, :])
     if partly:
         pt = tl.where(met_by(place, i, low, high, BLOCK), pt, 0.0)
-    weight = pt
-    if chain is not None:
-        # A gradient is linear in what comes in: what multiplies it is worked out first, and no score waits for dp.
-        weight = pulled_back(pt, st, cells, chain, 0)
+    # A gradient is linear in what comes in: what multiplies it is worked out first, and no score waits for dp.
+    weight = pt if chain is None else pulled_back(pt, st, cells, chain, 0)
     dv_rows = tl.dot(pt.to(dout_rows.dtype), dout_rows, dv_rows, input_precision="ieee")
     if not EARLY:
         dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
@@ -391,12 +389,9 @@ def meet_columns(
     p = tl.exp2(score * scale_log2 - lse2[:, None])
     if partly:
         p = tl.where(met_by(j, i, low, high, BLOCK), p, 0.0)
-    # See `scores_gradient`.
-    weight, of_slopes = p, p
-    if ALIBI is not None:
-        of_slopes = pulled_back(p, s, cells, chain, ALIBI + 1) * distance(cells)
-    if chain is not None:
-        weight = pulled_back(p, s, cells, chain, 0)
+    # As in `scores_gradient`.
+    of_slopes = p if ALIBI is None else pulled_back(p, s, cells, chain, ALIBI + 1) * distance(cells)
+    weight = p if chain is None else pulled_back(p, s, cells, chain, 0)
     dp = tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee") - delta_row[:, None]
     if ALIBI is not None:
         slope_rows += tl.sum(of_slopes * dp, 1)
