@@ -6,6 +6,9 @@ carried is left relative to m = log-sum-exp - 24 ln 2, as near as the next visit
 back. The next visit's probabilities are relative to that or to its own largest score: at the log-sum-exp itself they would be
 as small as one in all keys so far, and float16 has no digits left for those.
 
+Note [lanes]: four neighbouring threads share a row of a block of scores, two columns each of every eight, and to add up across
+them takes as long as the products leave for it. So each keeps a sum of its own, and they meet once, after the last block.
+
 Note [baseline]: where no score can be larger in size than a bound, p = exp(score - bound) is at least exp(-2 bound), so the
 bound serves every row as a constant baseline, without a running maximum and without rescaling in the loop; what was carried
 joins in the end. A row has met a key iff its sum is not 0.
@@ -37,6 +40,8 @@ from ring_attn.kernels.triton_rows import (
 )
 from ring_attn.kernels.triton_scores import PLAIN, Chain, block_cells, entry_cells, modified
 from ring_attn.partial import Partial
+
+LANES = tl.constexpr(4)
 
 
 def forward_call(
@@ -98,11 +103,17 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
 
 
 @triton.jit
+def lane_sums(p):
+    """[rows, LANES]: the sums of p [rows, columns] over what each thread holds of a row, see Note [lanes]."""
+    return tl.sum(tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // (2 * LANES), LANES, 2)), 3), 1)
+
+
+@triton.jit
 def attend(
-    q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, chain, cells, baseline,
+    q_rows, k_rows, v_rows, j, partly, low, high, m2, l_lanes, total, scale_log2, chain, cells, baseline,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(m2, l, sum) of the online softmax after the KV rows from `j` on; `partly`: not every row meets all of them.
+    """(m2, l by lanes, sum) of the online softmax after the KV rows from `j` on; `partly`: not every row meets all of them.
 
     `baseline`: see Note [baseline]; where there is one, m2 is left as it was.
     """
@@ -117,12 +128,12 @@ def attend(
         p = tl.exp2(s * scale_log2 - base[:, None])
         rescale = tl.exp2(m2 - base)
         total = tl.dot(p.to(v_rows.dtype), v_rows, total * rescale[:, None], input_precision="ieee")
-        m2, l_row = m2_next, l_row * rescale + tl.sum(p, 1)
+        m2, l_lanes = m2_next, l_lanes * rescale[:, None] + lane_sums(p)
     else:
         p = tl.exp2(s * scale_log2 - baseline)
         total = tl.dot(p.to(v_rows.dtype), v_rows, total, input_precision="ieee")
-        l_row += tl.sum(p, 1)
-    return m2, l_row, total
+        l_lanes += lane_sums(p)
+    return m2, l_lanes, total
 
 
 @triton.jit(do_not_specialize=["num_q", "programs"])
@@ -164,15 +175,11 @@ def forward_kernel(
     k_at, v_at = at_head(k, batch, kv_head), at_head(v, batch, kv_head)
     q_rows = load_rows(at_head(q, batch, head), rows, live, DIM, WIDTH)
     total = tl.zeros((BLOCK_M, V_WIDTH), tl.float32)
+    l_lanes = tl.zeros((BLOCK_M, LANES), tl.float32)
+    m2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if CARRIED:
         m2 = load_numbers(at_head(m, batch, head), rows, live, float("-inf")) * LOG2E
-        l_row = load_numbers(at_head(sums, batch, head), rows, live, 0.0)
-    else:
-        m2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        l_row = tl.zeros((BLOCK_M,), tl.float32)
-    m2_carried, l_carried = m2, l_row
-    if baseline is not None:
-        l_row = tl.zeros((BLOCK_M,), tl.float32)
+    m2_carried = m2
 
     for entry in range(first, last, ENTRY):
         low, high, start, stop, clear_start, clear_stop = entry_span(table + entry, rows, block * BLOCK_M, block_stop)
@@ -183,20 +190,22 @@ def forward_kernel(
             k_rows = load_rows(k_at, columns, columns < stop, DIM, WIDTH)
             v_rows = load_rows(v_at, columns, columns < stop, V_DIM, V_WIDTH)
             partly = (j < clear_start) | (j + BLOCK_N > clear_stop)
-            m2, l_row, total = attend(
-                q_rows, k_rows, v_rows, j, partly, low, high, m2, l_row, total, scale_log2, chain, cells, baseline, BLOCK_N
+            m2, l_lanes, total = attend(
+                q_rows, k_rows, v_rows, j, partly, low, high, m2, l_lanes, total, scale_log2, chain, cells, baseline, BLOCK_N
             )
 
+    l_row = tl.sum(l_lanes, 1)
     if baseline is not None:
         m2_here = tl.where(l_row > 0.0, baseline, float("-inf"))
         m2 = tl.maximum(m2_carried, m2_here)
-        base = tl.where(m2 == float("-inf"), 0.0, m2)
-        rescale = tl.exp2(m2_here - base)
-        l_row, total = l_row * rescale + l_carried * tl.exp2(m2_carried - base), total * rescale[:, None]
-    if ADDING:
+        rescale = tl.exp2(m2_here - tl.where(m2 == float("-inf"), 0.0, m2))
+        l_row, total = l_row * rescale, total * rescale[:, None]
+    if CARRIED:
         # Read only here, where registers are free: in the loop it would only be rescaled from m2_carried to m2.
         factor = tl.exp2(m2_carried - tl.where(m2 == float("-inf"), 0.0, m2))
-        total += load_rows(at_head(acc, batch, head), rows, live, V_DIM, V_WIDTH) * factor[:, None]
+        l_row += load_numbers(at_head(sums, batch, head), rows, live, 0.0) * factor
+        if ADDING:
+            total += load_rows(at_head(acc, batch, head), rows, live, V_DIM, V_WIDTH) * factor[:, None]
     divisor = tl.where(l_row == 0.0, 1.0, l_row)
     lse2 = m2 + tl.log2(divisor)
     m_row = (lse2 if LAST else lse2 - LEFT_BELOW) * LN2
