@@ -19,13 +19,12 @@ def candidates(launch: str, head_dim: int, score: str = "") -> list[Config]:
 _CANDIDATES = {
     ("forward", 128): [
         Config(128, 64, 8, 3),
+        Config(128, 64, 8, 4),
         Config(128, 64, 8, 2, registers=128),
-        Config(128, 32, 8, 4, registers=128),
-        Config(128, 32, 8, 3, registers=128),
-        Config(128, 32, 8, 2, registers=128),
+        Config(128, 128, 8, 2),
         Config(64, 64, 4, 2),
-        Config(64, 32, 4, 3, registers=168),
-        Config(64, 32, 4, 2, registers=168),
+        Config(64, 64, 4, 3),
+        Config(64, 32, 4, 3),
     ],
     ("dkdv", 128): [
         Config(128, 64, 8, 2),
@@ -40,16 +39,19 @@ _CANDIDATES = {
     ("dq", 128): [
         Config(128, 64, 8, 3),
         Config(128, 64, 8, 3, tma=True),
+        Config(128, 64, 8, 3, tma=True, early=True),
         Config(128, 64, 8, 2, tma=True),
         Config(128, 128, 8, 2, tma=True),
         Config(64, 64, 4, 2),
         Config(64, 64, 4, 2, tma=True),
+        Config(64, 64, 4, 2, tma=True, early=True),
         Config(64, 128, 4, 1, tma=True),
     ],
     ("forward", 64): [
         Config(128, 128, 8, 2),
         Config(128, 64, 8, 3, registers=128),
         Config(128, 64, 4, 3),
+        Config(64, 64, 4, 3),
     ],
     ("dkdv", 64): [
         Config(128, 64, 8, 2),
@@ -68,6 +70,6 @@ _CANDIDATES = {
 
 _MODIFIED = {
     ("dkdv", 128): [Config(64, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True)],
-    ("dq", 128): [Config(128, 32, 8, 3, tma=True)],
-    ("dq", 64): [Config(64, 64, 4, 3, tma=True)],
+    ("dq", 128): [Config(128, 32, 8, 3, tma=True), Config(128, 64, 8, 3, tma=True, early=True, mixed=True)],
+    ("dq", 64): [Config(64, 64, 4, 3, tma=True), Config(128, 64, 8, 2, tma=True, registers=128, mixed=True)],
 }

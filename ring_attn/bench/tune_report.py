@@ -44,7 +44,7 @@ def report(rows: list[Timed], options: TuneOptions) -> str:
         best[launch] = mine
         lines += ["", f"{launch:8s} registers spills (in loop) KiB" + "".join(f"{case:>17s}" for case in options.cases)]
         lines += [line(row, options.cases) for row in mine]
-    scores = "modified" if options.score else "plain"
+    scores = options.score or "plain"
     shipped = configs(getattr(torch, options.dtype), options.head_dim, options.head_dim, "large", scores)
     lines.append("\nbest under each mask, as arguments of Configs:")
     for case in ("", *options.cases):

@@ -31,7 +31,8 @@ class Config:
     """One launch: `own` rows stay with a program, `walk` rows are met at a time.
 
     `tma`: the backward's copies, see Note [whole blocks]; the forward has none. `registers`: the most that a thread may use,
-    None for any number. `early`: the dk, dv kernel has dout v^T before the softmax.
+    None for any number. `early`: the backward has dout v^T before the softmax. `mixed`: see Note [powers of two] of
+    triton_backward, for its dq kernel.
     """
 
     own: int
@@ -41,6 +42,7 @@ class Config:
     tma: bool = False
     registers: int | None = None
     early: bool = False
+    mixed: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -72,7 +74,7 @@ _TABLE = {
             dq=Config(128, 64, 8, 2, tma=True, registers=128),
         ),
         128: Configs(
-            forward=Config(128, 64, 8, 2, registers=128),
+            forward=Config(128, 64, 8, 3),
             dkdv=Config(64, 64, 4, 2, tma=True, early=True),
             dq=Config(128, 64, 8, 3, tma=True),
         ),
@@ -95,10 +97,15 @@ _TABLE["32-bit", "large"] = _TABLE["32-bit", "small"]
 _BY_SCORES = {
     "modified": {
         ("16-bit", "large", 64): {"dq": Config(128, 64, 8, 2, tma=True)},
-        ("16-bit", "large", 128): {"forward": Config(128, 64, 8, 3)},
         ("16-bit", "small", 64): {"dq": Config(64, 32, 4, 2)},
     },
-    "several": {("16-bit", "large", 128): {"dkdv": Config(64, 64, 4, 2, tma=True)}},
+    "softcap": {("16-bit", "large", 128): {"dq": Config(128, 64, 8, 3, tma=True, early=True, mixed=True)}},
+    "several": {
+        ("16-bit", "large", 128): {
+            "dkdv": Config(64, 64, 4, 2, tma=True),
+            "dq": Config(128, 64, 8, 3, tma=True, early=True),
+        },
+    },
     "functions": {("16-bit", "large", 128): {"dkdv": Config(64, 32, 4, 2, tma=True)}},
 }
 
@@ -106,14 +113,14 @@ _BY_SCORES = {
 def configs(dtype: torch.dtype, head_dim: int, v_head_dim: int, size: str, scores: str = "plain") -> Configs:
     """The launch configurations for a problem; `size`: "large" or "small", see `device_size`.
 
-    `scores`: "plain", "modified" by one step, by "several", or by a user's "functions" among others.
+    `scores`: "plain", or what modifies them: one step, "softcap" or "alibi", "several", or a user's "functions" among others.
     """
     width = max(padded(head_dim), padded(v_head_dim))
     kind = "32-bit" if dtype == torch.float32 else "16-bit"
     bucket = min(bucket for bucket in _TABLE[kind, size] if bucket >= width)
     found = _TABLE[kind, size][bucket]
     for name in () if scores == "plain" else dict.fromkeys(("modified", scores)):
-        found = replace(found, **_BY_SCORES[name].get((kind, size, bucket), {}))
+        found = replace(found, **_BY_SCORES.get(name, {}).get((kind, size, bucket), {}))
     return found
 
 

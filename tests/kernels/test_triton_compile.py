@@ -38,15 +38,12 @@ SPILLS = {
     "bfloat16:64:large:plain:dq": 300,
     "bfloat16:64:large:function:dkdv": 100,
     "bfloat16:128:large:plain:dkdv": 300,
-    "bfloat16:128:large:plain:forward middle": 300,
-    "bfloat16:128:large:plain:forward last": 600,
-    "bfloat16:128:large:bounded:forward last": 700,
     "bfloat16:128:large:softcap:dkdv": 400,
     "bfloat16:128:large:softcap:dq": 100,
     "bfloat16:128:large:alibi:dkdv": 500,
     "bfloat16:128:large:alibi:dq": 160,
     "bfloat16:128:large:softcap alibi:dkdv": 900,
-    "bfloat16:128:large:softcap alibi:dq": 400,
+    "bfloat16:128:large:softcap alibi:dq": 600,
     "bfloat16:128:large:function:dkdv": 300,
     "bfloat16:128:large:function:dq": 120,
     "bfloat16:256:large:plain:dkdv": 400,
@@ -59,21 +56,14 @@ SPILLS = {
     "float32:256:small:plain:dq": 700,
 }
 SPILLS_OTHERWISE = 64
-# Instructions in the inner loop: two programs on a multiprocessor, or two products in flight, are worth more, as
-# `ring-attn bench tune` measured; two modifiers at once keep more numbers than there are registers.
+# Instructions in the inner loop: two products in flight are worth more, as `ring-attn bench tune` measured; two modifiers at
+# once keep more numbers than there are registers.
 LOOP_SPILLS = {
-    "bfloat16:128:large:plain:forward first": 8,
-    "bfloat16:128:large:plain:forward middle": 8,
-    "bfloat16:128:large:plain:forward last": 8,
-    "bfloat16:128:large:bounded:forward last": 8,
     "bfloat16:128:large:softcap:dkdv": 24,
     "bfloat16:128:large:alibi:dkdv": 28,
     "bfloat16:128:large:softcap alibi:dkdv": 60,
     "bfloat16:128:large:softcap alibi:dq": 12,
 }
-# With 128 registers a thread ptxas lets no product run beside other work; the other program on the multiprocessor does.
-SERIALIZED = {f"bfloat16:128:large:plain:forward {visit}" for visit in ("first", "middle", "last")}
-SERIALIZED |= {"bfloat16:128:large:bounded:forward last"}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +92,7 @@ def test_fits(compiled, request_name):
     assert taken["shared"] <= SHARED[size], taken
     assert taken["spills"] <= SPILLS.get(request_name, SPILLS_OTHERWISE), taken
     assert taken["loop_spills"] <= LOOP_SPILLS.get(request_name, 0), taken
-    assert request_name in SERIALIZED or not taken["serialized"], taken
+    assert not taken["serialized"], taken
 
 
 @pytest.mark.parametrize("request_name", TMA_REQUESTS)
