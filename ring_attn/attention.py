@@ -156,7 +156,7 @@ def _backward(
     settled = ring.settled.get(call.key(q, k, v, tensors)) or call.settle(q, k, v)
     plan, exchange, kernel = settled.plan, settled.exchange, settled.kernel("backward", lse_grad=up.dlse is not None)
     queries = call.hosted(q)
-    dq = torch.zeros(q.shape, dtype=up.lse.dtype, device=q.device)
+    dq, unwritten_q = torch.empty(q.shape, dtype=up.lse.dtype, device=q.device), True
     dqs = call.hosted(dq)
     ups = [Upstream(*parts) for parts in zip(*(_hosted_upstream(up, call)), strict=True)]
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
@@ -168,7 +168,7 @@ def _backward(
     homeward = exchange.homeward(ring.transport, plan, dtypes)
     what = f"{exchange.name} backward"
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
-        buffers = homeward.buffers(visit)
+        buffers, unwritten_kv = homeward.buffers(visit)
         for i, rank in enumerate(ring.hosted):
             kernel.backward(
                 ups[i],
@@ -177,8 +177,9 @@ def _backward(
                 plan[rank, visit.step],
                 scale=call.scale,
                 score=modifiers[i],
-                into=Grads(dqs[i], *buffers[i], score_grads[i]),
+                into=Grads(dqs[i], *buffers[i], score_grads[i], unwritten_q, unwritten_kv),
             )
+        unwritten_q = False
         homeward.add(visit)
         del visit, buffers
     dk, dv = (_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))

@@ -174,13 +174,13 @@ def run_kernel(
         last = visit == len(tile_lists) - 1
         partial = kernel.forward(q, k, v, tile_list, scale=scale, score=score, into=partial, out=out if last else None)
     dtype = accumulator_dtype(q.dtype)
-    dq, dk, dv, *of_scores = (
-        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v, *(score.tensors() if score else ()))
-    )
-    into = Grads(dq, dk, dv, tuple(of_scores))
+    dq, dk, dv = (torch.full(x.shape, torch.nan, dtype=dtype, device=x.device) for x in (q, k, v))
+    of_scores = (torch.zeros_like(x, dtype=dtype) for x in (score.tensors() if score else ()))
+    into = Grads(dq, dk, dv, tuple(of_scores), unwritten_q=True, unwritten_kv=True)
     up = Upstream(dout, out, partial.lse, dlse)
     for tile_list in tile_lists:
         (backward or kernel).backward(up, q, k, v, tile_list, scale=scale, score=score, into=into)
+        into = into.written
     found = {"out": out, "lse": partial.lse, "dq": into.dq, "dk": into.dk, "dv": into.dv}
     return found | {f"gradient of tensor {n}": x for n, x in enumerate(into.score)}
 

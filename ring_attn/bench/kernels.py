@@ -171,7 +171,7 @@ class Visit:
     def grads(self) -> Grads:
         dtype = accumulator_dtype(self.q.dtype)
         of_scores = () if self.score is None else tuple(torch.zeros_like(x, dtype=dtype) for x in self.score.tensors())
-        return Grads(*(torch.zeros_like(x, dtype=dtype) for x in (self.q, self.k, self.v)), of_scores)
+        return Grads(*(torch.empty_like(x, dtype=dtype) for x in (self.q, self.k, self.v)), of_scores, True, True)
 
     def run(self, kernel: Kernel) -> list[Tensor]:
         """out, dq, dk, dv."""

@@ -38,8 +38,8 @@ class GradTypes(NamedTuple):
 class Homeward(Protocol):
     """Collects dK and dV of a backward tour. Buffers are in the dtype of sums."""
 
-    def buffers(self, visit: Visit) -> list[KV]:
-        """Zeroed dk and dv for this visit's keys, one pair a hosted rank."""
+    def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
+        """dk and dv for this visit's keys, one pair a hosted rank, and whether they are yet unwritten."""
 
     def add(self, visit: Visit) -> None:
         """Takes the buffers of this visit, now filled, on their way home."""
@@ -103,10 +103,10 @@ class PackedHomeward:
         self.own: list[Tensor] = []
         self.pending: list[tuple[slice, Pending[list[Tensor]]]] = []
 
-    def buffers(self, visit: Visit) -> list[KV]:
+    def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
         self.widths = Widths.of(visit.kv[0])
-        self.rows = [self.widths.zeros(pair, self.dtypes.sums) for pair in visit.kv]
-        return [self.widths.unpack(rows) for rows in self.rows]
+        self.rows = [self.widths.unwritten(pair, self.dtypes.sums) for pair in visit.kv]
+        return [self.widths.unpack(rows) for rows in self.rows], True
 
     def sent(self, rows: list[Tensor]) -> list[Tensor]:
         """The rows as they travel."""
@@ -140,9 +140,9 @@ class Widths(NamedTuple):
         b, n, _ = rows.shape
         return k.view(b, n, self.heads, self.d), v.view(b, n, self.heads, self.dv)
 
-    def zeros(self, pair: KV, dtype: torch.dtype) -> Tensor:
-        """Packed rows of zeros for as many rows as the pair has."""
-        return pair[0].new_zeros(*pair[0].shape[:2], self.heads * (self.d + self.dv), dtype=dtype)
+    def unwritten(self, pair: KV, dtype: torch.dtype) -> Tensor:
+        """Packed rows that hold nothing yet, as many as the pair has."""
+        return pair[0].new_empty(*pair[0].shape[:2], self.heads * (self.d + self.dv), dtype=dtype)
 
 
 def pack(pair: KV) -> Tensor:

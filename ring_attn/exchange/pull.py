@@ -56,11 +56,11 @@ class PullExchange:
 class _PullHomeward(PackedHomeward):
     pushed: Pending | None = None
 
-    def buffers(self, visit: Visit) -> list[KV]:
+    def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
         if visit.step or not self.own:
             return super().buffers(visit)
         # What was pushed is added to the same rows.
-        return [self.widths.unpack(rows) for rows in self.own]
+        return [self.widths.unpack(rows) for rows in self.own], False
 
     def add(self, visit: Visit) -> None:
         if visit.step == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import Protocol
@@ -72,12 +72,26 @@ class Grads:
     """Where a backward adds: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse.
 
     `score`: the same for the tensors of the score modifiers, in their order and shapes; None where no gradient is wanted.
+    `unwritten_q`, `unwritten_kv`: dq, or dk and dv, hold nothing yet; a kernel writes all of their rows.
     """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     score: tuple[Tensor | None, ...] = ()
+    unwritten_q: bool = False
+    unwritten_kv: bool = False
+
+    @property
+    def written(self) -> Grads:
+        """The same, now that everything has been written."""
+        return replace(self, unwritten_q=False, unwritten_kv=False)
+
+    def zeroed(self) -> Grads:
+        """The same with zeros in what was unwritten, for a kernel that can only add."""
+        for x in (self.dq,) * self.unwritten_q + (self.dk, self.dv) * self.unwritten_kv:
+            x.zero_()
+        return self.written
 
 
 class Kernel(Protocol):
@@ -123,7 +137,9 @@ class Kernel(Protocol):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        """Adds this visit's gradients into `into`. Exact for a part of the keys because `up.lse` is the final one."""
+        """Adds this visit's gradients into `into`, or writes them there. Exact for a part of the keys because `up.lse` is the
+        final one.
+        """
 
 
 def modifier_refusal(problem: Problem, kinds: tuple[str, ...] = ()) -> str | None:

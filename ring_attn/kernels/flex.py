@@ -81,6 +81,7 @@ class FlexKernel(Tilewise):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
+        into = into.zeroed()
         wanted = tuple(n for n, total in enumerate(into.score) if total is not None)
         scoring = replace(self.scaling(scale, score), wanted=wanted)
         with _compiling():

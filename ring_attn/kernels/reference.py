@@ -59,6 +59,7 @@ class ReferenceKernel:
         score: Scores | None = None,
         into: Grads,
     ) -> None:
+        into = into.zeroed()
         for block in self._blocks(q, k, v, tiles, scale, score):
             if block.has_cells:
                 block.backward(up, into)

@@ -144,8 +144,10 @@ class Tilewise(ABC):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        scaling = self.scaling(scale, score)
-        for call in self.calls(tiles, q):
+        calls, scaling = list(self.calls(tiles, q)), self.scaling(scale, score)
+        if len(calls) != 1 or not (calls[0].covers(q) and calls[0].covers_kv(k)):
+            into = into.zeroed()
+        for call in calls:
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
 
 
@@ -174,6 +176,9 @@ class Dense:
     def covers(self, q: Tensor) -> bool:
         """Whether it holds every row of q."""
         return len(self.tile.q_rows) == q.shape[1] and self.tile.batch is None
+
+    def covers_kv(self, k: Tensor) -> bool:
+        return len(self.tile.kv_rows) == k.shape[1] and self.tile.batch is None
 
     def fuses(self, x: Tensor) -> bool:
         """Whether Triton merges and adds its results, in one pass over memory; `x`: any of its tensors."""
@@ -204,9 +209,9 @@ class Dense:
             add_call(into, self.tile.q_rows, self.tile.kv_rows, dq, dk, dv)()
             return
         # To add to an index would copy the sums onto themselves.
-        self._q(into.dq).add_(dq)
-        self._kv(into.dk).add_(dk)
-        self._kv(into.dv).add_(dv)
+        _take(self._q(into.dq), dq, into.unwritten_q)
+        _take(self._kv(into.dk), dk, into.unwritten_kv)
+        _take(self._kv(into.dv), dv, into.unwritten_kv)
 
     def _q(self, x: Tensor, dim: int = 1) -> Tensor:
         return self._part(x, self.tile.q_rows, dim)
@@ -241,8 +246,10 @@ class Packed:
 
     def covers(self, q: Tensor) -> bool:
         """Whether it holds every row of q, in order."""
-        rows = self.pack.q_rows[1]
-        return q.shape[0] == 1 and isinstance(rows, slice) and rows == slice(0, q.shape[1])
+        return _all_rows(self.pack.q_rows, q)
+
+    def covers_kv(self, k: Tensor) -> bool:
+        return _all_rows(self.pack.kv_rows, k)
 
     def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
@@ -264,9 +271,15 @@ class Packed:
         return kernel.differentiate_packed(up, q[rows], k[kv], v[kv], self.pack, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        into.dq[self.pack.q_rows] += dq
-        into.dk[self.pack.kv_rows] += dk
-        into.dv[self.pack.kv_rows] += dv
+        for total, rows, grad, unwritten in (
+            (into.dq, self.pack.q_rows, dq, into.unwritten_q),
+            (into.dk, self.pack.kv_rows, dk, into.unwritten_kv),
+            (into.dv, self.pack.kv_rows, dv, into.unwritten_kv),
+        ):
+            if unwritten:
+                total[rows] = grad
+            else:
+                total[rows] += grad
 
 
 @lru_cache(maxsize=64)
@@ -295,6 +308,10 @@ def _rows(segments: list[tuple[int, range]], device: torch.device) -> Rows:
     return batches.to(device), numbers.to(device)
 
 
+def _all_rows(rows: Rows, x: Tensor) -> bool:
+    return x.shape[0] == 1 and isinstance(rows[1], slice) and rows[1] == slice(0, x.shape[1])
+
+
 def _groups(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, ...]]:
     """Tiles with one window and neither query rows nor KV rows in common, put together."""
     groups: dict[tuple, list[list[Tile]]] = {}
@@ -313,6 +330,13 @@ def _follows(before: Tile, tile: Tile) -> bool:
     """Whether a tile shares no row with the one before it, nor, in a sorted group, with any earlier one."""
     apart = before.q_rows.stop <= tile.q_rows.start and before.kv_rows.stop <= tile.kv_rows.start
     return apart or before.batch != tile.batch
+
+
+def _take(total: Tensor, grad: Tensor, unwritten: bool) -> None:
+    if unwritten:
+        total.copy_(grad)
+    else:
+        total.add_(grad)
 
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:

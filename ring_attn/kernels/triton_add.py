@@ -1,4 +1,7 @@
-"""One launch to add a library's dq, dk and dv into the sums of a visit, where PyTorch takes three, two of them strided."""
+"""One launch to add a library's dq, dk and dv into the sums of a visit, where PyTorch takes three, two of them strided.
+
+What is unwritten yet is written in its place.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,8 @@ def add_call(into: Grads, q_rows: range, kv_rows: range, dq: Tensor, dk: Tensor,
         "batches": b,
         "heads": h,
         "kv_heads": g,
+        "Q_UNWRITTEN": into.unwritten_q,
+        "KV_UNWRITTEN": into.unwritten_kv,
         "DIM": d,
         "V_DIM": dv_dim,
         "WIDTH": padded(d),
@@ -44,7 +49,10 @@ def add_call(into: Grads, q_rows: range, kv_rows: range, dq: Tensor, dk: Tensor,
 
 
 @triton.jit
-def add_block(into, part, place, start, count, blocks, heads, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def add_block(
+    into, part, place, start, count, blocks, heads, UNWRITTEN: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Adds one block of rows of one head, the one at `place` among all blocks, heads and batch rows."""
     # The heads of one block of rows are neighbours in memory.
     head = place % heads
@@ -53,8 +61,9 @@ def add_block(into, part, place, start, count, blocks, heads, DIM: tl.constexpr,
     rows = block * BLOCK + tl.arange(0, BLOCK)
     live = rows < count
     to = at_head(into, batch, head)
-    sums = load_rows(to, start + rows, live, DIM, WIDTH)
-    sums += load_rows(at_head(part, batch, head), rows, live, DIM, WIDTH).to(tl.float32)
+    sums = load_rows(at_head(part, batch, head), rows, live, DIM, WIDTH).to(tl.float32)
+    if not UNWRITTEN:
+        sums += load_rows(to, start + rows, live, DIM, WIDTH)
     store_rows(to, sums, start + rows, live, DIM, WIDTH)
 
 
@@ -75,6 +84,8 @@ def add_kernel(
     batches,
     heads,
     kv_heads,
+    Q_UNWRITTEN: tl.constexpr,
+    KV_UNWRITTEN: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -84,8 +95,9 @@ def add_kernel(
     place = tl.program_id(0)
     of_q, of_kv = batches * q_blocks * heads, batches * kv_blocks * kv_heads
     if place < of_q:
-        add_block(dq, dq_part, place, q_start, q_count, q_blocks, heads, DIM, WIDTH, BLOCK)
+        add_block(dq, dq_part, place, q_start, q_count, q_blocks, heads, Q_UNWRITTEN, DIM, WIDTH, BLOCK)
     elif place < of_q + of_kv:
-        add_block(dk, dk_part, place - of_q, kv_start, kv_count, kv_blocks, kv_heads, DIM, WIDTH, BLOCK)
+        add_block(dk, dk_part, place - of_q, kv_start, kv_count, kv_blocks, kv_heads, KV_UNWRITTEN, DIM, WIDTH, BLOCK)
     else:
-        add_block(dv, dv_part, place - of_q - of_kv, kv_start, kv_count, kv_blocks, kv_heads, V_DIM, V_WIDTH, BLOCK)
+        place -= of_q + of_kv
+        add_block(dv, dv_part, place, kv_start, kv_count, kv_blocks, kv_heads, KV_UNWRITTEN, V_DIM, V_WIDTH, BLOCK)

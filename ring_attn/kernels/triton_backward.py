@@ -72,32 +72,37 @@ def backward_calls(x: Visited, tiles: Sequence[Tile], configs: Configs) -> Itera
     passes = [(own_kv, kv_table(tiles, x.k, own_kv.own, least=own_kv.walk if by_tma else 0, placed=placed))]
     if by_tma:
         passes.append((configs.short, kv_table(tiles, x.k, configs.short.own, most=own_kv.walk - 1, placed=placed)))
+    unwritten = x.into.unwritten_kv
     for config, table in passes:
-        if table.busy:
-            yield dkdv_call(x, table, config)
+        if table.busy or unwritten:
+            yield dkdv_call(x, table, config, unwritten=unwritten)
+        unwritten = False
     yield dq_call(x, query_table(tiles, x.q, configs.dq.own, placed=placed), configs.dq)
 
 
-def dkdv_call(x: Visited, table: Table, config: Config) -> Call:
-    """The launch that adds into dk and dv. `table` lists blocks of KV rows: under TMA, of tiles with a block of query rows."""
+def dkdv_call(x: Visited, table: Table, config: Config, *, unwritten: bool = False) -> Call:
+    """The launch that adds into dk and dv, or writes all of their rows where they are `unwritten`.
+
+    `table` lists blocks of KV rows: under TMA, of tiles with a block of query rows.
+    """
     blocks = _walked_queries(x, config) if config.tma else dict.fromkeys(_WALKED)
     if None in blocks.values():
         blocks = dict.fromkeys(_WALKED)
-    arguments = _shared(x, table, config) | blocks | {"dk": rows_of(x.into.dk), "dv": rows_of(x.into.dv)}
+    arguments = _shared(x, table, config, unwritten) | blocks | {"dk": rows_of(x.into.dk), "dv": rows_of(x.into.dv)}
     arguments |= {"num_kv": x.k.shape[1], "batches": x.q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
     arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early}
-    return Call(dkdv_kernel, table.busy * x.k.shape[2], arguments)
+    return Call(dkdv_kernel, arguments["programs"] * x.k.shape[2], arguments)
 
 
 def dq_call(x: Visited, table: Table, config: Config) -> Call:
-    """The launch that adds into dq; `table` lists blocks of query rows."""
+    """The launch that adds into dq, or writes all of its rows; `table` lists blocks of query rows."""
     blocks = (blocks_of(x.k, config.walk), blocks_of(x.v, config.walk)) if config.tma else (None, None)
     slopes, add_slopes = _slopes(x)
-    arguments = _shared(x, table, config) | {"dq": rows_of(x.into.dq), "num_q": x.q.shape[1]}
+    arguments = _shared(x, table, config, x.into.unwritten_q) | {"dq": rows_of(x.into.dq), "num_q": x.q.shape[1]}
     arguments |= {"k_blocks": blocks[0], "v_blocks": blocks[1], "TMA": None not in blocks}
     arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk, "EARLY": config.early, "MIXED": config.mixed}
     arguments |= {"slopes": slopes, "ALIBI": None if slopes is None else x.chain.alibi}
-    return Call(dq_kernel, table.busy * x.q.shape[2], arguments, add_slopes)
+    return Call(dq_kernel, arguments["programs"] * x.q.shape[2], arguments, add_slopes)
 
 
 def _slopes(x: Visited) -> tuple[Rows | None, Callable[[], None] | None]:
@@ -112,7 +117,7 @@ def _slopes(x: Visited) -> tuple[Rows | None, Callable[[], None] | None]:
     return numbers_of(parts), lambda: total.sub_(parts.sum((0, 2)))
 
 
-def _shared(x: Visited, table: Table, config: Config) -> dict[str, Any]:
+def _shared(x: Visited, table: Table, config: Config, unwritten: bool) -> dict[str, Any]:
     dout, lse2, delta = _prepared(x.up)
     return {
         "q": rows_of(x.q),
@@ -123,7 +128,8 @@ def _shared(x: Visited, table: Table, config: Config) -> dict[str, Any]:
         "delta": numbers_of(delta),
         "table": table.ints,
         "scale": float(x.scale),
-        "programs": table.busy,
+        "programs": table.programs if unwritten else table.busy,
+        "UNWRITTEN": unwritten,
         "group": x.q.shape[2] // x.k.shape[2],
         "DIM": x.q.shape[3],
         "V_DIM": x.v.shape[3],
@@ -158,7 +164,7 @@ def _prepared(up: Upstream) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # Of two numbers the second is n + f: adding 1.5 * 2^23 rounds it to the integer n, which is then added to the exponent of 2^f.
-_MIXED_EXP2 = tl.constexpr("""{
+MIXED_EXP2 = tl.constexpr("""{
     .reg .f32 x, n, f, power;
     .reg .b32 exponent, bits;
     ex2.approx.ftz.f32 $0, $2;
@@ -180,13 +186,15 @@ _MIXED_EXP2 = tl.constexpr("""{
 @triton.jit
 def mixed_exp2(x):
     """2^x of x up to 1, every second one by a polynomial; see Note [powers of two]."""
-    return tl.inline_asm_elementwise(_MIXED_EXP2, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+    return tl.inline_asm_elementwise(MIXED_EXP2, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
 
 
 @triton.jit
-def add_rows(at, value, rows, live, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Adds value [rows, WIDTH] to the live rows."""
-    store_rows(at, load_rows(at, rows, live, DIM, WIDTH) + value, rows, live, DIM, WIDTH)
+def add_rows(at, value, rows, live, UNWRITTEN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Adds value [rows, WIDTH] to the live rows, or writes it there."""
+    if not UNWRITTEN:
+        value += load_rows(at, rows, live, DIM, WIDTH)
+    store_rows(at, value, rows, live, DIM, WIDTH)
 
 
 @triton.jit
@@ -247,6 +255,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     TMA: tl.constexpr,
     EARLY: tl.constexpr,
+    UNWRITTEN: tl.constexpr,
     ENTRY: tl.constexpr,
 ):
     kv_head = tl.program_id(0) // programs
@@ -254,7 +263,8 @@ def dkdv_kernel(
     columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     block_stop = block * BLOCK_N + BLOCK_N
     # Rows of no entry are not read: they may hold anything, and 0 * NaN is no 0.
-    held = (columns >= tl.load(table + first + 6)) & (columns < tl.load(table + first + 7))
+    some = first < last
+    held = (columns >= tl.load(table + first + 6, some, 0)) & (columns < tl.load(table + first + 7, some, 0))
     k_rows = load_rows(at_head(k, batch, kv_head), columns, held, DIM, WIDTH)
     v_rows = load_rows(at_head(v, batch, kv_head), columns, held, V_DIM, V_WIDTH)
     dk_rows = tl.zeros((BLOCK_N, WIDTH), tl.float32)
@@ -287,8 +297,8 @@ def dkdv_kernel(
                     )  # fmt: skip
 
     live = columns < num_kv
-    add_rows(at_head(dk, batch, kv_head), dk_rows * scale, columns, live, DIM, WIDTH)
-    add_rows(at_head(dv, batch, kv_head), dv_rows, columns, live, V_DIM, V_WIDTH)
+    add_rows(at_head(dk, batch, kv_head), dk_rows * scale, columns, live, UNWRITTEN, DIM, WIDTH)
+    add_rows(at_head(dv, batch, kv_head), dv_rows, columns, live, UNWRITTEN, V_DIM, V_WIDTH)
 
 
 @triton.jit
@@ -355,6 +365,7 @@ def dq_kernel(
     TMA: tl.constexpr,
     EARLY: tl.constexpr,
     MIXED: tl.constexpr,
+    UNWRITTEN: tl.constexpr,
     ENTRY: tl.constexpr,
     ALIBI: tl.constexpr,
 ):
@@ -400,7 +411,7 @@ def dq_kernel(
                     scale_log2, chain, cells, BLOCK_N, EARLY, MIXED, ALIBI,
                 )  # fmt: skip
 
-    add_rows(at_head(dq, batch, head), dq_rows * scale, rows, live, DIM, WIDTH)
+    add_rows(at_head(dq, batch, head), dq_rows * scale, rows, live, UNWRITTEN, DIM, WIDTH)
     if ALIBI is not None:
         store_numbers(at_head(slopes, batch, head), slope_rows, rows, live)
 

@@ -87,6 +87,7 @@ class TritonKernel:
             chain = chain_of(score, part, q.dtype)
             for call in backward_calls(Visited(up, q, k, v, scale, chain, into), part, self._configs(q, v, chain)):
                 call()
+            into = into.written
 
     def _forward(self, q, k, v, tiles: Sequence[Tile], scale, score, into: Partial | None, out: Tensor | None) -> Partial:
         """One launch, of tiles with the same predicates."""

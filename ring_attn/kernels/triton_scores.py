@@ -107,7 +107,8 @@ def chain_of(score: Scores | None, tiles: Sequence[Tile], dtype: torch.dtype) ->
     steps = *(_step(one, dtype) for one in score.steps), *hiding
     alibi = next((n for n, one in enumerate(score.steps) if isinstance(one, Alibi)), None)
     slopes = None if alibi is None else sum(len(one.tensors()) for one in score.steps[:alibi])
-    kind = "functions" if functions else "several" if len(steps) > 1 else steps and score.steps[0].kind or "plain"
+    kinds = ["functions"] if functions else [one.kind for one in score.steps] or ["plain"]
+    kind = kinds[0] if len(kinds) == 1 else "several"
     return Chain(steps, bool(functions) or alibi is not None, kind, alibi, slopes, score.bound)
 
 

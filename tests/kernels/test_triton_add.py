@@ -14,23 +14,30 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs CUDA, or TRITON_INTERPRET=1")
 
 
+@pytest.mark.parametrize("unwritten", [(), ("dq",), ("dk", "dv"), ("dq", "dk", "dv")], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dims", [(8, 8), (33, 16)])
 @pytest.mark.parametrize(
     ("q_rows", "kv_rows"), [(range(70), range(50)), (range(5, 41), range(49, 50)), (range(64, 70), range(3, 40))]
 )
-def test_add(q_rows, kv_rows, dims, dtype):
-    """Into sums of which dk and dv lie side by side, from parts that are slices; what is beside the rows is left alone."""
+def test_add(q_rows, kv_rows, dims, dtype, unwritten):
+    """Into sums of which dk and dv lie side by side, from parts that are slices; what is beside the rows is left alone.
+
+    What is unwritten may hold NaN.
+    """
     gen = torch.Generator(DEVICE).manual_seed(0)
     (d, dv), b, h, g = dims, 2, 4, 2
     random = lambda *shape: torch.randn(shape, generator=gen, device=DEVICE)  # noqa: E731
     dk, dv_ = (x.unflatten(-1, (g, -1)) for x in random(b, 50, g * (d + dv)).split([g * d, g * dv], -1))
-    into = Grads(random(b, 70, h, d), dk, dv_)
+    into = Grads(random(b, 70, h, d), dk, dv_, (), "dq" in unwritten, "dk" in unwritten)
     shapes = (len(q_rows), h, d), (len(kv_rows), g, d), (len(kv_rows), g, dv)
     parts = [random(b, rows, 2 * heads, dim).to(dtype)[:, :, heads:] for rows, heads, dim in shapes]
     want = [x.double() for x in (into.dq, into.dk, into.dv)]
-    for x, part, rows in zip(want, parts, (q_rows, kv_rows, kv_rows), strict=True):
-        x[:, rows.start : rows.stop] += part
+    for name, x, part, rows in zip(("dq", "dk", "dv"), want, parts, (q_rows, kv_rows, kv_rows), strict=True):
+        here = slice(rows.start, rows.stop)
+        if name in unwritten:
+            getattr(into, name)[:, here], x[:, here] = torch.nan, 0.0
+        x[:, here] += part
     add_call(into, q_rows, kv_rows, *parts)()
     for found, x in zip((into.dq, into.dk, into.dv), want, strict=True):
         assert rel_error(found, x) < FLOAT32_LIMIT

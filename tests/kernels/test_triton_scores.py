@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 from dataclasses import replace
 from itertools import cycle
 
@@ -32,7 +34,7 @@ OWN_QUERIES, OWN_KEYS = Config(16, 32, 4, 1), Config(32, 16, 4, 1)
 KERNELS = {
     "pointers": Configs(OWN_QUERIES, OWN_KEYS, OWN_QUERIES),
     "tma": Configs(OWN_QUERIES, replace(OWN_KEYS, tma=True), replace(OWN_QUERIES, tma=True)),
-    "early": Configs(OWN_QUERIES, replace(OWN_KEYS, tma=True, early=True), OWN_QUERIES),
+    "early": Configs(OWN_QUERIES, *(replace(config, tma=True, early=True) for config in (OWN_KEYS, OWN_QUERIES))),
 }
 KERNELS = {name: TritonKernel(configs) for name, configs in KERNELS.items() if HAS_TMA or name == "pointers"}
 KERNEL = KERNELS["pointers"]
@@ -217,3 +219,19 @@ def listed(table, block):
             for own in range(max(start, number * block), min(stop, (number + 1) * block)):
                 for walked in range(max(walk_start, own + lo), min(walk_stop, own + hi + 1)):
                     yield own, walked, batch, own_at + own_step * own, walk_at + walk_step * walked
+
+
+def test_the_cubic_of_mixed_powers_is_as_near_as_said():
+    """Its coefficients, the highest first, are read from the instructions; on a GPU `tests.gpu.scores --check` runs them."""
+    from ring_attn.kernels.triton_backward import MIXED_EXP2
+
+    code = " ".join(re.findall("fma.*", MIXED_EXP2.value))
+    cubic = [struct.unpack(">f", bytes.fromhex(digits))[0] for digits in re.findall("0f([0-9A-F]{8})", code)]
+    f = torch.linspace(-0.5, 0.5, 10001, dtype=torch.float64)
+    found = sum(factor * f**power for factor, power in zip(cubic, (3, 2, 1, 0), strict=True))
+    assert 7e-5 < rel_to(found, torch.exp2(f)) < 7.5e-5
+
+
+def rel_to(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest relative error of an element."""
+    return ((found - exact).abs() / exact).max().item()
