@@ -3,6 +3,11 @@
 Note [final lse]: with the final out and lse of a row, the gradient of a part of its keys needs nothing from the other parts:
 p = exp(s - lse), ds = p * (dp - delta), delta = rowsum(dout * out) - dlse. So backward visits add up in any order, and a
 single-device flash backward serves a ring (Liu et al., arXiv 2310.01889; Dao et al., arXiv 2205.14135).
+
+Note [rest]: an out rounded to 16 bits makes delta wrong, by as much for all keys of a row. In dq and dk that drowns in other
+rounding, but the gradient of slopes adds it up times the keys' distances, and ends with up to four times the error of plain
+PyTorch, whose softmax takes delta from its own products. So where modifiers of scores have tensors, `rest` is kept beside out:
+what rounding took from it, again in 16 bits.
 """
 
 from __future__ import annotations
@@ -113,11 +118,12 @@ def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float 
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(out, lse, what came from other ranks if the ring keeps it)."""
+    """(out, lse, what is kept for the backward: what came from other ranks if the ring keeps it, and rest, see Note [rest])."""
     of_modifiers, sinks = call.split(tensors)
     ring, settled = call.ring, validate(q, k, v, tensors, call)
     plan, exchange, kernel = settled.plan, settled.exchange, settled.kernel("forward")
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    with_rest = keeps_rest(q, of_modifiers)
+    out = q.new_empty(*q.shape[:3], v.shape[3], dtype=accumulator_dtype(q.dtype) if with_rest else q.dtype)
     queries, outs = call.hosted(q), call.hosted(out)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     partials = [None if sinks is None else only_sinks(query, sinks) for query in queries]
@@ -137,6 +143,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
             kept += visit.came
         # Before the tour goes on and asks for the visit after the next.
         del visit
+    if with_rest:
+        whole, out = out, out.to(q.dtype)
+        kept.append((whole - out).to(q.dtype))
     lse = [partial.lse for partial in partials]
     return out, torch.cat(lse, -1) if len(lse) > 1 else lse[0].contiguous(), kept
 
@@ -191,15 +200,21 @@ def _backward(
     return dq.to(q.dtype), dk, dv, of_tensors
 
 
+def keeps_rest(q: Tensor, of_modifiers: Sequence[Tensor]) -> bool:
+    """Whether Note [rest] is for a call with these tensors of its score modifiers."""
+    return bool(of_modifiers) and q.dtype in (torch.float16, torch.bfloat16)
+
+
 def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The rows of all hosted ranks in a dtype, in memory of their own."""
     return parts[0].to(dtype, copy=True) if len(parts) == 1 else torch.cat(parts, 1).to(dtype)
 
 
-def _hosted_upstream(up: Upstream, call: Call) -> tuple[list, list, list, list]:
+def _hosted_upstream(up: Upstream, call: Call) -> tuple[list, list, list, list, list]:
     lse = [x.contiguous() for x in call.hosted(up.lse, 2)]
     dlse = [None] * len(lse) if up.dlse is None else call.hosted(up.dlse, 2)
-    return call.hosted(up.dout), call.hosted(up.out), lse, dlse
+    rest = [None] * len(lse) if up.rest is None else call.hosted(up.rest)
+    return call.hosted(up.dout), call.hosted(up.out), lse, dlse, rest
 
 
 @torch.library.custom_op("ring_attn::forward", mutates_args=())
@@ -212,6 +227,8 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call
 def _(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     b, s, h, _ = q.shape
     kept = [k.new_empty(shape) for shape in called(call).kept_shapes(q, k, v)]
+    if keeps_rest(q, called(call).split(tensors)[0]):
+        kept.append(q.new_empty(b, s, h, v.shape[3]))
     return q.new_empty(b, s, h, v.shape[3]), q.new_empty(b, h, s, dtype=accumulator_dtype(q.dtype)), kept
 
 
@@ -231,7 +248,8 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dout, q, k, v = unit_stride(dout, q, k, v)
     with as_given(q):
-        return _backward(Upstream(dout, out, lse, dlse), q, k, v, tensors, kept, wanted, called(call))
+        *kept, rest = kept if keeps_rest(q, called(call).split(tensors)[0]) else (*kept, None)
+        return _backward(Upstream(dout, out, lse, dlse, rest), q, k, v, tensors, kept, wanted, called(call))
 
 
 def as_given(q: Tensor) -> AbstractContextManager:

@@ -53,17 +53,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Upstream:
-    """What a backward gets: `dout`, final `out` [b, s, h, dv], final `lse` [b, h, s], and the gradient `dlse` of it or None."""
+    """What a backward gets: `dout`, final `out` [b, s, h, dv], final `lse` [b, h, s], and the gradient `dlse` of it or None.
+
+    `rest`: what rounding took from out, where that is known; see Note [rest] of `ring_attn.attention`.
+    """
 
     dout: Tensor
     out: Tensor
     lse: Tensor
     dlse: Tensor | None = None
+    rest: Tensor | None = None
 
     @cached_property
     def delta(self) -> Tensor:
         """rowsum(dout * out) - dlse, [b, h, s] in the dtype of lse: computed once, used by every visit."""
-        delta = (self.dout.to(self.lse.dtype) * self.out.to(self.lse.dtype)).sum(-1).transpose(1, 2)
+        out = self.out.to(self.lse.dtype) if self.rest is None else self.out.to(self.lse.dtype) + self.rest
+        delta = (self.dout.to(self.lse.dtype) * out).sum(-1).transpose(1, 2)
         return (delta if self.dlse is None else delta - self.dlse).contiguous()
 
 

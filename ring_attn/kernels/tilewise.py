@@ -199,7 +199,8 @@ class Dense:
 
     def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         dlse = None if up.dlse is None else self._q(up.dlse, 2).contiguous()
-        up = Upstream(self._q(up.dout), self._q(up.out), self._q(up.lse, 2).contiguous(), dlse)
+        rest = None if up.rest is None else self._q(up.rest)
+        up = Upstream(self._q(up.dout), self._q(up.out), self._q(up.lse, 2).contiguous(), dlse, rest)
         return kernel.differentiate(up, self._q(q), self._kv(k), self._kv(v), self.tile, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:

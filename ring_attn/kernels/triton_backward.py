@@ -6,11 +6,6 @@ seven, but was slower on an H200.
 Note [final lse]: p = exp(scale * s - lse) with the lse over all keys, so every visit's gradients simply add. A row that met no
 key anywhere has lse = -inf; it is read as +inf, which makes its p 0. Mathematics and names as in flash attention 2 (Dao,
 arXiv 2307.08691): dv = p^T dout, ds = p * (dout v^T - delta), dq = scale * ds k, dk = scale * ds^T q.
-
-Note [powers of two]: tanh and exp2 go through one unit, 16 numbers a clock, while the tensor cores wait. Under a softcap the dq
-kernel takes every second exp2 by multiply-adds, which run beside it: 2^x = 2^n * 2^f with the integer n next to x and a cubic
-for 2^f, whose relative error is at most 7.5e-5, less than a sixth of that of the tanh before it. What is below -126 becomes
-2^-126, which no sum of 16-bit products notices.
 """
 
 from __future__ import annotations
@@ -41,6 +36,7 @@ from ring_attn.kernels.triton_rows import (
     met_by,
     number_blocks_of,
     numbers_of,
+    power_of_two,
     program_work,
     rows_of,
     shifted,
@@ -161,32 +157,6 @@ def _prepared(up: Upstream) -> tuple[Tensor, Tensor, Tensor]:
         lse2 = (up.lse * math.log2(math.e)).masked_fill_(up.lse == -torch.inf, torch.inf)
         prepared = _prepared_once[up] = dout, shifted(lse2), shifted(up.delta)
     return prepared
-
-
-# Of two numbers the second is n + f: adding 1.5 * 2^23 rounds it to the integer n, which is then added to the exponent of 2^f.
-MIXED_EXP2 = tl.constexpr("""{
-    .reg .f32 x, n, f, power;
-    .reg .b32 exponent, bits;
-    ex2.approx.ftz.f32 $0, $2;
-    max.ftz.f32 x, $3, 0fC2FC0000;
-    add.rn.f32 n, x, 0f4B400000;
-    mov.b32 exponent, n;
-    sub.rn.f32 n, n, 0f4B400000;
-    sub.rn.f32 f, x, n;
-    fma.rn.f32 power, f, 0f3D61FB53, 0f3E786EE6;
-    fma.rn.f32 power, power, f, 0f3F31798D;
-    fma.rn.f32 power, power, f, 0f3F7FFB4A;
-    mov.b32 bits, power;
-    shl.b32 exponent, exponent, 23;
-    add.s32 bits, bits, exponent;
-    mov.b32 $1, bits;
-}""")
-
-
-@triton.jit
-def mixed_exp2(x):
-    """2^x of x up to 1, every second one by a polynomial; see Note [powers of two]."""
-    return tl.inline_asm_elementwise(MIXED_EXP2, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -433,7 +403,7 @@ def meet_columns(
         cells = block_cells(cells, j, BLOCK, True)
         score = modified(s, cells, chain, len(chain.forward))
     exponent = score * scale_log2 - lse2[:, None]
-    p = mixed_exp2(exponent) if MIXED else tl.exp2(exponent)
+    p = power_of_two(exponent, MIXED)
     if partly:
         p = tl.where(met_by(j, i, low, high, BLOCK), p, 0.0)
     # As in `scores_gradient`.

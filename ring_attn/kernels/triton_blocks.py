@@ -32,7 +32,7 @@ class Config:
 
     `tma`: the backward's copies, see Note [whole blocks]; the forward has none. `registers`: the most that a thread may use,
     None for any number. `early`: the backward has dout v^T before the softmax. `mixed`: see Note [powers of two] of
-    triton_backward, for its dq kernel.
+    triton_rows; not for the dk, dv kernel, which has no registers to spare.
     """
 
     own: int
@@ -71,7 +71,7 @@ _TABLE = {
         64: Configs(
             forward=Config(128, 64, 4, 3),
             dkdv=Config(64, 64, 4, 2, tma=True, early=True),
-            dq=Config(128, 64, 8, 2, tma=True, registers=128),
+            dq=Config(64, 64, 4, 3, tma=True),
         ),
         128: Configs(
             forward=Config(128, 64, 8, 3),
@@ -96,10 +96,15 @@ _TABLE["32-bit", "large"] = _TABLE["32-bit", "small"]
 # By what happens to scores, see `configs`: the launches that are faster then, in place of those of the table.
 _BY_SCORES = {
     "modified": {
-        ("16-bit", "large", 64): {"dq": Config(128, 64, 8, 2, tma=True)},
         ("16-bit", "small", 64): {"dq": Config(64, 32, 4, 2)},
     },
-    "softcap": {("16-bit", "large", 128): {"dq": Config(128, 64, 8, 3, tma=True, early=True, mixed=True)}},
+    "softcap": {
+        ("16-bit", "large", 64): {"forward": Config(64, 64, 4, 3)},
+        ("16-bit", "large", 128): {
+            "forward": Config(128, 64, 8, 3, mixed=True),
+            "dq": Config(128, 64, 8, 3, tma=True, early=True, mixed=True),
+        },
+    },
     "several": {
         ("16-bit", "large", 128): {
             "dkdv": Config(64, 64, 4, 2, tma=True),
