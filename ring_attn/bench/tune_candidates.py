@@ -65,11 +65,12 @@ _CANDIDATES = {
         Config(128, 64, 8, 2, tma=True, registers=128),
         Config(128, 128, 8, 2, tma=True),
         Config(64, 64, 4, 2, tma=True),
+        Config(64, 64, 4, 3, tma=True),
+        Config(64, 64, 4, 3, tma=True, early=True),
     ],
 }
 
 _MODIFIED = {
     ("dkdv", 128): [Config(64, 64, 8, 2, tma=True), Config(64, 32, 4, 2, tma=True)],
     ("dq", 128): [Config(128, 32, 8, 3, tma=True), Config(128, 64, 8, 3, tma=True, early=True, mixed=True)],
-    ("dq", 64): [Config(64, 64, 4, 3, tma=True), Config(128, 64, 8, 2, tma=True, registers=128, mixed=True)],
 }

@@ -33,7 +33,6 @@ from ring_attn.kernels.triton_rows import (
     load_rows,
     met_by,
     numbers_of,
-    power_of_two,
     program_work,
     rows_of,
     store_numbers,
@@ -89,7 +88,6 @@ def forward_call(
         "V_WIDTH": padded(v.shape[3]),
         "BLOCK_M": config.own,
         "BLOCK_N": config.walk,
-        "MIXED": config.mixed,
         "baseline": chain.baseline(q.dtype),
         **chain.arguments(scale),
         **config.options,
@@ -113,7 +111,7 @@ def lane_sums(p):
 @triton.jit
 def attend(
     q_rows, k_rows, v_rows, j, partly, low, high, m2, l_lanes, total, scale_log2, chain, cells, baseline,
-    BLOCK: tl.constexpr, MIXED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(m2, l by lanes, sum) of the online softmax after the KV rows from `j` on; `partly`: not every row meets all of them.
 
@@ -127,12 +125,12 @@ def attend(
     if baseline is None:
         m2_next = tl.maximum(m2, tl.max(s, 1) * scale_log2)
         base = tl.where(m2_next == float("-inf"), 0.0, m2_next)
-        p = power_of_two(s * scale_log2 - base[:, None], MIXED)
+        p = tl.exp2(s * scale_log2 - base[:, None])
         rescale = tl.exp2(m2 - base)
         total = tl.dot(p.to(v_rows.dtype), v_rows, total * rescale[:, None], input_precision="ieee")
         m2, l_lanes = m2_next, l_lanes * rescale[:, None] + lane_sums(p)
     else:
-        p = power_of_two(s * scale_log2 - baseline, MIXED)
+        p = tl.exp2(s * scale_log2 - baseline)
         total = tl.dot(p.to(v_rows.dtype), v_rows, total, input_precision="ieee")
         l_lanes += lane_sums(p)
     return m2, l_lanes, total
@@ -163,7 +161,6 @@ def forward_kernel(
     V_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIXED: tl.constexpr,
     ENTRY: tl.constexpr,
 ):
     # The query heads of one KV head are neighbours, and KV heads come one after the other: KV stays in L2.
@@ -194,9 +191,8 @@ def forward_kernel(
             v_rows = load_rows(v_at, columns, columns < stop, V_DIM, V_WIDTH)
             partly = (j < clear_start) | (j + BLOCK_N > clear_stop)
             m2, l_lanes, total = attend(
-                q_rows, k_rows, v_rows, j, partly, low, high, m2, l_lanes, total, scale_log2, chain, cells, baseline,
-                BLOCK_N, MIXED,
-            )  # fmt: skip
+                q_rows, k_rows, v_rows, j, partly, low, high, m2, l_lanes, total, scale_log2, chain, cells, baseline, BLOCK_N
+            )
 
     l_row = tl.sum(l_lanes, 1)
     if baseline is not None:

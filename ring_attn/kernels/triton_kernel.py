@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
 from ring_attn.kernels.cleared import cleared
-from ring_attn.kernels.triton_blocks import Configs, configs, device_size, query_table
+from ring_attn.kernels.triton_blocks import Configs, chosen, configs, device_size, query_table
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile
@@ -95,8 +95,9 @@ class TritonKernel:
         from ring_attn.kernels.triton_scores import chain_of
 
         chain = chain_of(score, tiles, q.dtype)
-        config = self._configs(q, v, chain).forward
-        table = query_table(tiles, q, config.own, placed=chain.placed)
+        config, table = chosen(
+            self._configs(q, v, chain).forward, q.shape[2], lambda own: query_table(tiles, q, own, placed=chain.placed)
+        )
         target = target_of(q, v, into, out)
         forward_call(q, k, v, table, config, scale=scale, chain=chain, carried=into, target=target, out=out)()
         return target if out is None else Partial(out, target.m)

@@ -6,10 +6,6 @@ Note [whole blocks]: the tensor memory accelerator (TMA) copies blocks of rows w
 masks no row, and what lies outside an entry may hold anything: 0 * NaN is no 0. So a block that would reach past an entry's
 rows is moved back to end with them; what it meets for the second time is masked. An entry of fewer rows than a block goes
 through pointers.
-
-Note [powers of two]: tanh and exp2 go through one unit, 16 numbers a clock, while the tensor cores wait. Under a softcap every
-second exp2 is taken by multiply-adds, which run beside it: 2^x = 2^n * 2^f with the integer n next to x and a polynomial for
-2^f, |f| <= 1/2, whose relative error of 1.6e-7 is that of the unit's own exp2.
 """
 
 from __future__ import annotations
@@ -172,36 +168,6 @@ def met_by(place, i, low, high, BLOCK: tl.constexpr):
     # Relative to the block, the walked rows are constants of a thread.
     low = tl.maximum(low, i) - place
     return (steps[None, :] >= low[:, None]) & (steps[None, :] <= (high - place)[:, None])
-
-
-@triton.jit
-def power_of_two(x, MIXED: tl.constexpr):
-    """2^x of x below 128; MIXED: every second one by multiply-adds, see Note [powers of two]."""
-    if MIXED:
-        return tl.inline_asm_elementwise(MIXED_EXP2, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
-    return tl.exp2(x)
-
-
-# Of two numbers the second is n + f: adding 1.5 * 2^23 + 127 rounds it to an integer, n + 127 in the lowest bits, which are the
-# exponent of 2^n once they are in its place, 0 for -127 and what is below.
-MIXED_EXP2 = tl.constexpr("""{
-    .reg .f32 x, n, f, power, scale;
-    .reg .b32 bits;
-    ex2.approx.ftz.f32 $0, $2;
-    max.NaN.ftz.f32 x, $3, 0fC2FE0000;
-    add.rn.f32 n, x, 0f4B40007F;
-    mov.b32 bits, n;
-    shl.b32 bits, bits, 23;
-    mov.b32 scale, bits;
-    sub.rn.f32 n, n, 0f4B40007F;
-    sub.rn.f32 f, x, n;
-    fma.rn.f32 power, f, 0f3AAE0463, 0f3C1E8626;
-    fma.rn.f32 power, power, f, 0f3D635B73;
-    fma.rn.f32 power, power, f, 0f3E75FC8C;
-    fma.rn.f32 power, power, f, 0f3F317214;
-    fma.rn.f32 power, power, f, 0f3F800001;
-    mul.ftz.f32 $1, power, scale;
-}""")
 
 
 @triton.jit

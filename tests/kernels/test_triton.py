@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from ring_attn.kernels import Grads, Problem, Upstream, get_kernel, resolve
-from ring_attn.kernels.triton_blocks import Config, Configs, configs, kv_table, query_table
+from ring_attn.kernels.triton_blocks import Config, Configs, chosen, configs, kv_table, query_table
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
-from ring_attn.mask import Causal, Full, Window
+from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.partial import Partial, empty
 from ring_attn.tiles import Band, Tile, tiles
 from tests.support import (
@@ -378,3 +378,22 @@ def test_imports_and_refuses_without_triton():
 def test_every_head_dim_has_a_configuration(dtype, size):
     for d in range(1, 257):
         assert configs(dtype, d, 1, size) == configs(dtype, 1, d, size)
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows", "heads", "narrow"),
+    [
+        (Causal() & Window(1024), 8192, 16, True),
+        (Causal() & Window(2048), 8192, 16, False),
+        (Causal() & Window(1024), 8192, 8, False),
+        (Causal(), 2048, 16, False),
+        (Causal(), 8192, 16, False),
+        (Causal() & Documents(lengths=[512] * 16), 8192, 16, True),
+    ],
+)
+def test_narrow_blocks_are_for_many_short_walks(mask, rows, heads, narrow):
+    tile_list, q = tiles((range(rows),), [(range(rows),)], mask), torch.empty(1, rows, 1, 1)
+    config = Config(128, 64, 8, 3, narrow=Config(64, 64, 4, 3))
+    found, table = chosen(config, heads, lambda own: query_table(tile_list, q, own))
+    assert found is (config.narrow if narrow else config)
+    assert table.programs == rows // found.own

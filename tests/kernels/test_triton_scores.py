@@ -222,13 +222,13 @@ def listed(table, block):
                     yield own, walked, batch, own_at + own_step * own, walk_at + walk_step * walked
 
 
-def test_the_polynomial_of_mixed_powers_is_as_near_as_said():
+def test_the_cubic_of_mixed_powers_is_as_near_as_said():
     """Its coefficients, the highest first, are read from the instructions; on a GPU tests/gpu/scores.py runs them."""
-    from ring_attn.kernels.triton_rows import MIXED_EXP2
+    from ring_attn.kernels.triton_backward import MIXED_EXP2
 
     code = " ".join(re.findall("fma.*", MIXED_EXP2.value))
     factors = [struct.unpack(">f", bytes.fromhex(digits))[0] for digits in re.findall("0f([0-9A-F]{8})", code)]
     f = torch.linspace(-0.5, 0.5, 10001, dtype=torch.float64)
     found = reduce(lambda total, factor: total * f + factor, factors, torch.zeros_like(f))
-    assert len(factors) == 6
-    assert ((found - torch.exp2(f)) / torch.exp2(f)).abs().max() < 1.6e-7
+    assert len(factors) == 4
+    assert ((found - torch.exp2(f)) / torch.exp2(f)).abs().max() < 7.5e-5

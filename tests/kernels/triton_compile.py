@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -54,7 +54,7 @@ def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterat
     q = torch.zeros(1, ROWS, 2 * GROUP, head_dim, dtype=dtype)
     k = torch.zeros(1, ROWS, 2, head_dim, dtype=dtype)
     partial = empty(q, head_dim)
-    grads = Grads(q.float(), k.float(), k.float(), score.tensors())
+    grads = Grads(q.float(), k.float(), k.float(), score.tensors(), unwritten_q=True, unwritten_kv=True)
     up = Upstream(q, q, partial.lse)
     chain = chain_of(score, plan, dtype)
     config = configs(dtype, head_dim, head_dim, size, chain.kind)
@@ -66,6 +66,12 @@ def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterat
     )
     yield "dkdv", dkdv_call(visited, kv, config.dkdv)
     yield "dq", dq_call(visited, queries, config.dq)
+    added = replace(visited, into=grads.written)
+    yield "dkdv adding", dkdv_call(added, kv, config.dkdv)
+    yield "dq adding", dq_call(added, queries, config.dq)
+    if config.dq.narrow is not None:
+        narrow = query_table(plan, q, config.dq.narrow.own, placed=chain.placed)
+        yield "dq narrow", dq_call(visited, narrow, config.dq.narrow)
 
 
 def forward_calls(q, k, partial, plan, config, chain) -> Iterator[tuple[str, Call]]:
@@ -76,6 +82,9 @@ def forward_calls(q, k, partial, plan, config, chain) -> Iterator[tuple[str, Cal
     for name, carried, out in (("first", None, None), ("only", None, q), ("middle", partial, None), ("last", partial, q)):
         options = {"scale": 0.1, "chain": chain, "carried": carried, "target": partial, "out": out}
         yield f"forward {name}", forward_call(q, k, k, table, config.forward, **options)
+    if config.forward.narrow is not None:
+        narrow = query_table(plan, q, config.forward.narrow.own, placed=chain.placed)
+        yield "forward narrow", forward_call(q, k, k, narrow, config.forward.narrow, **options)
 
 
 def main(requests: list[str]) -> None:
