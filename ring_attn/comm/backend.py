@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -11,6 +13,7 @@ def over_nccl(group: dist.ProcessGroup) -> bool:
     return "cuda:nccl" in dist.get_backend_config(group).split(",")
 
 
-def timeout_s(group: dist.ProcessGroup) -> float:
-    """The timeout of an NCCL group in seconds."""
-    return group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a transfer of the group may take."""
+    device = torch.device("cuda" if over_nccl(group) else "cpu")
+    return group._get_backend(device).options._timeout

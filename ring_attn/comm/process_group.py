@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.backend import over_nccl, timeout_s
+from ring_attn.comm.backend import over_nccl, timeout_of
 from ring_attn.comm.second import second_group
 from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.comm.two_axes import TwoAxes
@@ -69,7 +69,7 @@ class ProcessGroupTransport:
         self.ranks_per_node = on_node * ranks_per_process if self.link == "network" else None
         self._among = among
         self._tag = 0
-        self._watch = watch(timeout_s(self.group)) if over_nccl(self.group) else None
+        self._watch = watch(timeout_of(self.group).total_seconds()) if over_nccl(self.group) else None
         self._second = None if beside is None else self._over(beside)
 
     @property
@@ -286,7 +286,7 @@ def split_group(group: dist.ProcessGroup | None, ring_size: int, ranks_per_proce
         return group
     # Every process makes only its own ring's group, so a group that is itself a part of the job can be cut as well.
     mine = processes.index(dist.get_rank()) // each
-    return dist.new_group(processes[mine * each : (mine + 1) * each], use_local_synchronization=True)
+    return _part(group, processes[mine * each : (mine + 1) * each])
 
 
 def two_axes(traders: dist.ProcessGroup, ring: dist.ProcessGroup) -> TwoAxes:
@@ -303,7 +303,12 @@ def cut_two_axes(group: dist.ProcessGroup, ulysses: int) -> TwoAxes:
     processes = dist.get_process_group_ranks(group)
     place = processes.index(dist.get_rank()) % ulysses
     traders = split_group(group, ulysses, 1)
-    return two_axes(traders, dist.new_group(processes[place::ulysses], use_local_synchronization=True))
+    return two_axes(traders, _part(group, processes[place::ulysses]))
+
+
+def _part(group: dist.ProcessGroup, processes: Sequence[int]) -> dist.ProcessGroup:
+    """Some processes of a group, this one among them, as a group with its timeout."""
+    return dist.new_group(list(processes), timeout=timeout_of(group), use_local_synchronization=True)
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

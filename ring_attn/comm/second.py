@@ -17,13 +17,12 @@ process of the job; where it is not, it names the new group by how many groups a
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
-from ring_attn.comm.backend import timeout_s
+from ring_attn.comm.backend import timeout_of
 
 logger = logging.getLogger("ring_attn")
 
@@ -60,4 +59,4 @@ def _split_off(group: dist.ProcessGroup) -> dist.ProcessGroup:
     # NCCL wants no operation of a communicator under way while it is split.
     torch.cuda.synchronize()
     everyone = list(range(dist.get_world_size(group)))
-    return dist.split_group(group, [everyone], timeout=timedelta(seconds=timeout_s(group)), group_desc="ring_attn beside")
+    return dist.split_group(group, [everyone], timeout=timeout_of(group), group_desc="ring_attn beside")

@@ -4,6 +4,7 @@ import pytest
 import torch.distributed as dist
 
 import ring_attn as ra
+from ring_attn.comm.backend import timeout_of
 from tests.dist.harness import run_processes
 from tests.matrix import cases, check
 
@@ -56,3 +57,14 @@ def _side_by_side(rank: int) -> None:
 
 def test_rings_side_by_side_and_on_a_subgroup():
     run_processes(_side_by_side, 4)
+
+
+def _cut(rank: int) -> None:
+    rings = ra.Ring.from_group(ring_size=2), ra.Ring.from_group(ulysses=2)
+    axes = rings[1].transport
+    parts = [transport.group for transport in (rings[0].transport, *axes.traders, *axes.rings)]
+    assert [timeout_of(part).total_seconds() for part in (dist.group.WORLD, *parts)] == [17, 17, 17, 17]
+
+
+def test_groups_cut_from_another_have_its_timeout():
+    run_processes(_cut, 4, timeout_s=17)

@@ -52,7 +52,6 @@ class pretended:
         for patched in (
             patch.object(second, "dist", self.nccl),
             patch.object(process_group, "_link", lambda group: ("network", 1)),
-            patch.object(second, "timeout_s", lambda group: 60),
             patch.object(torch.cuda, "synchronize", lambda: None),
             patch.object(torch.cuda, "is_current_stream_capturing", lambda: self.capturing),
         ):
