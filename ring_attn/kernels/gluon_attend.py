@@ -23,9 +23,7 @@ from ring_attn.kernels.gluon_work import CONSUMER_ROWS, place_of, walk_of
 
 
 @gluon.jit
-def attend_overlapped(
-    m2, l_part, total, met, cleared, span, free_q, shared, scale_log2, PART: gl.constexpr, CONFIG: gl.constexpr
-):
+def attend_overlapped(m2, l_part, total, met, cleared, span, free_q, shared, factors, PART: gl.constexpr, CONFIG: gl.constexpr):
     """(m2, l, total, met, cleared) after one entry, with products in flight beside the softmax.
 
     `met`: how many blocks the consumer has met so far, and `cleared` how many of them had to be cleared. `free_q`: the entry is
@@ -36,16 +34,16 @@ def attend_overlapped(
     mbarrier.wait(shared.k_full.index(slot), (met // CONFIG.buffers) & 1)
     scores = warpgroup_mma_wait(0, deps=[_issue_scores(shared, slot, PART, CONFIG)])
     mbarrier.arrive(shared.k_empty.index(slot))
-    scores = _masked(scores, 0, span, walk, CONFIG)
-    p, m2, l_part, rescale = _softmax(scores, m2, l_part, scale_log2, True)
+    scores = _masked(_bent(scores, factors), 0, span, walk, CONFIG)
+    p, m2, l_part, rescale = _softmax(scores, m2, l_part, factors, True)
     p = _packed(p, shared)
 
     total = _rescaled(total, rescale)
     for step in range(1, walk.masked):
-        p, m2, l_part, total = _turn(step, True, p, m2, l_part, total, met, span, walk, shared, scale_log2, PART, CONFIG)
+        p, m2, l_part, total = _turn(step, True, p, m2, l_part, total, met, span, walk, shared, factors, PART, CONFIG)
         met += 1
     for step in range(walk.masked, walk.count):
-        p, m2, l_part, total = _turn(step, False, p, m2, l_part, total, met, span, walk, shared, scale_log2, PART, CONFIG)
+        p, m2, l_part, total = _turn(step, False, p, m2, l_part, total, met, span, walk, shared, factors, PART, CONFIG)
         met += 1
     mbarrier.arrive(shared.q_empty.index(PART), pred=free_q)
 
@@ -69,7 +67,7 @@ def _turn(
     span,
     walk,
     shared,
-    scale_log2,
+    factors,
     PART: gl.constexpr,
     CONFIG: gl.constexpr,
 ):
@@ -81,9 +79,10 @@ def _turn(
     total = _issue_total(p, total, shared, before, CONFIG)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(shared.k_empty.index(slot))
+    scores = _bent(scores, factors)
     if MASK:
         scores = _masked(scores, step, span, walk, CONFIG)
-    p_next, m2, l_part, rescale = _softmax(scores, m2, l_part, scale_log2, MASK)
+    p_next, m2, l_part, rescale = _softmax(scores, m2, l_part, factors, MASK)
     l_part = _hold(l_part)
     total, p = warpgroup_mma_wait(0, deps=[total, p])
     mbarrier.arrive(shared.v_empty.index(before))
@@ -91,17 +90,17 @@ def _turn(
 
 
 @gluon.jit
-def attend_plainly(m2, l_part, total, met, cleared, span, free_q, shared, scale_log2, PART: gl.constexpr, CONFIG: gl.constexpr):
+def attend_plainly(m2, l_part, total, met, cleared, span, free_q, shared, factors, PART: gl.constexpr, CONFIG: gl.constexpr):
     """`attend_overlapped` with every product waited for: fewer registers, for more consumers."""
     walk = walk_of(span, CONFIG.walk)
     for step in range(walk.masked):
         m2, l_part, total, cleared = _plain_turn(
-            step, True, m2, l_part, total, met, cleared, span, walk, shared, scale_log2, PART, CONFIG
+            step, True, m2, l_part, total, met, cleared, span, walk, shared, factors, PART, CONFIG
         )
         met += 1
     for step in range(walk.masked, walk.count):
         m2, l_part, total, cleared = _plain_turn(
-            step, False, m2, l_part, total, met, cleared, span, walk, shared, scale_log2, PART, CONFIG
+            step, False, m2, l_part, total, met, cleared, span, walk, shared, factors, PART, CONFIG
         )
         met += 1
     mbarrier.arrive(shared.q_empty.index(PART), pred=free_q)
@@ -120,7 +119,7 @@ def _plain_turn(
     span,
     walk,
     shared,
-    scale_log2,
+    factors,
     PART: gl.constexpr,
     CONFIG: gl.constexpr,
 ):
@@ -128,9 +127,10 @@ def _plain_turn(
     mbarrier.wait(shared.k_full.index(slot), phase)
     scores = warpgroup_mma_wait(0, deps=[_issue_scores(shared, slot, PART, CONFIG)])
     mbarrier.arrive(shared.k_empty.index(slot))
+    scores = _bent(scores, factors)
     if MASK:
         scores = _masked(scores, step, span, walk, CONFIG)
-    p, m2, l_part, rescale = _softmax(scores, m2, l_part, scale_log2, MASK)
+    p, m2, l_part, rescale = _softmax(scores, m2, l_part, factors, MASK)
     total = _rescaled(total, rescale)
     mbarrier.wait(shared.v_full.index(slot), phase)
     if MASK:
@@ -184,8 +184,19 @@ def _over_apart(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, m2, l_part, scale_log2, MASK: gl.constexpr):
-    """(p, m2, l, rescale): the online softmax with one more block of raw scores. Without MASK every row has met a key."""
+def _bent(scores, factors):
+    """What a softcap makes of products, its last factor left to do; products where there is none."""
+    if factors[0] is not None:
+        scores = gl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [scores * factors[0]], dtype=gl.float32, is_pure=True, pack=1
+        )
+    return scores
+
+
+@gluon.jit
+def _softmax(scores, m2, l_part, factors, MASK: gl.constexpr):
+    """(p, m2, l, rescale): the online softmax with one more block of scores. Without MASK every row has met a key."""
+    scale_log2 = factors[1]
     m2_next = gl.maximum(m2, gl.max(scores, 1) * scale_log2)
     base = m2_next
     if MASK:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ring_attn.kernels import Kernel
 from ring_attn.mask import Causal, Documents
 from ring_attn.partial import only_sinks
+from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile, tiles
 
 logger = logging.getLogger("ring_attn")
@@ -23,14 +24,16 @@ LSE_LIMIT = 1e-4
 _found: dict[tuple, str | None] = {}
 
 
-def check_refusal(kernel: Kernel, other: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def check_refusal(
+    kernel: Kernel, other: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False
+) -> str | None:
     """`disagreement`, found and logged once; without an answer yet it refuses while a CUDA graph is captured."""
-    key = kernel, device, dtype, head_dim
+    key = kernel, device, dtype, head_dim, softcap
     if key not in _found:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return "it was not checked here yet, and cannot be while a CUDA graph is captured: call it once before"
-        _found[key] = disagreement(kernel, other, device, dtype, head_dim)
-        where = f"{kernel.name} on {device}, {dtype}, head dim {head_dim}"
+        _found[key] = disagreement(kernel, other, device, dtype, head_dim, softcap=softcap)
+        where = f"{kernel.name} on {device}, {dtype}, head dim {head_dim}{', with a softcap' * softcap}"
         if _found[key] is None:
             logger.info("%s: agrees with %s", where, other.name)
         else:
@@ -38,20 +41,23 @@ def check_refusal(kernel: Kernel, other: Kernel, device: torch.device, dtype: to
     return _found[key]
 
 
-def disagreement(kernel: Kernel, other: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def disagreement(
+    kernel: Kernel, other: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, *, softcap: bool = False
+) -> str | None:
     """None where `kernel` gives the out and lse of `other` on a small problem, or in words what it does instead.
 
     The problem: causal, ragged documents, two query heads a KV head, in one visit and carried over three, with sinks and
-    without.
+    without; `softcap`: with a softcap that bends most scores.
     """
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (torch.randn(2, ROWS, heads, head_dim, generator=generator, device=device).to(dtype) for heads in (4, 2, 2))
+    score = Scores((SoftCap(1.0),)) if softcap else None
     starts = None, torch.randn(4, generator=generator, device=device)
     # Whatever an experimental compiler raises is the answer: other kernels are there to be used.
     try:
         # Before the other's, so that no memory it takes holds the results already.
-        found = {(ends, n): _run(kernel, q, k, v, ends, sinks) for ends in VISITS for n, sinks in enumerate(starts)}
-        right = [_run(other, q, k, v, VISITS[0], sinks) for sinks in starts]
+        found = {(ends, n): _run(kernel, q, k, v, score, ends, sinks) for ends in VISITS for n, sinks in enumerate(starts)}
+        right = [_run(other, q, k, v, score, VISITS[0], sinks) for sinks in starts]
         for (ends, n), (found_out, found_lse) in found.items():
             out, lse = right[n]
             # Both round the same sum of V, of weights rounded before: errors of a few units in the last place.
@@ -69,13 +75,15 @@ def disagreement(kernel: Kernel, other: Kernel, device: torch.device, dtype: tor
     return None
 
 
-def _run(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, ends: tuple[int, ...], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, score: Scores | None, ends: tuple[int, ...], sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) after a visit to the KV up to each end."""
     out, partial = torch.full_like(q, torch.nan), None if sinks is None else only_sinks(q, sinks)
     for start, end in zip((0, *ends), ends, strict=False):
         kv = slice(start, end)
-        last = out if end == ends[-1] else None
-        partial = kernel.forward(q, k[:, kv], v[:, kv], _plan(start, end), scale=q.shape[-1] ** -0.5, into=partial, out=last)
+        options = {"scale": q.shape[-1] ** -0.5, "score": score, "into": partial, "out": out if end == ends[-1] else None}
+        partial = kernel.forward(q, k[:, kv], v[:, kv], _plan(start, end), **options)
     return out, partial.lse
 
 

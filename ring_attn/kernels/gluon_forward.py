@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ring_attn.kernels import triton_rows
 from ring_attn.kernels.gluon_attend import attend_overlapped, attend_plainly, lane_sums
 from ring_attn.kernels.gluon_work import CONSUMER_ROWS, Queue, Shared, item_of, laps_of, place_of, span_of, walk_of, work_of
+from ring_attn.kernels.tilewise import Scaling
 from ring_attn.kernels.triton_blocks import Table
 from ring_attn.kernels.triton_forward import positive
 from ring_attn.kernels.triton_rows import LEFT_BELOW, LN2, LOG2E, Call, numbers_of, rows_of
@@ -70,7 +71,7 @@ def forward_call(
     table: Table,
     config: GluonConfig,
     *,
-    scale: float,
+    scaling: Scaling,
     carried: Partial | None,
     target: Partial,
     out: Tensor | None,
@@ -80,7 +81,7 @@ def forward_call(
     What `carried` has is the target's. With `out` it is the last visit: out [b, s, h, d] is written, the final lse to target's
     m, and target's acc and sum are not.
     """
-    q, scale = positive(q, scale)
+    q, scale = positive(q, scaling.scale)
     adding = carried is not None and carried.acc is not None
     every_row_counts = not adding or out is not None
     programs = table.programs if every_row_counts else table.busy
@@ -94,7 +95,7 @@ def forward_call(
         "sums": None if carried is None and out is not None else numbers_of(target.sum),
         "out": None if out is None else rows_of(out),
         "table": table.ints,
-        "scale_log2": scale * math.log2(math.e),
+        "factors": factors_of(scale, scaling.softcap),
         "num_q": q.shape[1],
         "programs": programs,
         "items": programs * heads,
@@ -108,6 +109,14 @@ def forward_call(
         "num_warps": 4,
     }
     return Call(forward_kernel, min(programs * heads, multiprocessors(q.device)), arguments)
+
+
+def factors_of(scale: float, softcap: float) -> tuple[float | None, float]:
+    """What is multiplied by before a softcap's tanh, None where it is 0, and what brings scores to base 2.
+
+    See Note [chain] of triton_scores.
+    """
+    return (scale / softcap, softcap * math.log2(math.e)) if softcap else (None, scale * math.log2(math.e))
 
 
 @lru_cache
@@ -155,7 +164,7 @@ def forward_kernel(
     sums,
     out,
     table,
-    scale_log2,
+    factors,
     num_q,
     programs,
     items,
@@ -185,8 +194,8 @@ def forward_kernel(
     if CONFIG.consumers == 2:
         gl.warp_specialize(
             [
-                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, ADDING, LAST, DIM, CONFIG)),
-                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, factors, 0, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, factors, 1, CARRIED, ADDING, LAST, DIM, CONFIG)),
                 (_produce, (q, k, v, shared, queue, DIM, CONFIG)),
             ],
             [4, 1],
@@ -195,9 +204,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (shared, queue, memory, scale_log2, 0, CARRIED, ADDING, LAST, DIM, CONFIG)),
-                (_consume, (shared, queue, memory, scale_log2, 1, CARRIED, ADDING, LAST, DIM, CONFIG)),
-                (_consume, (shared, queue, memory, scale_log2, 2, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, factors, 0, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, factors, 1, CARRIED, ADDING, LAST, DIM, CONFIG)),
+                (_consume, (shared, queue, memory, factors, 2, CARRIED, ADDING, LAST, DIM, CONFIG)),
                 (_produce, (q, k, v, shared, queue, DIM, CONFIG)),
             ],
             [4, 4, 1],
@@ -257,7 +266,7 @@ def _consume(
     shared,
     queue,
     memory,
-    scale_log2,
+    factors,
     PART: gl.constexpr,
     CARRIED: gl.constexpr,
     ADDING: gl.constexpr,
@@ -272,7 +281,7 @@ def _consume(
         if item < queue.items:
             work = work_of(queue, item, CONFIG.own)
             met, cleared = _consume_one(
-                shared, work, lap & 1, met, cleared, memory, scale_log2, PART, CARRIED, ADDING, LAST, DIM, CONFIG
+                shared, work, lap & 1, met, cleared, memory, factors, PART, CARRIED, ADDING, LAST, DIM, CONFIG
             )
 
 
@@ -284,7 +293,7 @@ def _consume_one(
     met,
     cleared,
     memory,
-    scale_log2,
+    factors,
     PART: gl.constexpr,
     CARRIED: gl.constexpr,
     ADDING: gl.constexpr,
@@ -319,11 +328,11 @@ def _consume_one(
         free_q = entry + 8 >= work.last
         if CONFIG.overlap:
             m2, l_part, total, met, cleared = attend_overlapped(
-                m2, l_part, total, met, cleared, span, free_q, shared, scale_log2, PART, CONFIG
+                m2, l_part, total, met, cleared, span, free_q, shared, factors, PART, CONFIG
             )
         else:
             m2, l_part, total, met, cleared = attend_plainly(
-                m2, l_part, total, met, cleared, span, free_q, shared, scale_log2, PART, CONFIG
+                m2, l_part, total, met, cleared, span, free_q, shared, factors, PART, CONFIG
             )
     l_row = gl.convert_layout(gl.sum(l_part, 1), rows_layout)
 

@@ -1,7 +1,8 @@
 """The Gluon kernel: a forward for Hopper, compute capability 9.0, that reaches for the speed of hand-written CUDA.
 
-It takes the Triton kernel's tables and partials, so visits may change between the two, and it is chosen only where the two have
-agreed on a small problem. Gluon is imported when a kernel first runs, so this module can be imported without it.
+It takes the Triton kernel's tables and partials, so visits may change between the two, and of score modifiers a softcap. It is
+chosen only where the two have agreed on a small problem. Gluon is imported when a kernel first runs, so this module can be
+imported without it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, get_kernel, modifier_refusal
+from ring_attn.kernels.tilewise import ONE_SOFTCAP, Scaling
 from ring_attn.kernels.triton_blocks import query_table
 from ring_attn.kernels.triton_kernel import interpreted, target_of
 from ring_attn.partial import Partial
@@ -43,9 +45,11 @@ class GluonKernel:
             return _BACKWARD
         if problem.dtype not in _DTYPES:
             return f"it takes float16 and bfloat16, not {problem.dtype}"
-        refused = modifier_refusal(problem)
+        refused = modifier_refusal(problem, ("softcap",))
         if refused is not None:
             return refused
+        if len(problem.score or ()) > 1:
+            return ONE_SOFTCAP
         dims = problem.head_dim, problem.v_head_dim
         if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
             return f"it takes head dims {' and '.join(map(str, HEAD_DIMS))}, alike for V, not {dims[0]} and {dims[1]}"
@@ -70,7 +74,7 @@ class GluonKernel:
         config = self.config or config_for(q.shape[-1])
         table = query_table(tiles, q, config.own)
         target = target_of(q, v, into, out)
-        forward_call(q, k, v, table, config, scale=scale, carried=into, target=target, out=out)()
+        forward_call(q, k, v, table, config, scaling=Scaling.of(scale, score), carried=into, target=target, out=out)()
         return target if out is None else Partial(out, target.m)
 
     def backward(
@@ -94,7 +98,7 @@ class GluonKernel:
         from ring_attn.kernels.gluon_check import check_refusal
 
         device = torch.device("cuda", torch.cuda.current_device())
-        return check_refusal(self, get_kernel("triton"), device, problem.dtype, problem.head_dim)
+        return check_refusal(self, get_kernel("triton"), device, problem.dtype, problem.head_dim, softcap=bool(problem.score))
 
 
 def _installation_refusal() -> str | None:

@@ -32,6 +32,9 @@ Rows = tuple[int, slice] | tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
+ONE_SOFTCAP = "it takes one SoftCap, not two; triton and reference take any number"
+
+
 def refusal(
     problem: Problem,
     dtypes: tuple[torch.dtype, ...],
@@ -56,7 +59,7 @@ def refusal(
     if refused is not None:
         return refused
     if len(problem.score or ()) > 1:
-        return "it takes one SoftCap, not two; triton and reference take any number"
+        return ONE_SOFTCAP
     if problem.direction == "backward" and problem.lse_grad and not takes_lse_grad:
         return "its backward recomputes delta from out and dout: no gradient through lse enters; triton and reference take one"
     return None

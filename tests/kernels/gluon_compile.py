@@ -1,7 +1,8 @@
 """Compiles the launches of the Gluon kernel for sm_90 without a GPU, and prints what each one takes as JSON.
 
 Run in a process without TRITON_INTERPRET: `python -m tests.kernels.gluon_compile bfloat16:128:last ...`, each argument a dtype,
-a head dim and a launch: `first`, `only`, `middle` or `last`. The configurations are those that ship.
+a head dim and a launch: `first`, `only`, `middle` or `last`, and then `:softcap` for scores with one. The configurations are
+those that ship.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ring_attn.kernels.gluon_forward import GluonConfig, config_for, forward_call
+from ring_attn.kernels.tilewise import Scaling
 from ring_attn.kernels.triton_blocks import query_table
 from ring_attn.kernels.triton_rows import Call
 from ring_attn.mask import Causal
@@ -106,7 +108,7 @@ def _beside(lines: list[str]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def launch(dtype: torch.dtype, head_dim: int, name: str, config: GluonConfig | None = None) -> Call:
+def launch(dtype: torch.dtype, head_dim: int, name: str, config: GluonConfig | None = None, *, softcap: float = 0.0) -> Call:
     """One launch of the forward: fresh or carried, last or not."""
     config = config or config_for(head_dim)
     plan = tuple(tiles((range(512),), [(range(512),)], Causal()))
@@ -116,13 +118,13 @@ def launch(dtype: torch.dtype, head_dim: int, name: str, config: GluonConfig | N
     carried = partial if name in ("middle", "last") else None
     out = q if name in ("only", "last") else None
     table = query_table(plan, q, config.own)
-    return forward_call(q, k, k, table, config, scale=0.1, carried=carried, target=partial, out=out)
+    return forward_call(q, k, k, table, config, scaling=Scaling(0.1, softcap), carried=carried, target=partial, out=out)
 
 
 def main(requests: list[str]) -> None:
     for request in requests:
-        dtype, head_dim, name = request.split(":")
-        found = taken(launch(getattr(torch, dtype), int(head_dim), name))
+        dtype, head_dim, name, *score = request.split(":")
+        found = taken(launch(getattr(torch, dtype), int(head_dim), name, softcap=50.0 if score else 0.0))
         print(json.dumps({"request": request} | asdict(found)), flush=True)
 
 

@@ -24,7 +24,7 @@ class Broken:
     fault: str = ""
     name: str = "broken"
 
-    def forward(self, q, k, v, tiles, *, scale, into=None, out=None):
+    def forward(self, q, k, v, tiles, *, scale, score=None, into=None, out=None):
         if self.fault == "raises":
             raise RuntimeError("ptxas\n  is unhappy")
         if self.fault == "drops what it carries":
@@ -35,7 +35,9 @@ class Broken:
             tiles = tiles[:-1]
         if self.fault == "reads another KV head":
             k = k.flip(2)
-        state = get_kernel("reference").forward(q, k, v, tiles, scale=scale, into=into)
+        if self.fault == "ignores a softcap":
+            score = None
+        state = get_kernel("reference").forward(q, k, v, tiles, scale=scale, score=score, into=into)
         if out is not None:
             state = finish(state, torch.empty_like(out) if self.fault == "writes nothing" else out)
         if self.fault == "base 2":
@@ -55,6 +57,13 @@ def _nothing_found(monkeypatch):
 def test_another_right_kernel_agrees(dtype, dim):
     assert disagreement(get_kernel("reference"), get_kernel("aten"), CPU, dtype, dim) is None
     assert disagreement(Broken(), get_kernel("reference"), CPU, dtype, dim) is None
+    assert disagreement(Broken(), get_kernel("reference"), CPU, dtype, dim, softcap=True) is None
+
+
+def test_a_softcap_is_checked_where_it_is_asked_for():
+    assert disagreement(Broken("ignores a softcap"), get_kernel("reference"), CPU, FP16, 64) is None
+    found = disagreement(Broken("ignores a softcap"), get_kernel("reference"), CPU, FP16, 64, softcap=True)
+    assert found.startswith("it failed its check against reference in 1 visits: "), found
 
 
 @pytest.mark.parametrize(
@@ -117,18 +126,25 @@ def problem(**change):
 
 def test_supports_asks_for_every_device_dtype_and_head_dim_once(hopper, monkeypatch):
     asked = []
-    monkeypatch.setattr(gluon_check, "disagreement", lambda kernel, other, *key: asked.append((other.name, *key)))
+    monkeypatch.setattr(gluon_check, "disagreement", lambda kernel, other, *key, softcap: asked.append((*key, softcap)))
     for _ in range(2):
-        for change in ({}, {"dtype": FP16}, {"head_dim": 128, "v_head_dim": 128}, {"num_heads": 8}):
+        for change in ({}, {"dtype": FP16}, {"head_dim": 128, "v_head_dim": 128}, {"num_heads": 8}, {"score": ("softcap",)}):
             assert GluonKernel().supports(problem(**change)) is None
     device = torch.device("cuda", 3)
-    assert asked == [("triton", device, BF16, 64), ("triton", device, FP16, 64), ("triton", device, BF16, 128)]
+    plain = [(device, BF16, 64), (device, FP16, 64), (device, BF16, 128)]
+    assert asked == [*((*key, False) for key in plain), (device, BF16, 64, True)]
 
 
 def test_supports_refuses_what_fails_and_asks_only_when_nothing_else_refuses(hopper, monkeypatch):
     asked = []
-    monkeypatch.setattr(gluon_check, "disagreement", lambda *key: asked.append(key) or "it fails")
-    for change in ({"dtype": torch.float32}, {"head_dim": 80}, {"score": ("softcap",)}, {"predicate": "triton"}):
+    monkeypatch.setattr(gluon_check, "disagreement", lambda *key, softcap: asked.append(key) or "it fails")
+    for change in (
+        {"dtype": torch.float32},
+        {"head_dim": 80},
+        {"score": ("alibi",)},
+        {"score": ("softcap",) * 2},
+        {"predicate": "triton"},
+    ):
         assert GluonKernel().supports(problem(**change)) not in (None, "it fails")
     assert not asked
     assert GluonKernel().supports(problem()) == "it fails"

@@ -20,6 +20,7 @@ from ring_attn.kernels.gluon_forward import config_for
 ROOT = Path(__file__).parents[2]
 # "last" reads the carried state as well as normalising: no other launch takes more. "only" is the one without a ring.
 REQUESTS = ("bfloat16:128:last", "float16:128:only", "bfloat16:64:last")
+REQUESTS += ("bfloat16:128:last:softcap", "bfloat16:64:last:softcap")
 SHARED = 227 * 1024
 # Bytes, kept before the loops and read after them.
 SPILLS = 192
@@ -31,7 +32,7 @@ def compiled() -> dict[str, dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.gluon_compile"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([*command, *part], env=environment, cwd=ROOT, **pipes) for part in (REQUESTS[:1], REQUESTS[1:])]
+    runs = [subprocess.Popen([*command, *part], env=environment, cwd=ROOT, **pipes) for part in (REQUESTS[:2], REQUESTS[2:])]
     lines = []
     for run in runs:
         output, errors = run.communicate(timeout=120)
