@@ -6,8 +6,8 @@ single-device flash backward serves a ring (Liu et al., arXiv 2310.01889; Dao et
 
 Note [rest]: an out rounded to 16 bits makes delta wrong, by as much for all keys of a row. In dq and dk that drowns in other
 rounding, but the gradient of slopes adds it up times the keys' distances, and ends with up to four times the error of plain
-PyTorch, whose softmax takes delta from its own products. So where modifiers of scores have tensors, `rest` is kept beside out:
-what rounding took from it, again in 16 bits.
+PyTorch, whose softmax takes delta from its own products. So where tensors of score modifiers learn, `rest` is kept beside out:
+what rounding took from it, again in 16 bits. It is 0 where a library hands back out in 16 bits in one call, as flex may.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     of_modifiers, sinks = call.split(tensors)
     ring, settled = call.ring, validate(q, k, v, tensors, call)
     plan, exchange, kernel = settled.plan, settled.exchange, settled.kernel("forward")
-    with_rest = keeps_rest(q, of_modifiers)
+    with_rest = call.keeps_rest(q)
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=accumulator_dtype(q.dtype) if with_rest else q.dtype)
     queries, outs = call.hosted(q), call.hosted(out)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
@@ -200,11 +200,6 @@ def _backward(
     return dq.to(q.dtype), dk, dv, of_tensors
 
 
-def keeps_rest(q: Tensor, of_modifiers: Sequence[Tensor]) -> bool:
-    """Whether Note [rest] is for a call with these tensors of its score modifiers."""
-    return bool(of_modifiers) and q.dtype in (torch.float16, torch.bfloat16)
-
-
 def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The rows of all hosted ranks in a dtype, in memory of their own."""
     return parts[0].to(dtype, copy=True) if len(parts) == 1 else torch.cat(parts, 1).to(dtype)
@@ -227,7 +222,7 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call
 def _(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     b, s, h, _ = q.shape
     kept = [k.new_empty(shape) for shape in called(call).kept_shapes(q, k, v)]
-    if keeps_rest(q, called(call).split(tensors)[0]):
+    if called(call).keeps_rest(q):
         kept.append(q.new_empty(b, s, h, v.shape[3]))
     return q.new_empty(b, s, h, v.shape[3]), q.new_empty(b, h, s, dtype=accumulator_dtype(q.dtype)), kept
 
@@ -248,7 +243,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     dout, q, k, v = unit_stride(dout, q, k, v)
     with as_given(q):
-        *kept, rest = kept if keeps_rest(q, called(call).split(tensors)[0]) else (*kept, None)
+        *kept, rest = kept if called(call).keeps_rest(q) else (*kept, None)
         return _backward(Upstream(dout, out, lse, dlse, rest), q, k, v, tensors, kept, wanted, called(call))
 
 
@@ -284,8 +279,8 @@ def _op_backward(ctx, dout: Tensor | None, dlse: Tensor | None, _):
 
 def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[bool]) -> tuple:
     """(dq, dk, dv, the gradients of those tensors for which they are `wanted`), None where there is none."""
-    q, k, v, out, lse, *rest = ctx.saved_tensors
-    tensors, kept = rest[: ctx.num_tensors], rest[ctx.num_tensors :]
+    q, k, v, out, lse, *others = ctx.saved_tensors
+    tensors, kept = others[: ctx.num_tensors], others[ctx.num_tensors :]
     if dout is None and dlse is None:
         return None, None, None, [None] * len(tensors)
     dout = torch.zeros_like(out) if dout is None else dout

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """What an attention call needs beside its tensors."""
+    """What an attention call needs beside its tensors. `learns`: a tensor of the score modifiers wants a gradient."""
 
     ring: Ring
     mask: Mask
@@ -41,6 +41,7 @@ class Call:
     scale: float
     kv_layout: str | None = None
     cosine: tuple[int, bool] | None = None  # groups, and whether the scale is learned, which q then holds
+    learns: bool = False
 
     @classmethod
     def make(
@@ -51,7 +52,8 @@ class Call:
             for step in modifiers.steps:
                 step.check_gradients()
         of_cosine = None if cosine is None else (cosine.groups, isinstance(cosine.scale, Tensor))
-        return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout, of_cosine)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in modifiers.tensors())
+        return cls(ring, mask, modifiers.without_tensors(), sinks is not None, scale, kv_layout, of_cosine, learns)
 
     def parts(self, num_heads: int) -> tuple[Call, ...]:
         """On a ring of two axes: each hosted Ulysses rank's call on its own ring, for its part of the heads."""
@@ -164,7 +166,7 @@ class Call:
         return Settled(exchange, plan, part.problem(*of_part, "forward"), self.ring.kernel)
 
     def kept_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, int, int]]:
-        """Of what a forward keeps for its backward."""
+        """Of what a forward keeps for its backward of what came from other ranks."""
         if not self.ring.keep_kv:
             return []
         # A plan is made for one length, whatever torch.compile would leave open.
@@ -172,6 +174,10 @@ class Call:
         plan, width = self.plan(q, k, v), k.shape[2] * (k.shape[3] + v.shape[3])
         received = (total_rows(plan.meets[step][rank]) for step in plan.steps[1:] for rank in self.ring.hosted)
         return [(k.shape[0], rows, width) for rows in received]
+
+    def keeps_rest(self, q: Tensor) -> bool:
+        """Whether a forward of these queries also keeps what Note [rest] of `ring_attn.attention` tells of."""
+        return self.learns and q.dtype in (torch.float16, torch.bfloat16)
 
     def hosted(self, x: Tensor, dim: int = 1) -> list[Tensor]:
         """The rows of each hosted rank."""

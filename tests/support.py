@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -166,7 +167,8 @@ def run_kernel(
 ) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv and the gradients of the scores' tensors, of a kernel that makes one visit per tile list.
 
-    It carries on from visit to visit, and at first from `partial` (written to).
+    It carries on from visit to visit, and at first from `partial` (written to). Of the visits' dk and dv every second one is
+    written on its own and then added, as on rings.
     """
     poison_memory(q.device.type)
     out = torch.full((*q.shape[:3], v.shape[-1]), torch.nan, dtype=q.dtype, device=q.device)
@@ -178,9 +180,16 @@ def run_kernel(
     of_scores = (torch.zeros_like(x, dtype=dtype) for x in (score.tensors() if score else ()))
     into = Grads(dq, dk, dv, tuple(of_scores), unwritten_q=True, unwritten_kv=True)
     up = Upstream(dout, out, partial.lse, dlse)
-    for tile_list in tile_lists:
-        (backward or kernel).backward(up, q, k, v, tile_list, scale=scale, score=score, into=into)
+    for visit, tile_list in enumerate(tile_lists):
+        own = into
+        if visit % 2:
+            apart = {name: torch.full_like(getattr(into, name), torch.nan) for name in ("dk", "dv")}
+            own = replace(into, **apart, unwritten_kv=True)
+        (backward or kernel).backward(up, q, k, v, tile_list, scale=scale, score=score, into=own)
         into = into.written
+        if own.dk is not into.dk:
+            into.dk.add_(own.dk)
+            into.dv.add_(own.dv)
     found = {"out": out, "lse": partial.lse, "dq": into.dq, "dk": into.dk, "dv": into.dv}
     return found | {f"gradient of tensor {n}": x for n, x in enumerate(into.score)}
 

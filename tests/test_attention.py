@@ -101,15 +101,18 @@ def test_opcheck(keep_kv):
 
 def test_opcheck_where_rest_is_kept():
     """See Note [rest] of ring_attn.attention."""
-    ring, slopes = ra.Ring.simulated(2, exchange="pull", keep_kv=True), torch.tensor([0.1, 0.3])
-    name, _ = call.named(call.Call.make(ring, ra.Causal(), ra.Alibi(slopes), 0.5))
+    ring, slopes = ra.Ring.simulated(2, exchange="pull", keep_kv=True), torch.tensor([0.1, 0.3], requires_grad=True)
     q, k, v = (x.bfloat16() for x in qkv(dv=3))
+    # A call lives as long as it is held.
+    made = [call.named(call.Call.make(ring, ra.Causal(), ra.Alibi(x), 0.5)) for x in (slopes, slopes.detach())]
+    name, fixed = (name for name, _ in made)
+    assert len(attention._forward_op(q, k, v, [slopes], fixed)[2]) == 2
     torch.library.opcheck(attention._forward_op, (q, k, v, [slopes], name))
     *found, kept = attention._forward_op(q, k, v, [slopes], name)
     assert [x.shape for x in kept[2:]] == [found[0].shape]
     assert 0 < kept[-1].norm() < 2**-7 * found[0].norm()
-    saved, kept = [x.detach() for x in (q, k, v, *found)], [x.detach() for x in kept]
-    torch.library.opcheck(attention._backward_op, (torch.randn_like(saved[3]), None, *saved, [slopes], kept, [True], name))
+    saved, kept, tensors = ([x.detach() for x in several] for several in ((q, k, v, *found), kept, [slopes]))
+    torch.library.opcheck(attention._backward_op, (torch.randn_like(saved[3]), None, *saved, tensors, kept, [True], name))
 
 
 def test_compiles_in_one_graph():

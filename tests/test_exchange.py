@@ -58,10 +58,12 @@ def test_pull_moves_what_the_mask_needs():
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_what_is_kept_is_not_pulled_again_and_gradients_go_home_first(size):
+@pytest.mark.parametrize("hostile", [True, False])
+def test_what_is_kept_is_not_pulled_again_and_gradients_go_home_first(size, hostile):
+    """What comes home is added when it is waited for, or at once, before the own keys' gradients are worked out."""
     for case in cases():
         if case.exchange == "pull":
-            ring, done = ra.Ring.simulated(size, case.layout, exchange="pull", keep_kv=True, hostile=True), []
+            ring, done = ra.Ring.simulated(size, case.layout, exchange="pull", keep_kv=True, hostile=hostile), []
             pull, push = ring.transport.pull, ring.transport.push
             ring.transport.pull = lambda *x, pull=pull, done=done, **o: done.append("pull") or pull(*x, **o)
             ring.transport.push = lambda *x, push=push, done=done, **o: done.append("push") or push(*x, **o)

@@ -179,7 +179,7 @@ def main_call(launch: str, config: Config, visit: Visit) -> Call:
 
 
 def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Grads) -> list[Call]:
-    """The launches to time: the forward writes `up.out` and `up.lse`, the others add into `into`."""
+    """The launches to time: the forward writes `up.out` and `up.lse`, the others `into`."""
     from ring_attn.kernels.triton_backward import Visited, backward_calls
     from ring_attn.kernels.triton_blocks import query_table
     from ring_attn.kernels.triton_forward import forward_call

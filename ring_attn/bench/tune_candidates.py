@@ -10,17 +10,16 @@ LAUNCHES = ("forward", "dkdv", "dq")
 def candidates(launch: str, head_dim: int, score: str = "") -> list[Config]:
     """The configurations to try for a launch of 16-bit inputs, the plainest first. Empty where none are known.
 
-    `score`: a modifier of scores, for which those stand behind that keep fewer numbers.
+    `score`: a modifier of scores, for which those stand behind that keep fewer numbers, or mix units for them.
     """
     return _CANDIDATES.get((launch, head_dim), []) + (_MODIFIED.get((launch, head_dim), []) if score else [])
 
 
-# Four warps with 255 registers, or eight with 128, leave room for a second program on a multiprocessor.
+# Four warps with 255 registers leave room for a second program on a multiprocessor.
 _CANDIDATES = {
     ("forward", 128): [
         Config(128, 64, 8, 3),
         Config(128, 64, 8, 4),
-        Config(128, 64, 8, 2, registers=128),
         Config(128, 128, 8, 2),
         Config(64, 64, 4, 2),
         Config(64, 64, 4, 3),
@@ -49,7 +48,6 @@ _CANDIDATES = {
     ],
     ("forward", 64): [
         Config(128, 128, 8, 2),
-        Config(128, 64, 8, 3, registers=128),
         Config(128, 64, 4, 3),
         Config(64, 64, 4, 3),
     ],
@@ -62,7 +60,6 @@ _CANDIDATES = {
     ("dq", 64): [
         Config(128, 64, 8, 2),
         Config(128, 64, 8, 2, tma=True),
-        Config(128, 64, 8, 2, tma=True, registers=128),
         Config(128, 128, 8, 2, tma=True),
         Config(64, 64, 4, 2, tma=True),
         Config(64, 64, 4, 3, tma=True),

@@ -46,7 +46,7 @@ def report(rows: list[Timed], options: TuneOptions) -> str:
         lines += [line(row, options.cases) for row in mine]
     scores = options.score or "plain"
     shipped = configs(getattr(torch, options.dtype), options.head_dim, options.head_dim, "large", scores)
-    lines.append("\nbest under each mask, as arguments of Configs:")
+    lines.append("\nbest under each mask, as arguments of Configs, narrow launches apart:")
     for case in ("", *options.cases):
         chosen = {}
         for launch, mine in best.items():

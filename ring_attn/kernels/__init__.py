@@ -74,7 +74,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Grads:
-    """Where a backward adds: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse.
+    """Where a backward adds or writes: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse.
 
     `score`: the same for the tensors of the score modifiers, in their order and shapes; None where no gradient is wanted.
     `unwritten_q`, `unwritten_kv`: dq, or dk and dv, hold nothing yet; a kernel writes all of their rows.
@@ -92,11 +92,14 @@ class Grads:
         """The same, now that everything has been written."""
         return replace(self, unwritten_q=False, unwritten_kv=False)
 
-    def zeroed(self) -> Grads:
-        """The same with zeros in what was unwritten, for a kernel that can only add."""
-        for x in (self.dq,) * self.unwritten_q + (self.dk, self.dv) * self.unwritten_kv:
-            x.zero_()
-        return self.written
+    def zeroed(self, *, q: bool = True, kv: bool = True) -> Grads:
+        """The same with zeros in what was unwritten, for a kernel that can only add, of these two."""
+        if q and self.unwritten_q:
+            self.dq.zero_()
+        if kv and self.unwritten_kv:
+            self.dk.zero_()
+            self.dv.zero_()
+        return replace(self, unwritten_q=self.unwritten_q and not q, unwritten_kv=self.unwritten_kv and not kv)
 
 
 class Kernel(Protocol):

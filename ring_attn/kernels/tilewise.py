@@ -148,8 +148,8 @@ class Tilewise(ABC):
         into: Grads,
     ) -> None:
         calls, scaling = list(self.calls(tiles, q)), self.scaling(scale, score)
-        if len(calls) != 1 or not (calls[0].covers(q) and calls[0].covers_kv(k)):
-            into = into.zeroed()
+        alone = len(calls) == 1
+        into = into.zeroed(q=not (alone and calls[0].covers(q)), kv=not (alone and calls[0].covers_kv(k)))
         for call in calls:
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
 
@@ -271,7 +271,8 @@ class Packed:
     def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
         lse, dlse = (None if x is None else x.transpose(1, 2)[rows].T.contiguous() for x in (up.lse, up.dlse))
-        up = Upstream(up.dout[rows], up.out[rows], lse, dlse)
+        rest = None if up.rest is None else up.rest[rows]
+        up = Upstream(up.dout[rows], up.out[rows], lse, dlse, rest)
         return kernel.differentiate_packed(up, q[rows], k[kv], v[kv], self.pack, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -280,8 +281,8 @@ class Packed:
             (into.dk, self.pack.kv_rows, dk, into.unwritten_kv),
             (into.dv, self.pack.kv_rows, dv, into.unwritten_kv),
         ):
-            if unwritten:
-                total[rows] = grad
+            if isinstance(rows[1], slice):
+                _take(total[rows], grad, unwritten)
             else:
                 total[rows] += grad
 
@@ -337,6 +338,7 @@ def _follows(before: Tile, tile: Tile) -> bool:
 
 
 def _take(total: Tensor, grad: Tensor, unwritten: bool) -> None:
+    """Adds a gradient to a sum, or writes it there."""
     if unwritten:
         total.copy_(grad)
     else:

@@ -53,7 +53,7 @@ def add_block(
     into, part, place, start, count, blocks, heads, UNWRITTEN: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds one block of rows of one head, the one at `place` among all blocks, heads and batch rows."""
+    """Adds or writes one block of rows of one head, the one at `place` among all blocks, heads and batch rows."""
     # The heads of one block of rows are neighbours in memory.
     head = place % heads
     block = place // heads % blocks

@@ -53,7 +53,7 @@ from ring_attn.tiles import Tile
 
 @dataclass(frozen=True)
 class Visited:
-    """The tensors of a visit's backward, what makes scores of their products, and where the gradients are added."""
+    """The tensors of a visit's backward, what makes scores of their products, and where the gradients go."""
 
     up: Upstream
     q: Tensor
@@ -112,7 +112,9 @@ def _slopes(x: Visited) -> tuple[Rows | None, Callable[[], None] | None]:
     total = None if x.chain.alibi is None else x.into.score[x.chain.slopes]
     if total is None:
         return None, None
-    parts = torch.zeros(x.q.shape[0], x.q.shape[2], x.q.shape[1], dtype=torch.float32, device=x.q.device)
+    # Where dq is unwritten, programs write all of their rows.
+    make = torch.empty if x.into.unwritten_q else torch.zeros
+    parts = make(x.q.shape[0], x.q.shape[2], x.q.shape[1], dtype=torch.float32, device=x.q.device)
     return numbers_of(parts), lambda: total.sub_(parts.sum((0, 2)))
 
 

@@ -30,10 +30,9 @@ PROGRAM = 4
 class Config:
     """One launch: `own` rows stay with a program, `walk` rows are met at a time.
 
-    `tma`: the backward's copies, see Note [whole blocks]; the forward has none. `registers`: the most that a thread may use,
-    None for any number. `early`: the backward has dout v^T before the softmax. `mixed`: see Note [powers of two] of
-    triton_backward, for its dq kernel. `narrow`: the launch in its place where blocks walk over few rows, see `chosen`; the
-    dk, dv kernel has none.
+    `tma`: the backward's copies, see Note [whole blocks]; the forward has none. `early`: the backward has dout v^T before the
+    softmax. `mixed`: see Note [powers of two] of triton_backward, for its dq kernel. `narrow`: the launch in its place where
+    blocks walk over few rows, see `chosen`; the dk, dv kernel has none.
     """
 
     own: int
@@ -41,7 +40,6 @@ class Config:
     warps: int
     stages: int
     tma: bool = False
-    registers: int | None = None
     early: bool = False
     mixed: bool = False
     narrow: Config | None = None
@@ -49,8 +47,7 @@ class Config:
     @property
     def options(self) -> dict[str, int]:
         """What Triton's launcher takes."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages} | limit
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,6 @@ class Configs:
     short: Config = Config(32, 32, 8, 1)
 
 
-_NARROW_DQ = Config(64, 64, 4, 2, tma=True, early=True)
 # Keyed by the larger head dim, padded. "large" needs compute capability 9.0 and 227 KiB of shared memory, "small" fits 99 KiB;
 # tests/kernels/test_triton_compile.py holds every line to that and to its spills.
 _TABLE = {
@@ -79,7 +75,7 @@ _TABLE = {
         128: Configs(
             forward=Config(128, 64, 8, 3, narrow=Config(64, 64, 4, 3)),
             dkdv=Config(64, 64, 4, 2, tma=True, early=True),
-            dq=Config(128, 64, 8, 3, tma=True, early=True, narrow=_NARROW_DQ),
+            dq=Config(128, 64, 8, 3, tma=True, early=True, narrow=Config(64, 64, 4, 2, tma=True, early=True)),
         ),
         256: Configs(Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(64, 64, 8, 2)),
     },
@@ -96,16 +92,22 @@ _TABLE = {
 }
 _TABLE["32-bit", "large"] = _TABLE["32-bit", "small"]
 
+# When a narrow launch is the faster one, see `chosen`.
+_SHORT_WALK = 1536  # rows
+_MANY_PROGRAMS = 1024
+
 # By what happens to scores, see `configs`: the launches that are faster then, in place of those of the table.
 _BY_SCORES = {
     "modified": {
         ("16-bit", "large", 64): {"dq": Config(64, 64, 4, 3, tma=True)},
+        ("16-bit", "large", 128): {"dq": Config(128, 64, 8, 3, tma=True, early=True)},
         ("16-bit", "small", 64): {"dq": Config(64, 32, 4, 2)},
     },
     "softcap": {
         ("16-bit", "large", 64): {"forward": Config(64, 64, 4, 3)},
-        ("16-bit", "large", 128): {"dq": Config(128, 64, 8, 3, tma=True, early=True, mixed=True, narrow=_NARROW_DQ)},
+        ("16-bit", "large", 128): {"dq": Config(128, 64, 8, 3, tma=True, early=True, mixed=True)},
     },
+    "alibi": {},
     "several": {("16-bit", "large", 128): {"dkdv": Config(64, 64, 4, 2, tma=True)}},
     "functions": {("16-bit", "large", 128): {"dkdv": Config(64, 32, 4, 2, tma=True)}},
 }
@@ -121,7 +123,7 @@ def configs(dtype: torch.dtype, head_dim: int, v_head_dim: int, size: str, score
     bucket = min(bucket for bucket in _TABLE[kind, size] if bucket >= width)
     found = _TABLE[kind, size][bucket]
     for name in () if scores == "plain" else dict.fromkeys(("modified", scores)):
-        found = replace(found, **_BY_SCORES.get(name, {}).get((kind, size, bucket), {}))
+        found = replace(found, **_BY_SCORES[name].get((kind, size, bucket), {}))
     return found
 
 
@@ -245,16 +247,13 @@ def chosen(config: Config, heads: int, table_of: Callable[[int], Table]) -> tupl
     """(config or its narrow one, its table); `table_of` makes the table of blocks of so many own rows.
 
     Under a window of 1,024 less of a smaller block is masked, and two programs on a multiprocessor cover each other's beginning
-    and end: 7 % faster at 1,024, 20 % at 256, on an H200. With few programs, or over longer walks, larger blocks are faster.
+    and end: plain scores are 7 % faster at 1,024, 20 % at 256, on an H200. With few programs, or over longer walks, larger
+    blocks are faster.
     """
     table = table_of(config.own)
-    if config.narrow is None or table.walked > _NARROW * table.busy or table.busy * heads < _MANY:
+    if config.narrow is None or table.walked > _SHORT_WALK * table.busy or table.busy * heads < _MANY_PROGRAMS:
         return config, table
     return config.narrow, table_of(config.narrow.own)
-
-
-_NARROW = 1536  # rows
-_MANY = 1024  # programs
 
 
 def kv_table(

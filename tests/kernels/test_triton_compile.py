@@ -28,7 +28,9 @@ REQUESTS += [f"{where}:{scores}:{launch}" for (where, scores), launch in product
 REQUESTS += [f"bfloat16:{d}:large:bounded:forward last" for d in (64, 128)]
 # These end otherwise, which once cost them registers in the loop.
 REQUESTS += [f"bfloat16:128:large:plain:forward {visit}" for visit in ("first", "middle")]
-REQUESTS += [f"bfloat16:128:large:plain:{launch}" for launch in ("dkdv adding", "dq adding", "dq narrow", "forward narrow")]
+REQUESTS += [f"bfloat16:128:large:plain:{launch}" for launch in ("dq adding", "dq narrow", "forward narrow")]
+REQUESTS += [f"bfloat16:128:large:{scores}:dkdv adding" for scores in ("plain", "softcap", "alibi")]
+REQUESTS += [f"bfloat16:128:large:{scores}:forward narrow" for scores in ("softcap", "alibi")]
 TMA_REQUESTS = [
     f"bfloat16:{d}:large:{scores}:{launch}"
     for d, scores, launch in product((64, 128), ("plain", "softcap alibi"), ("dkdv", "dq"))
@@ -38,6 +40,8 @@ TMA_REQUESTS = [
 SPILLS = {
     "bfloat16:64:large:function:dkdv": 100,
     "bfloat16:128:large:plain:dkdv adding": 300,
+    "bfloat16:128:large:softcap:dkdv adding": 400,
+    "bfloat16:128:large:alibi:dkdv adding": 500,
     "bfloat16:128:large:softcap:dkdv": 200,
     "bfloat16:128:large:alibi:dkdv": 300,
     "bfloat16:128:large:softcap alibi:dkdv": 500,
@@ -54,6 +58,8 @@ SPILLS_OTHERWISE = 64
 # once keep more numbers than there are registers.
 LOOP_SPILLS = {
     "bfloat16:128:large:softcap:dkdv": 20,
+    "bfloat16:128:large:softcap:dkdv adding": 20,
+    "bfloat16:128:large:alibi:dkdv adding": 25,
     "bfloat16:128:large:alibi:dkdv": 25,
     "bfloat16:128:large:softcap alibi:dkdv": 60,
     "bfloat16:128:large:softcap alibi:dq": 12,

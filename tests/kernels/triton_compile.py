@@ -84,7 +84,8 @@ def forward_calls(q, k, partial, plan, config, chain) -> Iterator[tuple[str, Cal
         yield f"forward {name}", forward_call(q, k, k, table, config.forward, **options)
     if config.forward.narrow is not None:
         narrow = query_table(plan, q, config.forward.narrow.own, placed=chain.placed)
-        yield "forward narrow", forward_call(q, k, k, narrow, config.forward.narrow, **options)
+        last = {"scale": 0.1, "chain": chain, "carried": partial, "target": partial, "out": q}
+        yield "forward narrow", forward_call(q, k, k, narrow, config.forward.narrow, **last)
 
 
 def main(requests: list[str]) -> None:
