@@ -52,7 +52,8 @@ def ring_attention(
     are merged into [b * h, s, d], or k and v alone. `mask` and `score` (one, or a list applied in order) hold in global
     positions. `softmax_scale` defaults to d ** -0.5. With `return_lse`, also lse [b, h, s] (natural log; fp32, float64 for
     float64 inputs), differentiable. A row that sees no key has output 0, lse -inf and zero gradients. Every process of the ring
-    must make the same calls in the same order. Under torch.compile, make masks and scores outside the compiled function.
+    must make the same calls in the same order. Under torch.compile, make masks and scores outside the compiled function. Until
+    the backward, a score with tensors that learn takes the memory of one more output in 16 bits, see Note [rest].
 
     `kv_layout`: for cross-attention, the layout by which k and v [b, skv, g, ...] are sharded, `ring.shard(k, layout=...)`;
     only where it is named may they come from a sequence of another length than the queries'.
