@@ -6,19 +6,13 @@ seven, but was slower on an H200.
 Note [final lse]: p = exp(scale * s - lse) with the lse over all keys, so every visit's gradients simply add. A row that met no
 key anywhere has lse = -inf; it is read as +inf, which makes its p 0. Mathematics and names as in flash attention 2 (Dao,
 arXiv 2307.08691): dv = p^T dout, ds = p * (dout v^T - delta), dq = scale * ds k, dk = scale * ds^T q.
-
-Note [powers of two]: tanh and exp2 go through one unit, 16 numbers a clock, while the tensor cores wait. Under a softcap the dq
-kernel takes every second exp2 by multiply-adds, which run beside it: 2^x = 2^n * 2^f with the integer n next to x and a cubic
-for 2^f, |f| <= 1/2, whose relative error is at most 7.5e-5, less than a sixth of that of the tanh before it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import triton
@@ -27,6 +21,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads, Upstream
 from ring_attn.kernels.triton_blocks import Config, Configs, Table, chosen, kv_table, padded, query_table
+from ring_attn.kernels.triton_prepare import prepared
 from ring_attn.kernels.triton_rows import (
     Call,
     Rows,
@@ -42,12 +37,11 @@ from ring_attn.kernels.triton_rows import (
     numbers_of,
     program_work,
     rows_of,
-    shifted,
     store_numbers,
     store_rows,
     whole_block,
 )
-from ring_attn.kernels.triton_scores import Chain, block_cells, distance, entry_cells, modified, pulled_back
+from ring_attn.kernels.triton_scores import Chain, block_cells, distance, entry_cells, modified, power_of_two, pulled_back
 from ring_attn.tiles import Tile
 
 
@@ -119,7 +113,7 @@ def _slopes(x: Visited) -> tuple[Rows | None, Callable[[], None] | None]:
 
 
 def _shared(x: Visited, table: Table, config: Config, unwritten: bool) -> dict[str, Any]:
-    dout, lse2, delta = _prepared(x.up)
+    dout, lse2, delta = prepared(x.up)
     return {
         "q": rows_of(x.q),
         "k": rows_of(x.k),
@@ -146,50 +140,9 @@ _WALKED = "q_blocks", "dout_blocks", "lse_blocks", "delta_blocks"
 
 def _walked_queries(x: Visited, config: Config) -> dict[str, Any]:
     """What the dk, dv kernel walks over by TMA; None for what TMA cannot copy."""
-    dout, *numbers = _prepared(x.up)
+    dout, *numbers = prepared(x.up)
     blocks = *(blocks_of(rows, config.walk) for rows in (x.q, dout)), *(number_blocks_of(n, config.walk) for n in numbers)
     return dict(zip(_WALKED, blocks, strict=True))
-
-
-_prepared_once: WeakKeyDictionary[Upstream, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
-
-
-def _prepared(up: Upstream) -> tuple[Tensor, Tensor, Tensor]:
-    """(dout with unit stride, lse in base 2, delta) for all visits of a backward, both `shifted`; see Note [final lse]."""
-    prepared = _prepared_once.get(up)
-    if prepared is None:
-        dout = up.dout if up.dout.stride(-1) == 1 else up.dout.contiguous()
-        lse2 = (up.lse * math.log2(math.e)).masked_fill_(up.lse == -torch.inf, torch.inf)
-        prepared = _prepared_once[up] = dout, shifted(lse2), shifted(up.delta)
-    return prepared
-
-
-@triton.jit
-def power_of_two(x, MIXED: tl.constexpr):
-    """2^x of x below 128; MIXED: every second one by multiply-adds, see Note [powers of two]."""
-    if MIXED:
-        return tl.inline_asm_elementwise(MIXED_EXP2, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
-    return tl.exp2(x)
-
-
-# Of two numbers the second is n + f: adding 1.5 * 2^23 + 127 rounds it to an integer, n + 127 in the lowest bits, which are the
-# exponent of 2^n once they are in its place, 0 for -127 and what is below.
-MIXED_EXP2 = tl.constexpr("""{
-    .reg .f32 x, n, f, power, scale;
-    .reg .b32 bits;
-    ex2.approx.ftz.f32 $0, $2;
-    max.NaN.ftz.f32 x, $3, 0fC2FE0000;
-    add.rn.f32 n, x, 0f4B40007F;
-    mov.b32 bits, n;
-    shl.b32 bits, bits, 23;
-    mov.b32 scale, bits;
-    sub.rn.f32 n, n, 0f4B40007F;
-    sub.rn.f32 f, x, n;
-    fma.rn.f32 power, f, 0f3D61FB73, 0f3E786EF1;
-    fma.rn.f32 power, power, f, 0f3F31798D;
-    fma.rn.f32 power, power, f, 0f3F7FFB4A;
-    mul.ftz.f32 $1, power, scale;
-}""")
 
 
 @triton.jit

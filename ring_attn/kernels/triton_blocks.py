@@ -31,7 +31,7 @@ class Config:
     """One launch: `own` rows stay with a program, `walk` rows are met at a time.
 
     `tma`: the backward's copies, see Note [whole blocks]; the forward has none. `early`: the backward has dout v^T before the
-    softmax. `mixed`: see Note [powers of two] of triton_backward, for its dq kernel. `narrow`: the launch in its place where
+    softmax. `mixed`: see Note [powers of two] of triton_scores, for the dq kernel. `narrow`: the launch in its place where
     blocks walk over few rows, see `chosen`; the dk, dv kernel has none.
     """
 

@@ -42,16 +42,8 @@ def blocks_of(x: Tensor, rows: int) -> TensorDescriptor | None:
 
 
 def number_blocks_of(x: Tensor, rows: int) -> TensorDescriptor | None:
-    """The same for `shifted` numbers x [4 * b, h, s]."""
+    """The same for numbers x [4 * b, h, s] as Note [shifted] of triton_prepare says."""
     return _descriptor(x, list(x.shape), list(x.stride()[:2]), [1, 1, rows])
-
-
-def shifted(x: Tensor) -> Tensor:
-    """[4 * b, h, s] with x[.., i + r] of x [b, h, s] at [r * b + .., i]: from one of them a block of any rows is aligned."""
-    b, h, s = x.shape
-    wide = x.new_zeros(b, h, -(-s // 16) * 16 + 16)
-    wide[..., :s] = x
-    return torch.stack([wide[..., r : r + wide.shape[2] - 16] for r in range(4)]).flatten(0, 1)
 
 
 def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor | None:
@@ -136,7 +128,7 @@ def load_block(blocks, batch, head, row, ROWS: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def load_number_block(blocks, batch, head, row, batches, ROWS: tl.constexpr):
-    """[ROWS] of one batch row and head of `shifted` numbers from `row` on, by TMA, which wants a multiple of 4."""
+    """[ROWS] of one batch row and head of shifted numbers from `row` on, by TMA, which wants a multiple of 4."""
     return tl.reshape(blocks.load([row % 4 * batches + batch, head, row // 4 * 4]), (ROWS,))
 
 

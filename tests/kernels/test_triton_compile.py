@@ -25,6 +25,7 @@ MODIFIED = [
     *product(("bfloat16:64:small", "bfloat16:128:small", "float32:128:small"), ("softcap alibi",)),
 ]
 REQUESTS += [f"{where}:{scores}:{launch}" for (where, scores), launch in product(MODIFIED, LAUNCHES)]
+REQUESTS += [f"{dtype}:{d}:{size}:plain:prepare" for (dtype, size), d in product(KINDS, (64, 256))]
 REQUESTS += [f"bfloat16:{d}:large:bounded:forward last" for d in (64, 128)]
 # These end otherwise, which once cost them registers in the loop.
 REQUESTS += [f"bfloat16:128:large:plain:forward {visit}" for visit in ("first", "middle")]

@@ -224,7 +224,7 @@ def listed(table, block):
 
 def test_the_cubic_of_mixed_powers_is_as_near_as_said():
     """Its coefficients, the highest first, are read from the instructions; on a GPU tests/gpu/scores.py runs them."""
-    from ring_attn.kernels.triton_backward import MIXED_EXP2
+    from ring_attn.kernels.triton_scores import MIXED_EXP2
 
     code = " ".join(re.findall("fma.*", MIXED_EXP2.value))
     factors = [struct.unpack(">f", bytes.fromhex(digits))[0] for digits in re.findall("0f([0-9A-F]{8})", code)]

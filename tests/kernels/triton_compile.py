@@ -48,6 +48,7 @@ def scores(name: str) -> Scores:
 def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterator[tuple[str, Call]]:
     """Every launch the kernel makes for this dtype, head dim, device size and scores, by name."""
     from ring_attn.kernels.triton_backward import Visited, dkdv_call, dq_call
+    from ring_attn.kernels.triton_prepare import prepare_call, prepared
     from ring_attn.kernels.triton_scores import chain_of
 
     plan = tiles(Contiguous(ROWS, 1).shard(0), [Contiguous(ROWS, 1).shard(0)], Causal())
@@ -59,6 +60,7 @@ def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterat
     chain = chain_of(score, plan, dtype)
     config = configs(dtype, head_dim, head_dim, size, chain.kind)
     yield from forward_calls(q, k, partial, plan, config, chain)
+    yield "prepare", prepare_call(up, prepared(up))
     visited = Visited(up, q, k, k, 0.1, chain, grads)
     kv, queries = (
         kv_table(plan, k, config.dkdv.own, placed=chain.placed),
