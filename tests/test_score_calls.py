@@ -118,6 +118,26 @@ def test_under_a_dispatch_mode_a_checkpoint_and_a_compiler(score, way):
     assert all(rel_error(x, y) < FLOAT64_LIMIT for x, y in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("way", [watched, selectively_checkpointed, compiled])
+@pytest.mark.parametrize("options", [{"exchange": "pull", "keep_kv": True}, {"ulysses": 2}])
+def test_what_rounding_took_from_out_goes_along(way, options):
+    """See Note [rest] of ring_attn.attention: in 16 bits, bit for bit what the call comes to without these."""
+    torch._dynamo.reset()
+    ring, slopes = ra.Ring.simulated(2, "zigzag", **options), torch.tensor([0.1, 0.3], requires_grad=True)
+    gen = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(1, 16, 2, 8, generator=gen).bfloat16().requires_grad_() for _ in range(3)]
+
+    def function(q, k, v):
+        return ra.ring_attention(q * 2, k, v, ring=ring, score=score) * 3
+
+    score, found = ra.Alibi(slopes), []
+    for run in (lambda f, *x: f(*x), way):
+        out = run(function, *qkv)
+        with Watched() if run is watched else nullcontext():
+            found.append([out, *torch.autograd.grad(out.sin().sum(), [*qkv, slopes])])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_opcheck_and_gradcheck_with_tensors():
     ring, n = ra.Ring.simulated(2, "striped"), Sizes(b=1, t=4, h=2, g=1, d=2, dv=2)
     pieces = [SINGLE[name](n) for name in ("global mod", "alibi", "softcap", "bias htt", "sinks")]
