@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Grads
 from ring_attn.kernels.triton_blocks import padded
-from ring_attn.kernels.triton_rows import Call, at_head, load_rows, rows_of, store_rows
+from ring_attn.kernels.triton_rows import Call, at_head, block_at, load_rows, rows_of, store_rows
 
 BLOCK = 32
 
@@ -54,10 +54,7 @@ def add_block(
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds or writes one block of rows of one head, the one at `place` among all blocks, heads and batch rows."""
-    # The heads of one block of rows are neighbours in memory.
-    head = place % heads
-    block = place // heads % blocks
-    batch = place // heads // blocks
+    block, batch, head = block_at(place, blocks, heads)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     live = rows < count
     to = at_head(into, batch, head)

@@ -61,7 +61,7 @@ class Visited:
 def backward_calls(x: Visited, tiles: Sequence[Tile], configs: Configs) -> Iterator[Call]:
     """The launches of one visit."""
     own_kv, placed = configs.dkdv, x.chain.placed
-    by_tma = own_kv.tma and None not in _walked_queries(x, own_kv).values()
+    by_tma = None not in _walked_queries(x, own_kv).values()
     passes = [(own_kv, kv_table(tiles, x.k, own_kv.own, least=own_kv.walk if by_tma else 0, placed=placed))]
     if by_tma:
         passes.append((configs.short, kv_table(tiles, x.k, configs.short.own, most=own_kv.walk - 1, placed=placed)))
@@ -74,13 +74,8 @@ def backward_calls(x: Visited, tiles: Sequence[Tile], configs: Configs) -> Itera
 
 
 def dkdv_call(x: Visited, table: Table, config: Config) -> Call:
-    """The launch that adds into dk and dv, or writes all of their rows.
-
-    `table` lists blocks of KV rows: under TMA, of tiles with a block of query rows.
-    """
-    blocks = _walked_queries(x, config) if config.tma else dict.fromkeys(_WALKED)
-    if None in blocks.values():
-        blocks = dict.fromkeys(_WALKED)
+    """The launch that adds into dk and dv, or writes all of their rows; `table` lists blocks of KV rows."""
+    blocks = _walked_queries(x, config)
     arguments = _shared(x, table, config, x.into.unwritten_kv) | blocks | {"dk": rows_of(x.into.dk), "dv": rows_of(x.into.dv)}
     arguments |= {"num_kv": x.k.shape[1], "batches": x.q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
     arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early}
@@ -139,10 +134,10 @@ _WALKED = "q_blocks", "dout_blocks", "lse_blocks", "delta_blocks"
 
 
 def _walked_queries(x: Visited, config: Config) -> dict[str, Any]:
-    """What the dk, dv kernel walks over by TMA; None for what TMA cannot copy."""
+    """What the dk, dv kernel walks over by TMA; all None where that is not wanted, or cannot copy one of them."""
     dout, *numbers = prepared(x.up)
     blocks = *(blocks_of(rows, config.walk) for rows in (x.q, dout)), *(number_blocks_of(n, config.walk) for n in numbers)
-    return dict(zip(_WALKED, blocks, strict=True))
+    return dict(zip(_WALKED, blocks, strict=True)) if config.tma and None not in blocks else dict.fromkeys(_WALKED)
 
 
 @triton.jit

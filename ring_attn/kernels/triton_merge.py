@@ -16,6 +16,7 @@ from ring_attn.kernels.triton_rows import (
     LOG2E,
     Call,
     at_head,
+    block_at,
     load_numbers,
     load_rows,
     numbers_of,
@@ -78,10 +79,7 @@ def merge_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # The heads of one block of rows are neighbours in memory.
-    head = tl.program_id(0) % heads
-    block = tl.program_id(0) // heads % blocks
-    batch = tl.program_id(0) // heads // blocks
+    block, batch, head = block_at(tl.program_id(0), blocks, heads)
     rows = start + block * BLOCK + tl.arange(0, BLOCK)
     live = rows < stop
     met = live & (rows >= part_start) & (rows < part_stop)

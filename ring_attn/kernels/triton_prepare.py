@@ -17,7 +17,17 @@ from torch import Tensor
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.triton_blocks import padded
 from ring_attn.kernels.triton_kernel import interpreted
-from ring_attn.kernels.triton_rows import LOG2E, Call, at_head, load_numbers, load_rows, numbers_of, rows_of, store_numbers
+from ring_attn.kernels.triton_rows import (
+    LOG2E,
+    Call,
+    at_head,
+    block_at,
+    load_numbers,
+    load_rows,
+    numbers_of,
+    rows_of,
+    store_numbers,
+)
 
 BLOCK = 64
 
@@ -92,10 +102,7 @@ def prepare_kernel(
     V_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # The heads of one block of rows are neighbours in memory.
-    head = tl.program_id(0) % heads
-    block = tl.program_id(0) // heads % blocks
-    batch = tl.program_id(0) // heads // blocks
+    block, batch, head = block_at(tl.program_id(0), blocks, heads)
     rows = block * BLOCK + tl.arange(0, BLOCK)
     live = rows < num_q
     out_rows = load_rows(at_head(out, batch, head), rows, live, V_DIM, V_WIDTH).to(tl.float32)

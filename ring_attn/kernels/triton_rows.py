@@ -94,6 +94,12 @@ def at_head(x, batch, head):
 
 
 @triton.jit
+def block_at(place, blocks, heads):
+    """(block of rows, batch, head) number `place` of all: the heads of one block of rows are neighbours, as in memory."""
+    return place // heads % blocks, place // heads // blocks, place % heads
+
+
+@triton.jit
 def row_pointers(at, rows, WIDTH: tl.constexpr):
     """Pointers [rows, WIDTH] to rows of one batch row and head."""
     return at[0] + rows.to(tl.int64)[:, None] * at[1] + tl.arange(0, WIDTH)[None, :]
