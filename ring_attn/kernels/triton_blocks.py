@@ -247,8 +247,8 @@ def chosen(config: Config, heads: int, table_of: Callable[[int], Table]) -> tupl
     """(config or its narrow one, its table); `table_of` makes the table of blocks of so many own rows.
 
     Under a window of 1,024 less of a smaller block is masked, and two programs on a multiprocessor cover each other's beginning
-    and end: plain scores are 7 % faster at 1,024, 20 % at 256, on an H200. With few programs, or over longer walks, larger
-    blocks are faster.
+    and end: plain scores are 6 to 7 % faster at 1,024, 16 to 20 % at 256, on an H200. With few programs, or over longer
+    walks, larger blocks are faster.
     """
     table = table_of(config.own)
     if config.narrow is None or table.walked > _SHORT_WALK * table.busy or table.busy * heads < _MANY_PROGRAMS:
