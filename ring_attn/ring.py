@@ -139,7 +139,7 @@ class Ring:
         messages = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)
         _check_ulysses(ulysses, messages.ring_size)
         if ulysses > 1:
-            return cls(cut_two_axes(messages.group, ulysses), layout=layout, **choices)
+            return cls._of_axes(cut_two_axes(messages.group, ulysses), layout, choices)
         transport = with_copy_engines(messages, choices.get("exchange", "auto"))
         return cls(transport, layout=layout, **choices)
 
@@ -154,7 +154,12 @@ class Ring:
         _check_mesh(mesh)
         if mesh.size(0) == 1:
             return cls.from_group(mesh.get_group(1), layout, **choices)
-        return cls(two_axes(mesh.get_group(0), mesh.get_group(1)), layout=layout, **choices)
+        return cls._of_axes(two_axes(mesh.get_group(0), mesh.get_group(1)), layout, choices)
+
+    @classmethod
+    def _of_axes(cls, axes: TwoAxes, layout: str, choices: dict) -> Ring:
+        rings = [with_copy_engines(ring, choices.get("exchange", "auto")) for ring in axes.rings]
+        return cls(TwoAxes(axes.traders, rings), layout=layout, **choices)
 
     @property
     def size(self) -> int:

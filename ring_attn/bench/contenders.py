@@ -117,8 +117,9 @@ class OnRing:
 
     @property
     def staging(self) -> int:
-        transport = self.ring.transport
-        return transport.memory_bytes if isinstance(transport, SymmetricTransport) and self.ring.exchange == "pull" else 0
+        transport, pulls = self.ring.transport, self.ring.exchange == "pull"
+        rings = transport.rings if isinstance(transport, TwoAxes) else [transport]
+        return sum(ring.memory_bytes for ring in rings if pulls and isinstance(ring, SymmetricTransport))
 
     def why_not(self, case: Case) -> str | None:
         try:

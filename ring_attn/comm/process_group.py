@@ -16,7 +16,7 @@ from ring_attn.comm.backend import over_nccl, timeout_of
 from ring_attn.comm.second import second_group
 from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.comm.two_axes import TwoAxes
-from ring_attn.comm.watch import watch
+from ring_attn.comm.watch import Roll, watch
 from ring_attn.layout import places, total_rows
 
 # torch 2.13 renamed these two and warns at the old names.
@@ -67,9 +67,10 @@ class ProcessGroupTransport:
         self.hosted = tuple(range(first, first + ranks_per_process))
         self.link, on_node = _link(self.group)
         self.ranks_per_node = on_node * ranks_per_process if self.link == "network" else None
-        self._among = among
+        self.among = among
         self._tag = 0
         self._watch = watch(timeout_of(self.group).total_seconds()) if over_nccl(self.group) else None
+        self._roll = Roll.of(self.group, ranks_per_process)
         self._second = None if beside is None else self._over(beside)
 
     @property
@@ -89,7 +90,7 @@ class ProcessGroupTransport:
             raise ValueError(
                 f"the group beside must have the same processes in the same order, {self._processes}, not {processes}"
             )
-        return ProcessGroupTransport(group, ranks_per_process=self.ranks_per_process, among=self._among, beside=group)
+        return ProcessGroupTransport(group, ranks_per_process=self.ranks_per_process, among=self.among, beside=group)
 
     def shift(self, shards: Sequence[Tensor], offset: int = 1, *, what: str = "shift") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
@@ -236,11 +237,11 @@ class ProcessGroupTransport:
             raise RuntimeError(f"{self._who(what)} failed: {error}") from error
 
     def _who(self, what: str) -> str:
-        return f"rank {list(self.hosted)} of {self.ring_size}{self._among}: {what}"
+        return f"rank {list(self.hosted)} of {self.ring_size}{self.among}: {what}"
 
     def _pending(self, received, works, what: str, *, keep, after: Callable[[], None] | None = None) -> Pending:
         if self._watch is not None:
-            self._watch.add(works, self._who(what))
+            self._watch.add(works, self._who(what), self._roll)
 
         def finish() -> None:
             for work in works:

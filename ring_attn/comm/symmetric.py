@@ -94,8 +94,8 @@ class SymmetricTransport(ProcessGroupTransport):
     are not on GPUs of one host that reach each other, and where NVLink multicast is not switched off.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        super().__init__(group)
+    def __init__(self, group: dist.ProcessGroup | None = None, *, among: str = "") -> None:
+        super().__init__(group, among=among)
         if self.link != "gpus":
             raise ValueError(f"symmetric memory is for GPUs of one host over NCCL, but the processes are linked by {self.link}")
         reason = _why_not(self.num_processes)
@@ -191,7 +191,7 @@ class SymmetricTransport(ProcessGroupTransport):
             for n, source in zip(route.order, route.sources, strict=True):
                 pieces[n].copy_(source)
         if self._watch is not None:
-            self._watch.add([copies], self._who(what))
+            self._watch.add([copies], self._who(what), self._roll)
 
         def arrive() -> None:
             copies.wait()
@@ -280,10 +280,11 @@ def with_copy_engines(messages: ProcessGroupTransport, exchange: str) -> Process
 
     Raises ValueError where "pull" was asked for by name on GPUs of one host that do not allow it.
     """
-    if messages.link != "gpus" or messages.ranks_per_process > 1 or exchange not in ("auto", "pull"):
+    alone = messages.num_processes == 1
+    if alone or messages.link != "gpus" or messages.ranks_per_process > 1 or exchange not in ("auto", "pull"):
         return messages
     try:
-        return SymmetricTransport(messages.group)
+        return SymmetricTransport(messages.group, among=messages.among)
     except ValueError as reason:
         if exchange == "pull":
             raise ValueError(

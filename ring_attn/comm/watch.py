@@ -2,7 +2,8 @@
 
 NCCL waits on the device, so the host learns of a dead peer from nobody but the group's watchdog. That knows no step and no
 exchange, and when the timeout has passed it writes a report for a minute or more before it ends the process. This thread looks
-only at transfers that are overdue: it names one at half of the group's timeout, and ends the process at the whole.
+only at transfers that are overdue: it names one at half of the group's timeout, and ends the process at the whole, naming the
+ranks that do not wait as well: in a ring of four it is rank 2 that hears nothing from a dead rank 1, but rank 3 from rank 2.
 """
 
 from __future__ import annotations
@@ -17,18 +18,50 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_process_group_store
 
 logger = logging.getLogger("ring_attn")
+
+
+class Roll:
+    """Which processes of a group wait, by notes in a store that all of them reach; `process`: this one's number of `size`."""
+
+    def __init__(self, store: dist.Store, process: int, size: int, ranks_per_process: int = 1) -> None:
+        self._store, self._process, self._size, self._each = store, process, size, ranks_per_process
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, ranks_per_process: int) -> Roll:
+        return cls(_get_process_group_store(group), dist.get_rank(group), dist.get_world_size(group), ranks_per_process)
+
+    def sign(self) -> None:
+        """This process waits."""
+        self._store.set(self._key(self._process), "waits")
+
+    def strike(self) -> None:
+        """It does no longer."""
+        self._store.delete_key(self._key(self._process))
+
+    def absent(self) -> str:
+        """Which ranks do not wait, in words."""
+        missing = [number for number in range(self._size) if not self._store.check([self._key(number)])]
+        ranks = [rank for number in missing for rank in range(number * self._each, (number + 1) * self._each)]
+        return f"rank {ranks} does not wait for any: it died or stalls" if ranks else "all ranks wait: their calls differ"
+
+    def _key(self, process: int) -> str:
+        return f"ring_attn waits {process}"
 
 
 class _Posted(NamedTuple):
     work: object
     what: str
     at: float
+    roll: Roll
 
 
 class Watch:
-    """Logs an error naming the oldest transfer that is not done after half of `timeout_s`, and calls `end` at the whole.
+    """Logs an error naming the oldest transfer that is not done after half of `timeout_s`, and calls `end` at the whole, with
+    an error naming the ranks that do not wait.
 
     `end` must not return to the work that waits: what it waits for never comes.
     """
@@ -36,21 +69,26 @@ class Watch:
     def __init__(self, timeout_s: float, end: Callable[[], None] = os.abort) -> None:
         self.timeout_s, self._end = timeout_s, end
         self._posted: deque[_Posted] = deque()
-        self._named: object = None
+        self._named: _Posted | None = None
         threading.Thread(target=self._look, name="ring_attn watch", daemon=True).start()
 
-    def add(self, works: Sequence[object], what: str) -> None:
-        """Watches `works`, which all belong to the transfer `what`. Not under CUDA graph capture, where nothing runs yet."""
+    def add(self, works: Sequence[object], what: str, roll: Roll) -> None:
+        """Watches `works`, which all belong to the transfer `what` of those on the roll. Not under CUDA graph capture, where
+        nothing runs yet.
+        """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._posted.clear()
             return
         while self._posted and self._posted[0].work.is_completed():
             self._posted.popleft()
-        self._posted.extend(_Posted(work, what, time.monotonic()) for work in works)
+        self._posted.extend(_Posted(work, what, time.monotonic(), roll) for work in works)
 
     def _look(self) -> None:
         while True:
             time.sleep(self.timeout_s / 20)
+            if self._named is not None and self._named.work.is_completed():
+                _told(self._named.roll.strike)
+                self._named = None
             oldest = next(iter(tuple(self._posted)), None)
             waited = 0.0 if oldest is None else time.monotonic() - oldest.at
             if waited < self.timeout_s / 2:
@@ -61,10 +99,21 @@ class Watch:
             if oldest is not self._named:
                 self._named = oldest
                 logger.error("%s is not done after %.0f s: a peer died, stalls or makes other calls", oldest.what, waited)
+                _told(oldest.roll.sign)
             if waited >= self.timeout_s:
-                logger.error("%s: the group's timeout of %.0f s has passed, ending this process", oldest.what, self.timeout_s)
+                absent = _told(oldest.roll.absent)
+                text = "%s: the group's timeout of %.0f s has passed, ending this process; %s"
+                logger.error(text, oldest.what, self.timeout_s, absent)
                 self._end()
                 return
+
+
+def _told(ask: Callable[[], str | None]) -> str | None:
+    """What the store answers, or that it does not: the process that holds it may be the one that died."""
+    try:
+        return ask()
+    except RuntimeError as error:
+        return f"which ranks wait cannot be told: {error}"
 
 
 @lru_cache
