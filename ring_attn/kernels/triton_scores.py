@@ -88,10 +88,13 @@ class Chain:
     def baseline(self, dtype: torch.dtype) -> float | None:
         """In base 2 the baseline of every row, for probabilities rounded to `dtype`, or None; see Note [baseline].
 
-        A probability of exp(-2 bound) takes at most 0.7 of the exponents below 1: it keeps its digits, and so does its product
-        with a value as small as those that are left, 4e-12 in float32.
+        The least takes at most 0.7 of the exponents below 1: it keeps its digits, and so does its product with a value as small
+        as those that are left, 4e-12 in float32. The greatest is at most 2^60, so that values to 2^43 of 2^24 keys add up in
+        float32, and in float16 2^15.
         """
-        return self.bound * math.log2(math.e) if 2 * self.bound <= -0.7 * math.log(torch.finfo(dtype).tiny) else None
+        size, below = self.bound * math.log2(math.e), -0.7 * math.log2(torch.finfo(dtype).tiny)
+        least, most = size - (15 if dtype == torch.float16 else 60), below - size
+        return max(least, min(0.0, most)) if least <= most else None
 
 
 PLAIN = Chain()

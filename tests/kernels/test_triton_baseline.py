@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -20,6 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
 ]
+
+LOG2E = math.log2(math.e)
 
 
 def baseline(score: Scores, dtype=torch.float32) -> float | None:
@@ -49,20 +53,26 @@ def test_what_bounds_a_score(score, bound):
 @pytest.mark.parametrize(
     ("dtype", "bound", "used"),
     [
-        (torch.float32, 30.0, True),
-        (torch.float32, 31.0, False),
-        (torch.float32, 0.0, True),
-        (torch.float32, torch.inf, False),
-        (torch.bfloat16, 30.0, True),
-        (torch.bfloat16, 31.0, False),
-        (torch.float16, 3.3, True),
-        (torch.float16, 3.5, False),
+        (torch.float32, 0.0, 0.0),
+        (torch.float32, 41.0, 0.0),
+        (torch.float32, 50.0, 50 * LOG2E - 60),
+        (torch.float32, 51.3, 51.3 * LOG2E - 60),
+        (torch.float32, 51.4, None),
+        (torch.float32, torch.inf, None),
+        (torch.bfloat16, 50.0, 50 * LOG2E - 60),
+        (torch.bfloat16, 51.4, None),
+        (torch.float16, 6.7, 0.0),
+        (torch.float16, 8.5, 9.8 - 8.5 * LOG2E),
+        (torch.float16, 8.7, None),
     ],
 )
-def test_a_bound_is_used_where_no_probability_underflows(dtype, bound, used):
+def test_a_bound_is_used_where_all_probabilities_can_be_held(dtype, bound, used):
     found = baseline(Scores((), None, bound), dtype)
-    assert (found is not None) == used
-    assert not used or found == pytest.approx(bound / 0.6931471805599453)
+    assert found == (used if used is None else pytest.approx(used))
+    if found is not None:
+        least, most = -bound * LOG2E - found, bound * LOG2E - found
+        assert least >= 0.7 * math.log2(torch.finfo(dtype).tiny) - 1e-6
+        assert most <= (15.0 if dtype == torch.float16 else 60.0) + 1e-6
 
 
 def of_unit_norm(x):
@@ -70,7 +80,7 @@ def of_unit_norm(x):
 
 
 @pytest.mark.parametrize("kind", ["causal", "batch rows", "many", "zigzag"])
-@pytest.mark.parametrize("bound", [0.5, 30.0])
+@pytest.mark.parametrize("bound", [0.5, 30.0, 51.0])
 def test_a_constant_baseline(kind, bound):
     """Scores from one end of the bound to the other, on one visit and carried on from it."""
     num_kv = 64 if kind == "zigzag" else 48

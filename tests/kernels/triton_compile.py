@@ -9,7 +9,6 @@ specialisation.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from ring_attn.kernels.triton_rows import Call
 from ring_attn.layout import Contiguous
 from ring_attn.mask import Causal
 from ring_attn.partial import empty
-from ring_attn.score import Alibi, Scores, SoftCap
+from ring_attn.score import Alibi, Scores, SoftCap, sort_scores
 from ring_attn.tiles import tiles
 
 CAPABILITY = {"large": 90, "small": 80}
@@ -42,7 +41,8 @@ def scores(name: str) -> Scores:
         "function": BOW,
     }
     words = name.split()
-    return Scores(tuple(steps[word] for word in words if word in steps), None, 10.0 if words == ["bounded"] else math.inf)
+    found = tuple(steps[word] for word in words if word in steps)
+    return Scores(found, None, 10.0 if words == ["bounded"] else sort_scores(found)[1].bound)
 
 
 def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterator[tuple[str, Call]]:
