@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -61,12 +61,14 @@ class Machine:
 
 
 # "gpus": four H200 on NVLink: torch 2.11, NCCL 2.28, flash-attn 4, 1 to 256 MiB; NCCL's messages carry pull as well, but
-# for "symmetric", where copy engines do.
+# for "symmetric", where copy engines do. "nodes": "network" with copy engines inside a host.
 # The others are nominal: a 400 Gb/s network card a GPU, gloo over one host's memory, and one process.
+_NETWORK = Machine("GPUs of several hosts", 580, 25, Link(200, 45, 1.2), Link(250, 40, 1.2), Link(200, 45, 1.2))
 MACHINES = {
     "gpus": Machine("GPUs of one host", 580, 25, Link(180, 280, 1.6), Link(35, 320, 1.6), Link(180, 280, 1.6)),
     "symmetric": Machine("GPUs of one host", 580, 25, Link(180, 280, 1.6), Link(35, 320, 1.6), Link(30, 345, 1.04)),
-    "network": Machine("GPUs of several hosts", 580, 25, Link(200, 45, 1.2), Link(250, 40, 1.2), Link(200, 45, 1.2)),
+    "network": _NETWORK,
+    "nodes": replace(_NETWORK, name="GPUs of several hosts with copy engines", inside=Link(30, 345, 1.04)),
     "gloo": Machine("CPU processes over gloo", 0.05, 50, Link(300, 1, 1.5), Link(300, 1, 1.5), Link(300, 1, 1.5)),
     "process": Machine("one process", 0.1, 50, Link(0, 1e6), Link(0, 1e6), Link(0, 1e6)),
 }

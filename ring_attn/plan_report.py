@@ -26,7 +26,8 @@ class PlanOptions:
         exchange: In which order a rank meets the KV shards; auto is what a call of these sizes takes.
         explain: Also print what every exchange would take, by the formula that auto goes by.
         ranks_per_node: How many neighbouring ranks share a node, for the two-level exchange.
-        machine: What lies between the ranks: gpus of one host, a network, gloo or one process.
+        machine: What lies between the ranks: gpus of one host (symmetric: with copy engines), a network (nodes: with copy
+            engines inside hosts), gloo or one process.
         num_heads: Query heads, for the formula.
         num_kv_heads: KV heads, for the formula.
         head_dim: Of queries, keys and values, for the formula.
@@ -43,7 +44,7 @@ class PlanOptions:
     exchange: str = "ring"
     ranks_per_node: int | None = None
     explain: bool = False
-    machine: Literal["symmetric", "gpus", "network", "gloo", "process"] = "symmetric"
+    machine: Literal["symmetric", "gpus", "network", "nodes", "gloo", "process"] = "symmetric"
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128

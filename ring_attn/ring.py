@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ring_attn import sharding
+from ring_attn.comm.copy_engines import with_copy_engines
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, cut_two_axes, split_group, two_axes
-from ring_attn.comm.symmetric import with_copy_engines
 from ring_attn.comm.transport import Transport
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import EXCHANGE_NAMES

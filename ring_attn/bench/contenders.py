@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ring_attn.attention import ring_attention
 from ring_attn.call import Call, validate
+from ring_attn.comm.nodes import NodesTransport
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.comm.transport import Parts, Pending, Transport
 from ring_attn.comm.two_axes import TwoAxes
@@ -117,9 +118,10 @@ class OnRing:
 
     @property
     def staging(self) -> int:
-        transport, pulls = self.ring.transport, self.ring.exchange == "pull"
+        transport = self.ring.transport
         rings = transport.rings if isinstance(transport, TwoAxes) else [transport]
-        return sum(ring.memory_bytes for ring in rings if pulls and isinstance(ring, SymmetricTransport))
+        pulling = self.ring.exchange in ("pull", "two-level")
+        return sum(ring.memory_bytes for ring in rings if pulling and isinstance(ring, SymmetricTransport | NodesTransport))
 
     def why_not(self, case: Case) -> str | None:
         try:

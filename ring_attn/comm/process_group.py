@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.backend import over_nccl, timeout_of
+from ring_attn.comm.backend import may_split, over_nccl, split_off, timeout_of
 from ring_attn.comm.second import second_group
 from ring_attn.comm.transport import Parts, Pending, check_parts, check_payloads
 from ring_attn.comm.two_axes import TwoAxes
@@ -76,7 +76,7 @@ class ProcessGroupTransport:
     @property
     def beside(self) -> ProcessGroupTransport:
         if self._second is None:
-            split = self.link == "network"
+            split = self.ranks_per_node is not None
             group = self._guarded(lambda: second_group(self.group), "a second communicator") if split else self.group
             self._second = self._over(group)
         return self._second
@@ -285,9 +285,7 @@ def split_group(group: dist.ProcessGroup | None, ring_size: int, ranks_per_proce
         raise ValueError(f"a group of {len(processes)} processes cannot be cut into rings of {each} processes")
     if each == len(processes):
         return group
-    # Every process makes only its own ring's group, so a group that is itself a part of the job can be cut as well.
-    mine = processes.index(dist.get_rank()) // each
-    return _part(group, processes[mine * each : (mine + 1) * each])
+    return own_part(group, [range(start, start + each) for start in range(0, len(processes), each)])
 
 
 def two_axes(traders: dist.ProcessGroup, ring: dist.ProcessGroup) -> TwoAxes:
@@ -301,15 +299,20 @@ def two_axes(traders: dist.ProcessGroup, ring: dist.ProcessGroup) -> TwoAxes:
 
 def cut_two_axes(group: dist.ProcessGroup, ulysses: int) -> TwoAxes:
     """The axes of a group whose every `ulysses` neighbours trade heads; all its processes must call."""
-    processes = dist.get_process_group_ranks(group)
-    place = processes.index(dist.get_rank()) % ulysses
+    size = dist.get_world_size(group)
     traders = split_group(group, ulysses, 1)
-    return two_axes(traders, _part(group, processes[place::ulysses]))
+    return two_axes(traders, own_part(group, [range(place, size, ulysses) for place in range(ulysses)]))
 
 
-def _part(group: dist.ProcessGroup, processes: Sequence[int]) -> dist.ProcessGroup:
-    """Some processes of a group, this one among them, as a group with its timeout."""
-    return dist.new_group(list(processes), timeout=timeout_of(group), use_local_synchronization=True)
+def own_part(group: dist.ProcessGroup, parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """The one of these parts of a group, numbered in it, that has this process, as a group with the same timeout; all processes
+    of the group must call, and no others. See Note [split] of `second.py`: the group may be a part of the job itself.
+    """
+    if may_split(group):
+        return split_off(group, parts)
+    processes, mine = dist.get_process_group_ranks(group), dist.get_rank(group)
+    (part,) = (part for part in parts if mine in part)
+    return dist.new_group([processes[n] for n in part], timeout=timeout_of(group), use_local_synchronization=True)
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,9 +9,10 @@ each other up as long as all processes post in the same order, as `Transport` de
 together: then the first posted that is not done finds its place everywhere. NCCL itself promises as much from 2.26 on, where
 NCCL_LAUNCH_ORDER_IMPLICIT=1 is set.
 
-Note [split]: the communicator is split off the group's own, in which nobody but its processes takes part. `new_group` would
-not do. Where the default group is bound to a device, it splits the communicator of the default group, and waits for every
-process of the job; where it is not, it names the new group by how many groups a process is in, and processes may differ.
+Note [split]: the communicator is split off the group's own, in which nobody but its processes takes part, as are parts of a
+group. `new_group` would not do. Where the default group is bound to a device, it splits the communicator of the default group,
+and waits for every process of the job; where it is not, it names the new group by how many groups a process is in, and
+processes may differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from ring_attn.comm.backend import timeout_of
+from ring_attn.comm.backend import may_split, split_off
 
 logger = logging.getLogger("ring_attn")
 
@@ -38,7 +39,7 @@ def second_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     if dist.get_backend(group) != dist.Backend.NCCL:
         # Messages of other backends are matched by their tags and wait for none; a group with several may carry both kinds.
         return group
-    if dist.group.WORLD.bound_device_id is None:
+    if not may_split(group):
         logger.info(
             "comm: transfers on their way back wait in line with the others; for a communicator of their own bind the default "
             "group to a device, init_process_group(device_id=...), or name a group, ProcessGroupTransport(beside=...)"
@@ -56,7 +57,4 @@ def _split_off(group: dist.ProcessGroup) -> dist.ProcessGroup:
             "it cannot be made while a CUDA graph is captured; make the same call once before, or do without, "
             "ProcessGroupTransport(group, beside=group)"
         )
-    # NCCL wants no operation of a communicator under way while it is split.
-    torch.cuda.synchronize()
-    everyone = list(range(dist.get_world_size(group)))
-    return dist.split_group(group, [everyone], timeout=timeout_of(group), group_desc="ring_attn beside")
+    return split_off(group, [range(dist.get_world_size(group))], "ring_attn beside")

@@ -11,7 +11,6 @@ multiprocessor, are on a stream of their own.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,6 @@ from torch import Tensor
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.transport import Parts, Pending, check_payloads
 from ring_attn.layout import places, total_rows
-
-logger = logging.getLogger("ring_attn")
 
 _GRAIN = 1 << 20
 _ROUTES = 256
@@ -273,25 +270,6 @@ class _Memory:
         """Memory that a CUDA graph goes over lives as long as this."""
         if handle not in self.in_graphs:
             self.in_graphs.append(handle)
-
-
-def with_copy_engines(messages: ProcessGroupTransport, exchange: str) -> ProcessGroupTransport:
-    """Copy engines in place of messages where an exchange could use them and the GPUs allow it. All processes must call this.
-
-    Raises ValueError where "pull" was asked for by name on GPUs of one host that do not allow it.
-    """
-    alone = messages.num_processes == 1
-    if alone or messages.link != "gpus" or messages.ranks_per_process > 1 or exchange not in ("auto", "pull"):
-        return messages
-    try:
-        return SymmetricTransport(messages.group, among=messages.among)
-    except ValueError as reason:
-        if exchange == "pull":
-            raise ValueError(
-                f"{reason}; or pull by messages, Ring(ProcessGroupTransport(group), exchange='pull'), or take exchange='auto'"
-            ) from None
-        logger.info("exchange: pull goes by messages, not by copy engines: %s", reason)
-        return messages
 
 
 def _why_not(processes: int) -> str | None:

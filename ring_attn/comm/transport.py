@@ -60,7 +60,7 @@ class Transport(Collective, Protocol):
     """Moves payloads between the ranks of one ring.
 
     `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host),
-    "symmetric" (the same with symmetric memory) or "network".
+    "symmetric" (the same with symmetric memory), "network", or "nodes" (the same with symmetric memory inside hosts).
     """
 
     link: str

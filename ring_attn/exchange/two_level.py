@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
-from ring_attn.comm.transport import Pending, Transport
+from ring_attn.comm.transport import Parts, Pending, Transport
 from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
@@ -73,13 +74,19 @@ class TwoLevelExchange:
             if inside in steps:
                 yield Visit(inside, list(map(unpack, pulled.wait())), inside == steps[-1])
 
-    def holders(self, plan: Plan, step: int) -> list[list[Part]]:
+    def holders(self, plan: Plan, step: int) -> Parts:
         """The parts of a step inside a node, by the ranks that hold them then."""
-        away, size = step // 2 * self.ranks_per_node, plan.layout.ring_size
-        return [[part._replace(rank=(part.rank + away) % size) for part in parts] for parts in plan.meets[step]]
+        return _held(plan.meets[step], step // 2 * self.ranks_per_node)
 
     def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
         return _TwoLevelHomeward(transport, plan, dtypes, self)
+
+
+@lru_cache(maxsize=256)
+def _held(parts: Parts, away: int) -> Parts:
+    """The parts, of which each is held by a rank that is `away` further on; kept, as transports keep what they make of them."""
+    held = ((part._replace(rank=(part.rank + away) % len(parts)) for part in wanted) for wanted in parts)
+    return tuple(map(tuple, held))
 
 
 class _TwoLevelHomeward(PackedHomeward):

@@ -9,10 +9,10 @@ as small as one in all keys so far, and float16 has no digits left for those.
 Note [lanes]: four neighbouring threads share a row of a block of scores, two columns each of every eight, and to add up across
 them takes as long as the products leave for it. So each keeps a sum of its own, and they meet once, after the last block.
 
-Note [baseline]: where no score can be larger in size than a bound, as under a softcap or of cosine similarity, one number serves
-every row as a constant baseline, without a running maximum and without rescaling in the loop: p = exp(score - baseline) lies
-between exp(-bound - baseline) and exp(bound - baseline), which `Chain.baseline` keeps within what numbers can hold. What was
-carried joins in the end. A row has met a key iff its sum is not 0.
+Note [baseline]: where no score can be larger in size than a bound, as under a softcap or of cosine similarity, one number
+serves every row as a constant baseline, without a running maximum and without rescaling in the loop. p = exp(score - baseline)
+lies between exp(-bound - baseline) and exp(bound - baseline), which `Chain.baseline` keeps within what numbers can hold. What
+was carried joins in the end. A row has met a key iff its sum is not 0.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from contextlib import ExitStack
 from datetime import timedelta
+from itertools import chain
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -13,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 import ring_attn as ra
-from ring_attn.comm import process_group, second
+from ring_attn.comm import backend, process_group, second
 from ring_attn.comm.backend import timeout_of
-from ring_attn.comm.process_group import ProcessGroupTransport
+from ring_attn.comm.process_group import ProcessGroupTransport, cut_two_axes, split_group
 from tests.dist.harness import run_processes
 from tests.matrix import cases, check
 from tests.support import random_qkv
@@ -23,7 +24,7 @@ from tests.test_transport import conform, make_payload
 
 
 class PassesForNccl:
-    """torch.distributed as `second` sees it on GPUs, where the default group is bound to one; counts what is split off."""
+    """torch.distributed as seen on GPUs, where the default group is bound to one; `split`: what groups were split into."""
 
     def __init__(self, bound=True):
         self.group = SimpleNamespace(WORLD=SimpleNamespace(bound_device_id=torch.device("cuda", 0) if bound else None))
@@ -36,10 +37,12 @@ class PassesForNccl:
         return dist.Backend.NCCL
 
     def split_group(self, group, ranks, *, timeout, group_desc):
-        """Only the processes of the group come here."""
-        assert ranks == [list(range(dist.get_world_size(group)))] and timeout == timeout_of(group)
-        self.split.append(group)
-        return dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+        """Only the processes of the group come here, all with the same parts."""
+        assert sorted(chain(*ranks)) == list(range(dist.get_world_size(group))) and timeout == timeout_of(group)
+        self.split.append((group, ranks))
+        (part,) = (part for part in ranks if dist.get_rank(group) in part)
+        processes = dist.get_process_group_ranks(group)
+        return dist.new_group([processes[n] for n in part], timeout=timeout, use_local_synchronization=True)
 
 
 class pretended:
@@ -52,6 +55,7 @@ class pretended:
     def __enter__(self):
         for patched in (
             patch.object(second, "dist", self.nccl),
+            patch.object(backend, "dist", self.nccl),
             patch.object(process_group, "_link", lambda group: ("network", 1)),
             patch.object(torch.cuda, "synchronize", lambda: None),
             patch.object(torch.cuda, "is_current_stream_capturing", lambda: self.capturing),
@@ -129,7 +133,7 @@ def _one_will_do(rank):
     with pretended() as on_one_host, patch.object(process_group, "_link", lambda group: ("gpus", 4)):
         transport = ProcessGroupTransport()
         assert transport.beside is transport
-    assert nccl.split == unbound.split == on_one_host.split == []
+    assert not any(len(parts) == 1 for _, parts in nccl.split) and unbound.split == on_one_host.split == []
     transport = ProcessGroupTransport()
     assert transport.beside is transport, "gloo's messages wait for none"
 
@@ -160,12 +164,27 @@ def _on_a_subgroup(rank):
     with pretended() as nccl:
         ring = ra.Ring.from_group(group, exchange="ring")
         check(next(case for case in cases() if case.exchange == "ring"), ring)
-    assert nccl.split == [group]
+    assert nccl.split == [(group, [[0, 1, 2]])]
     assert dist.get_process_group_ranks(ring.transport.beside.group) == [1, 2, 3]
 
 
 def test_a_ring_on_a_subgroup_asks_nobody_else():
     run_processes(_on_a_subgroup, 4)
+
+
+def _cut(rank):
+    group = dist.new_group([3, 1, 0, 2]) if rank < 4 else dist.new_group([0, 1, 2, 3])
+    if rank == 4:
+        return  # does nothing, and nobody waits for it
+    with pretended() as nccl, patch.object(dist, "new_group", wraps=dist.new_group) as made:
+        near, far = split_group(group, 2, 1), cut_two_axes(group, 2).rings[0].group
+    assert nccl.split == [(group, [[0, 1], [2, 3]])] * 2 + [(group, [[0, 2], [1, 3]])] and made.call_count == 3
+    assert dist.get_process_group_ranks(near) == ([0, 1] if rank < 2 else [2, 3])
+    assert dist.get_process_group_ranks(far) == [rank % 2, rank % 2 + 2]
+
+
+def test_a_part_of_a_job_bound_to_devices_is_cut_by_itself():
+    run_processes(_cut, 5)
 
 
 def _two_under_way(rank):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import ring_attn as ra
-from ring_attn.comm import process_group, symmetric
+from ring_attn.comm import copy_engines, process_group, symmetric
 from ring_attn.comm.process_group import split_group
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.layout import Part
@@ -61,14 +61,19 @@ class Dawdling(MappedFiles):
 
 
 class pretended:
-    """Inside, SymmetricTransport works on gloo processes."""
+    """Inside, SymmetricTransport works on gloo processes; `per_node`: and hosts have so many."""
 
-    def __init__(self, handle, folder):
+    def __init__(self, handle, folder, per_node=None):
         made = iter(range(100))
+
+        def link(group):
+            hosts = {rank // (per_node or dist.get_world_size()) for rank in dist.get_process_group_ranks(group)}
+            return ("gpus" if len(hosts) == 1 else "network", per_node or dist.get_world_size(group))
+
         size_of = lambda size, device, group: handle(folder, next(made), size, group)  # noqa: E731
         self.patches = [
             patch.object(symmetric, "rendezvous", size_of),
-            patch.object(process_group, "_link", lambda group: ("gpus", dist.get_world_size())),
+            patch.object(process_group, "_link", link),
             patch.object(symmetric, "_why_not", lambda processes: None),
             patch.object(symmetric, "_on_gpu", lambda x: True),
         ]
@@ -238,10 +243,10 @@ def _falls_back_by_name(reason):
     """Under auto, in the log; a pull that was asked for is refused."""
     with pytest.raises(ValueError, match=f"{reason}.*; or pull by messages"):
         ra.Ring.from_group(exchange="pull")
-    with patch.object(symmetric.logger, "info") as log:
+    with patch.object(copy_engines.logger, "info") as log:
         assert ra.Ring.from_group(exchange="auto").transport.link == "gpus"
     text, why = log.call_args.args
-    assert text == "exchange: pull goes by messages, not by copy engines: %s"
+    assert text == "exchange: pulls go by messages, not by copy engines: %s"
     assert re.search(reason, str(why))
 
 
