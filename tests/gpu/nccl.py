@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from itertools import product
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -162,6 +163,8 @@ def symmetric(report: Report) -> None:
     ring = symmetric_ring("zigzag")
     report.attempt("symmetric memory: conformance", lambda: conform(ring.transport, DEVICE))
     report.attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
+    split = second_group(dist.group.WORLD)
+    report.attempt("symmetric memory: of a group split off", lambda: conform(SymmetricTransport(split), DEVICE))
     if dist.get_world_size() == 4:
         report.attempt("symmetric memory: the same in two rings at once", dozing_rounds, 1000, 2)
     pulled = [case for case in cases() if case.exchange == "pull"]
@@ -170,6 +173,24 @@ def symmetric(report: Report) -> None:
             f"symmetric memory: float64 matrix{', KV kept' * keep}",
             lambda keep=keep: [check(c, symmetric_ring(c.layout, c.kernel, keep), device=DEVICE) for c in pulled] and None,
         )
+
+
+def nodes(report: Report) -> None:
+    """Copy engines inside two nodes of two, which stand on one host."""
+    if dist.get_world_size() != 4:
+        return
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE="2"):
+        two_level = [replace(case, exchange="two-level") for case in cases() if case.exchange == "ring"]
+        assert ra.Ring.from_group(exchange="two-level").transport.link == "nodes"
+        report.attempt("nodes: float64 matrix, two-level", lambda: [run_case(c) for c in two_level] and None)
+        report.attempt("nodes: CUDA graph", replays, "two-level")
+        report.attempt("nodes: 16 bits", check_16_bits, "zigzag", "two-level", "causal", "auto", torch.bfloat16)
+        for seq_len in (8192, 32768):
+            for name, copy_engines in (("by copy engines", True), ("by messages", False)):
+                wires = None if copy_engines else ProcessGroupTransport()
+                options = {"layout": "zigzag", "exchange": "two-level", "ranks_per_node": 2}
+                ring = ra.Ring(wires, **options) if wires else ra.Ring.from_group(None, **options)
+                report.attempt(f"nodes: time {seq_len}, inside {name}", timing, ring, seq_len)
 
 
 def graphs(report: Report) -> None:
@@ -268,7 +289,7 @@ def times(report: Report) -> None:
         report.attempt(f"time pull by copy engines {seq_len}", timing, symmetric_ring("zigzag"), seq_len)
 
 
-STAGES = {stage.__name__: stage for stage in (symmetric, messages, beside, kernels, times, graphs)}
+STAGES = {stage.__name__: stage for stage in (symmetric, nodes, messages, beside, kernels, times, graphs)}
 
 
 def main() -> None:
