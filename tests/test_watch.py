@@ -76,3 +76,16 @@ def test_a_store_that_died_does_not_keep_the_process(caplog):
         watch.add([Work()], "a transfer", Roll(Gone(), 0, 2))
         time.sleep(0.5)
     assert ended and "which ranks wait cannot be told: connection reset" in caplog.records[-1].getMessage()
+
+
+class Failed:
+    def is_completed(self):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def test_a_device_that_fails_does_not_keep_the_process(caplog):
+    ended, watch = [], Watch(0.2, lambda: ended.append(1))
+    with caplog.at_level(logging.ERROR, "ring_attn"):
+        watch.add([Failed()], "a transfer", Roll(dist.HashStore(), 0, 2))
+        time.sleep(0.5)
+    assert ended and caplog.records[-1].getMessage().endswith("rank [1] does not wait for any: it died or stalls")

@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ring_attn.bench.results import Row, append, draw, machine, table, write_order
 from ring_attn.bench.timing import second_of_two, timed
-from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel
+from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel, resolve
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.partial import accumulator_dtype
 from ring_attn.score import Cells, Scores
@@ -86,14 +86,17 @@ def bench(kernels: Sequence[Kernel], mask_name: str, options: KernelBenchOptions
         reasons = {one: one.supports(problem) or gate(one, mask_name, options, direction) for one in kernels}
         right = [kernel for kernel, reason in reasons.items() if reason is None]
         for length in options.lengths:
-            rows += measure(right, mask_name, length, direction, options)
+            auto = resolve("auto", problem_of(mask_name, options, direction, length)).name
+            timed_rows = measure(right, mask_name, length, direction, options)
+            rows += [replace(row, auto=row.kernel == auto) for row in timed_rows]
             rows += [Row(one.name, direction, mask_name, length, why_not=reason) for one, reason in reasons.items() if reason]
     return rows
 
 
-def problem_of(mask_name: str, options: KernelBenchOptions, direction: str) -> Problem:
+def problem_of(mask_name: str, options: KernelBenchOptions, direction: str, length: int = GATE_ROWS) -> Problem:
     dims = options.heads, options.kv_heads, options.head_dim, options.head_dim
-    return Problem(direction, "cuda", getattr(torch, options.dtype), *dims, left_bounded=mask_name == "window")
+    kind = {"left_bounded": mask_name == "window", "kind": mask_name, "rows": length}
+    return Problem(direction, "cuda", getattr(torch, options.dtype), *dims, **kind)
 
 
 def mask_of(name: str, length: int, window: int = 1024, documents: Sequence[int] | None = None) -> Mask:

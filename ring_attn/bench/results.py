@@ -45,7 +45,7 @@ class Measured(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement of a kernel, or the reason why there is none."""
+    """One measurement of a kernel, or the reason why there is none. `auto`: whether kernel="auto" takes it there."""
 
     kernel: str
     direction: str
@@ -55,6 +55,7 @@ class Row:
     tflops: float | None = None
     extra_gib: float | None = None
     why_not: str | None = None
+    auto: bool = False
 
     @property
     def label(self) -> str:
@@ -62,7 +63,7 @@ class Row:
 
 
 def table(rows: list[Row], options: KernelBenchOptions) -> str:
-    """TFLOP/s by kernel and length, with the percentage of the fastest; then why kernels are missing."""
+    """TFLOP/s by kernel and length, with the percentage of the fastest, and what auto takes; then why kernels are missing."""
     lines = [f"{machine()}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, "
              f"{options.heads} query and {options.kv_heads} KV heads: TFLOP/s (percentage of the fastest)"]  # fmt: skip
     for mask in options.masks:
@@ -73,6 +74,8 @@ def table(rows: list[Row], options: KernelBenchOptions) -> str:
             for kernel in dict.fromkeys(row.kernel for row in mine):
                 cells = [row for row in mine if row.kernel == kernel]
                 lines.append(f"  {kernel:18s}" + "".join(_cell(row, best[row.length]) for row in cells))
+            taken = {row.length: f"{row.kernel} ({100 * row.tflops / best[row.length]:3.0f})" for row in mine if row.auto}
+            lines.append(f"  {'auto takes':18s}" + "".join(f"{taken.get(n, '-'):>13s}" for n in options.lengths))
     reasons = sorted({f"{r.kernel} {r.mask} {r.direction}: {r.why_not}" for r in rows if r.why_not})
     return "\n".join([*lines, "", *reasons])
 

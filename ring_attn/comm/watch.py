@@ -86,14 +86,14 @@ class Watch:
     def _look(self) -> None:
         while True:
             time.sleep(self.timeout_s / 20)
-            if self._named is not None and self._named.work.is_completed():
+            if self._named is not None and _is_done(self._named):
                 _told(self._named.roll.strike)
                 self._named = None
             oldest = next(iter(tuple(self._posted)), None)
             waited = 0.0 if oldest is None else time.monotonic() - oldest.at
             if waited < self.timeout_s / 2:
                 continue
-            if oldest.work.is_completed():
+            if _is_done(oldest):
                 self._posted.remove(oldest)
                 continue
             if oldest is not self._named:
@@ -106,6 +106,14 @@ class Watch:
                 logger.error(text, oldest.what, self.timeout_s, absent)
                 self._end()
                 return
+
+
+def _is_done(posted: _Posted) -> bool:
+    """Whether it is known to be done. A device that failed tells nothing, and what waits for it must end all the same."""
+    try:
+        return posted.work.is_completed()
+    except RuntimeError:
+        return False
 
 
 def _told(ask: Callable[[], str | None]) -> str | None:

@@ -25,9 +25,10 @@ def main() -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=10))
-    ring = ra.Ring.from_group(None, "zigzag", exchange=sys.argv[2])
+    ring = ra.Ring.from_group(None, "zigzag", exchange=sys.argv[2], kernel="aten")
     q, k, v, _ = random_qkv(1, 4096, 4096, 4, 2, 64, dtype=torch.bfloat16, device=device)
     ra.ring_attention(q, k, v, ring=ring).sum().item()
+    print(f"rank {rank} is ready", flush=True)
     if rank == 1:
         for _ in range(3):  # asked for, and not waited for
             ra.ring_attention(q, k, v, ring=ring)
