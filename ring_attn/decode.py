@@ -19,7 +19,7 @@ from ring_attn.cache import KVCache, refuse_gradients
 from ring_attn.call import Call, check_inputs
 from ring_attn.kernels import Problem, resolve
 from ring_attn.mask import Causal, Mask
-from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to
+from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to, to_merge_into
 from ring_attn.ring import Ring
 from ring_attn.score import Score, sort_scores
 from ring_attn.tiles import tiles
@@ -64,7 +64,8 @@ def tree_decode(
             found = _tiles(newest, (shard.positions,), mask)
             inputs = unit_stride(query, k, shard.v)
             nothing = empty(q, shard.v.shape[3])
-            partials.append(kernel.forward(*inputs, found, scale=scale, score=modifiers) if found else nothing)
+            met = to_merge_into(kernel.forward(*inputs, found, scale=scale, score=modifiers)) if found else nothing
+            partials.append(met)
         partials = _all_gather(partials, ring)
         if sinks is not None:
             # Here and once: a rank that started from the sinks would count them again.

@@ -72,6 +72,15 @@ def to_add_to(partial: Partial | None, q: Tensor, v_head_dim: int) -> Partial:
     return partial._replace(acc=partial.m.new_zeros(*q.shape[:3], v_head_dim))
 
 
+def to_merge_into(partial: Partial) -> Partial:
+    """The same with tensors that can hold what is merged into them: a sum, and an acc in `accumulator_dtype`."""
+    return Partial(
+        partial.acc.to(accumulator_dtype(partial.acc.dtype)),
+        partial.m,
+        torch.ones_like(partial.m) if partial.sum is None else partial.sum,
+    )
+
+
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial of the union of two disjoint sets of keys; rows that met no key on either side stay the identity."""
     m = torch.maximum(a.m, b.m)

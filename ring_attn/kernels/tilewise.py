@@ -3,6 +3,11 @@
 A normalised output is a partial with m = lse, so calls merge like any partials; backwards add up because each is given the
 **final** out and lse of its rows. A subclass says which tiles its library can express (`pieces`) and how to call it.
 
+Note [apart]: an output stays as the library made it until something is merged into it. Where the calls of the last visit have
+no query row in common and leave none out, as those on what a zigzag rank got from all others, each is the last of its own rows
+and goes straight to the result: nothing is widened on the way. So with the gradient of queries, which each writes where nothing
+was written before.
+
 Note [contiguous lse]: flash-attention and cuDNN read lse through its raw pointer and check neither strides nor shape. A slice
 of rows is strided, and every head after the first would read another head's values. It is copied here, once, for all of them.
 
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
@@ -23,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
-from ring_attn.partial import Partial, accumulator_dtype, finish, merge, merge_, to_add_to
+from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
 
@@ -131,9 +136,11 @@ class Tilewise(ABC):
         if into is None and len(calls) == 1 and calls[0].covers(q):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = to_add_to(into, q, v.shape[-1])
+        apart = out is not None and _apart(calls, q) and all(call.fuses(q) for call in calls)
         for n, call in enumerate(calls, 1):
-            into = call.merge(into, *call.attend(self, q, k, v, scaling), out if n == len(calls) else None)
-        return finish(into, out) if out is not None and not calls else into
+            target = out if apart or n == len(calls) else None
+            into = call.merge(into, *call.attend(self, q, k, v, scaling), target, apart)
+        return into if out is None else Partial(out, into.m) if calls else finish(into, out)
 
     def backward(
         self,
@@ -147,11 +154,13 @@ class Tilewise(ABC):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        calls, scaling = list(self.calls(tiles, q)), self.scaling(scale, score)
-        alone = len(calls) == 1
-        into = into.zeroed(q=not (alone and calls[0].covers(q)), kv=not (alone and calls[0].covers_kv(k)))
+        # What holds all KV rows goes first: it may write them, and the others add.
+        calls = sorted(self.calls(tiles, q), key=lambda call: not call.covers_kv(k))
+        scaling = self.scaling(scale, score)
+        into = into.zeroed(q=not _apart(calls, q), kv=not (calls and calls[0].covers_kv(k)))
         for call in calls:
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
+            into = replace(into, unwritten_kv=False)
 
 
 class Packing(Tilewise):
@@ -190,14 +199,19 @@ class Dense:
     def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         return kernel.attend(self._q(q), self._kv(k), self._kv(v), self.tile, scaling)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
-        """`into` with a result merged into its rows; with `target`, which gets the normalised output of all rows, that."""
-        if self.fuses(out):
+    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None, apart: bool) -> Partial:
+        """`into` with a result merged into its rows. With `target`, the normalised output of all rows is there then, or, where
+        calls are `apart`, that of its own, and the final lse in the m of what is returned.
+        """
+        rows, fuses = self.tile.q_rows, self.fuses(out)
+        if target is None or not fuses:
+            into = to_merge_into(into)
+        if fuses:
             from ring_attn.kernels.triton_merge import merge_call
 
-            merge_call(into, self.tile.q_rows, out, lse, target)()
-            return into if target is None else Partial(target, into.m)
-        merge_(into.rows(self.tile.q_rows, self.tile.batch), Partial(out, lse))
+            merge_call(into, rows, out, lse, target, rows if apart else None)()
+            return into
+        merge_(into.rows(rows, self.tile.batch), Partial(out, lse))
         return into if target is None else finish(into, target)
 
     def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
@@ -248,6 +262,9 @@ class Packed:
 
     pack: Pack
 
+    def fuses(self, x: Tensor) -> bool:
+        return False
+
     def covers(self, q: Tensor) -> bool:
         """Whether it holds every row of q, in order."""
         return _all_rows(self.pack.q_rows, q)
@@ -260,8 +277,8 @@ class Packed:
         out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scaling)
         return out.unsqueeze(0), lse.unsqueeze(0)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
-        rows = self.pack.q_rows
+    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None, apart: bool) -> Partial:
+        into, rows = to_merge_into(into), self.pack.q_rows
         m_rows, sum_rows = into.m.transpose(1, 2), into.sum.transpose(1, 2)
         before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, sum_rows[rows].T)))
         acc, m, total = (x.squeeze(0) for x in merge(before, Partial(out, lse)))
@@ -337,6 +354,16 @@ def _follows(before: Tile, tile: Tile) -> bool:
     return apart or before.batch != tile.batch
 
 
+def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:
+    """Whether calls have no query row in common and leave none out; see Note [apart]."""
+    if len(calls) == 1:
+        return calls[0].covers(q)
+    if not all(isinstance(call, Dense) and call.tile.batch is None for call in calls):
+        return False
+    runs = sorted((call.tile.q_rows.start, call.tile.q_rows.stop) for call in calls)
+    return [0, *(stop for _, stop in runs)] == [*(start for start, _ in runs), q.shape[1]]
+
+
 def _take(total: Tensor, grad: Tensor, unwritten: bool) -> None:
     """Adds a gradient to a sum, or writes it there."""
     if unwritten:
@@ -351,7 +378,7 @@ def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
     if target is not None:
         target.copy_(out)
         return Partial(target, lse)
-    return Partial(out.to(accumulator_dtype(out.dtype)), lse, torch.ones_like(lse))
+    return Partial(out, lse)
 
 
 def _can_fuse(out: Tensor) -> bool:

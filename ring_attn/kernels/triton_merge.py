@@ -29,19 +29,22 @@ from ring_attn.partial import Partial
 BLOCK = 32
 
 
-def merge_call(into: Partial, rows: range, out: Tensor, lse: Tensor, target: Tensor | None) -> Call:
+def merge_call(
+    into: Partial, rows: range, out: Tensor, lse: Tensor, target: Tensor | None, walked: range | None = None
+) -> Call:
     """The launch that merges out [b, i, h, dv] and lse [b, h, i] into those `rows` of `into` [b, s, h, dv], in place.
 
-    With `target` [b, s, h, dv] it is the last merge: the normalised output of every row goes there and the final lse to
-    `into.m`, and acc and sum are left as they were.
+    With `target` [b, s, h, dv] it is the last merge of the rows `walked`, `rows` among them (None: of all): their normalised
+    output goes there and their final lse to `into.m`, while acc and sum are left as they were, so that they may be an output
+    in 16 bits and None.
     """
-    walked = rows if target is None else range(into.acc.shape[1])
+    walked = rows if target is None else walked or range(into.acc.shape[1])
     blocks = -(-len(walked) // BLOCK)
     b, _, h, dim = into.acc.shape
     arguments = {
         "acc": rows_of(into.acc),
         "m": numbers_of(into.m),
-        "sums": numbers_of(into.sum),
+        "sums": None if into.sum is None else numbers_of(into.sum),
         "part": rows_of(out),
         "part_lse": numbers_of(lse),
         "target": None if target is None else rows_of(target),
@@ -89,8 +92,8 @@ def merge_kernel(
     m_new = tl.maximum(m_row, part_lse_row)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     kept, weight = tl.exp2((m_row - base) * LOG2E), tl.exp2((part_lse_row - base) * LOG2E)
-    l_row = load_numbers(at_head(sums, batch, head), rows, live, 0.0) * kept + weight
-    total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH) * kept[:, None]
+    l_row = weight + (kept if sums is None else load_numbers(at_head(sums, batch, head), rows, live, 0.0) * kept)
+    total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH).to(tl.float32) * kept[:, None]
     total += load_rows(at_head(part, batch, head), rows - part_start, met, DIM, WIDTH).to(tl.float32) * weight[:, None]
     # See Note [in place].
     tl.debug_barrier()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ring_attn.partial import Partial, empty, merge_, normalize
+from ring_attn.partial import Partial, empty, merge_, normalize, to_merge_into
 from tests.support import FLOAT32_LIMIT, rel_error
 
 pytest.importorskip("triton")
@@ -47,3 +47,23 @@ def test_merge(rows, last, d, dtype):
     else:
         assert rel_error(into.acc, want.acc) < FLOAT32_LIMIT
         assert rel_error(into.m, want.m) < FLOAT32_LIMIT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_last_merge_of_some_rows_of_an_output(dtype):
+    """What it merges into is an output and no sum; rows beside are another merge's."""
+    torch.manual_seed(1)
+    b, s, h, d, rows = 2, 70, 3, 16, range(5, 41)
+    acc, m = torch.randn(b, s, h, d, device=DEVICE).to(dtype), torch.randn(b, h, s, device=DEVICE)
+    acc[:, 7], m[:, :, 7] = 0, -torch.inf
+    out, lse = torch.randn(b, len(rows), h, d, device=DEVICE).to(dtype), torch.randn(b, h, len(rows), device=DEVICE)
+    lse[:, :, 2:4], out[:, 2:4] = -torch.inf, 0
+    want = to_merge_into(Partial(acc.double(), m.double()))
+    merge_(want.rows(rows), Partial(out.double(), lse.double()))
+    kept, before, target = acc.clone(), m.clone(), torch.full((b, s, h, d), torch.nan, device=DEVICE, dtype=dtype)
+    merge_call(Partial(acc, m), rows, out, lse, target, rows)()
+    limit = FLOAT32_LIMIT if dtype == torch.float32 else 1e-3
+    assert rel_error(target[:, rows], normalize(want, torch.float64)[:, rows]) < limit
+    assert rel_error(m[..., rows], want.lse[..., rows]) < FLOAT32_LIMIT
+    beside = [*range(rows.start), *range(rows.stop, s)]
+    assert target[:, beside].isnan().all() and torch.equal(m[..., beside], before[..., beside]) and torch.equal(acc, kept)

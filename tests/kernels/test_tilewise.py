@@ -1,0 +1,96 @@
+"""How calls of a library come together by the fused launches, which only GPUs take otherwise: interpreted, over PyTorch's CPU
+attention, against a dense softmax in float64.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ring_attn.kernels import get_kernel, tilewise
+from ring_attn.tiles import Band, Tile
+from tests.kernels.test_aten_cpu import check
+from tests.support import random_qkv
+
+triton_merge = pytest.importorskip("ring_attn.kernels.triton_merge")
+from ring_attn.kernels import triton_add  # noqa: E402
+from ring_attn.kernels.triton_kernel import interpreted  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+OWN = Tile(range(37), range(37), Band(hi=0), ((), ()))
+
+
+def rectangle(q_rows, kv_rows):
+    return Tile(q_rows, kv_rows, Band(), ((), ()))
+
+
+@pytest.fixture
+def merges(monkeypatch):
+    """What each fused merge reads and finishes: (dtype of acc, whether there is a sum, rows finished or None)."""
+    made, call = [], triton_merge.merge_call
+
+    def noted(into, rows, out, lse, target, walked=None):
+        finished = None if target is None else walked or range(into.acc.shape[1])
+        made.append((into.acc.dtype, into.sum is not None, finished))
+        return call(into, rows, out, lse, target, walked)
+
+    monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
+    monkeypatch.setattr(triton_merge, "merge_call", noted)
+    return made
+
+
+HALF, FULL = (torch.float16, False), (torch.float32, True)
+
+
+@pytest.mark.parametrize(
+    ("visits", "expected"),
+    [
+        ([(OWN,), (rectangle(range(37), range(37, 50)),)], [(*HALF, range(37))]),
+        # As from a zigzag ring's other ranks: the later half of the queries meets more.
+        (
+            [(OWN,), (rectangle(range(20), range(37, 43)), rectangle(range(20, 37), range(37, 50)))],
+            [(*HALF, range(20)), (*HALF, range(20, 37))],
+        ),
+        # Not all rows, or some of them twice: all are finished by the last.
+        ([(OWN,), (rectangle(range(20, 37), range(37, 50)),)], [(*HALF, range(37))]),
+        (
+            [(OWN,), (rectangle(range(20), range(37, 43)), rectangle(range(19, 37), range(43, 50)))],
+            [(*FULL, None), (*FULL, range(37))],
+        ),
+        (
+            [(OWN,), (rectangle(range(37), range(37, 43)),), (rectangle(range(37), range(43, 50)),)],
+            [(*FULL, None), (*FULL, range(37))],
+        ),
+        # A first visit of two calls starts from nothing.
+        (
+            [(rectangle(range(20), range(9)), rectangle(range(20, 37), range(50)))],
+            [(*FULL, range(20)), (*FULL, range(20, 37))],
+        ),
+    ],
+)
+def test_calls_come_together(visits, expected, merges):
+    check(visits, *random_qkv(2, 37, 50, 4, 2, 16, dtype=torch.float16, seed=3), kernel=get_kernel("aten"))
+    assert merges == expected
+
+
+@pytest.mark.parametrize(
+    ("visits", "expected"),
+    [
+        # The one that holds all KV rows goes first and writes; queries are apart, so each writes its own.
+        ([(rectangle(range(20), range(9)), rectangle(range(20, 37), range(50)))], [(True, True), (True, False)]),
+        ([(rectangle(range(20), range(9)), rectangle(range(20, 37), range(49)))], [(True, False), (True, False)]),
+        ([(rectangle(range(20), range(9)), rectangle(range(19, 37), range(9, 50)))], [(False, False), (False, False)]),
+        ([(rectangle(range(37), range(37, 50)),), (OWN,)], [(True, False), (False, False)]),
+    ],
+)
+def test_what_is_unwritten_is_written_once(visits, expected, monkeypatch):
+    made, call = [], triton_add.add_call
+    monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
+    monkeypatch.setattr(triton_add, "add_call", lambda into, *parts: made.append(flags(into)) or call(into, *parts))
+    inputs = random_qkv(2, 37, 50, 4, 2, 16, dtype=torch.float16, seed=4)
+    check(visits, *inputs, kernel=get_kernel("aten"))
+    assert made == expected
+
+
+def flags(into):
+    return into.unwritten_q, into.unwritten_kv
