@@ -164,7 +164,7 @@ def _backward(
     """dq, dk, dv and the gradients of those `tensors` for which they are `wanted`, empty for the others."""
     ring = call.ring
     settled = ring.settled.get(call.key(q, k, v, tensors)) or call.settle(q, k, v)
-    plan, exchange, kernel = settled.plan, settled.exchange, settled.kernel("backward", lse_grad=up.dlse is not None)
+    plan, exchange, kernel = settled.plan_back, settled.back, settled.kernel("backward", lse_grad=up.dlse is not None)
     queries = call.hosted(q)
     dq, unwritten_q = torch.empty(q.shape, dtype=up.lse.dtype, device=q.device), True
     dqs = call.hosted(dq)

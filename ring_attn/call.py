@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.cost import MACHINES, Question, Work, fastest
-from ring_attn.exchange import Exchange, get_exchange, make_plan
+from ring_attn.exchange import Exchange, for_backward, get_exchange, make_plan
 from ring_attn.kernels import Kernel, Problem, resolve
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
@@ -79,7 +79,10 @@ class Call:
         return {}
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor) -> Plan:
-        return make_plan(self.exchange(q, k, v), self.mask, *self.layouts(q, k), self._max_rows(k, v))
+        return self._plan_by(self.exchange(q, k, v), q, k, v)
+
+    def _plan_by(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor) -> Plan:
+        return make_plan(exchange, self.mask, *self.layouts(q, k), self._max_rows(k, v))
 
     def exchange(self, q: Tensor, k: Tensor, v: Tensor) -> Exchange:
         """The one that the ring names, or under auto the fastest by formula."""
@@ -162,8 +165,12 @@ class Call:
     def settle(self, q: Tensor, k: Tensor, v: Tensor) -> Settled:
         """What the call comes to, on two axes that of a part."""
         part, *of_part = self.of_part(q, k, v)
-        exchange, plan = part.exchange(*of_part), part.plan(*of_part)
-        return Settled(exchange, plan, part.problem(*of_part, "forward"), self.ring.kernel)
+        exchange = back = part.exchange(*of_part)
+        if not self.ring.keep_kv:
+            row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
+            back = for_backward(exchange, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
+        plans = (part._plan_by(one, *of_part) for one in (exchange, back))
+        return Settled(exchange, back, *plans, part.problem(*of_part, "forward"), self.ring.kernel)
 
     def kept_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, int, int]]:
         """Of what a forward keeps for its backward of what came from other ranks."""
@@ -216,10 +223,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Settled:
-    """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward."""
+    """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward.
+
+    `back`, `plan_back`: exchange and plan of the backward.
+    """
 
     exchange: Exchange
+    back: Exchange
     plan: Plan
+    plan_back: Plan
     problem: Problem
     kernel_name: str
 

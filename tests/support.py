@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from ring_attn import exchange
+from ring_attn.exchange import pull
 from ring_attn.kernels import Grads, Kernel, Upstream
 from ring_attn.layout import Contiguous
 from ring_attn.mask import All, Causal, Documents, Full, KeyPadding, Mask, Window
@@ -210,3 +214,14 @@ def split_tiles(tile_list: Sequence[Tile], visits: int) -> list[tuple[Tile, ...]
     order = list(tile_list)
     random.Random(0).shuffle(order)
     return [tuple(order[i::visits]) for i in range(visits)]
+
+
+@contextmanager
+def ways_home_in(parts: int) -> Iterator[None]:
+    """Inside, the backward of the pull exchange meets its own shard in halves, and the others' rows in so many parts."""
+    with patch.multiple(pull, _HALVES_FROM=0, _PART=1, _MOST_PARTS=parts):
+        exchange.make_plan.cache_clear()
+        try:
+            yield
+        finally:
+            exchange.make_plan.cache_clear()

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import ring_attn as ra
-from ring_attn.exchange import EXCHANGES, get_exchange, make_plan
-from ring_attn.layout import LAYOUTS, Zigzag, total_rows
+from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan
+from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.tiles import part_positions
 from tests.matrix import cases, check
 from tests.scores import Sizes, errors
-from tests.support import FLOAT64_LIMIT, random_qkv
+from tests.support import FLOAT64_LIMIT, random_qkv, ways_home_in
 
 
 def held(plan, rank, step):
@@ -73,6 +73,49 @@ def test_what_is_kept_is_not_pulled_again_and_gradients_go_home_first(size, host
     k = torch.zeros(1, 16, 1, 2)
     kept = [torch.zeros(1, total_rows(plan.meets[1][rank]), 4) for rank in range(4)]
     assert [visit.step for visit in EXCHANGES["pull"].again([(k, k)] * 4, plan, kept)] == [1, 0]
+
+
+@pytest.mark.parametrize(("size", "parts", "hostile"), [(1, 1, True), (2, 3, False), (4, 1, True), (4, 3, True)])
+def test_gradients_go_home_while_the_rest_of_the_own_shard_is_met(size, parts, hostile):
+    """What comes home is waited for after the last visit; that of an earlier part, before the next leaves."""
+    for case in (case for case in cases() if case.exchange == "pull"):
+        with ways_home_in(parts):
+            ring, done = ra.Ring.simulated(size, case.layout, exchange="pull", hostile=hostile), []
+            for name in ("pull", "push"):
+                post = getattr(ring.transport, name)
+                noted = lambda *x, name=name, post=post, done=done, **o: done.append(name) or post(*x, **o)  # noqa: E731
+                setattr(ring.transport, name, noted)
+            check(case, ring)
+        pulls, pushes = ([x for x in done if x == name] for name in ("pull", "push"))
+        assert len(pulls) == 0 or len(pushes) <= len(pulls) - 1 <= parts
+        if size == 4 and case.mask == "full":
+            assert len(pushes) == parts and len(pulls) == parts + 1
+
+
+def test_a_backward_by_pull_begins_and_ends_with_the_own_shard():
+    back = for_backward(get_exchange("pull", None), 8 << 20)
+    plan = make_plan(back, Causal(), Zigzag(256, 4))
+    own, *remote, rest = ([plan.meets[step][rank] for rank in range(4)] for step in plan.steps)
+    # 3/4 of the 192 rows of others at most, 8 MiB each: four parts.
+    assert len(remote) == 4
+    assert own == [(Part(rank, range(32, 64)),) for rank in range(4)] and rest == [
+        (Part(rank, range(32)),) for rank in range(4)
+    ]
+    assert plan.cells(0, plan.steps[0]) * 3 == plan.cells(0, plan.steps[-1]) + 32
+    whole = make_plan(get_exchange("pull", None), Causal(), Zigzag(256, 4))
+    for rank in range(4):
+        assert sum(plan.cells(rank, step) for step in plan.steps) == sum(whole.cells(rank, step) for step in whole.steps)
+    small = for_backward(get_exchange("pull", None), 100)
+    assert make_plan(small, Causal(), Zigzag(256, 4)).meets == whole.meets, "little is quickly home"
+    ring = get_exchange("ring", None)
+    assert for_backward(ring, 8 << 20) is ring
+
+
+def test_memory_bounds_parts_as_well():
+    back = for_backward(get_exchange("pull", None), 8 << 20)
+    plan = make_plan(back, Causal(), Zigzag(256, 4), None, 5)
+    most = max(total_rows(parts) for step in plan.steps[1:-1] for parts in plan.meets[step])
+    assert most <= 5
 
 
 @pytest.mark.parametrize("options", [{"exchange": "ring"}, {"exchange": "auto"}, {"exchange": "pull", "kv_memory": 1000}])

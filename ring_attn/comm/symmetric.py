@@ -102,16 +102,21 @@ class SymmetricTransport(ProcessGroupTransport):
         self._memory = _Memory(self.group)
         self._last: _Copies | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._beside_this: SymmetricTransport | None = None
 
     @property
     def beside(self) -> SymmetricTransport:
-        # Pushes and pulls go over one memory, so in one order.
-        return self
+        """The same with memory of its own: transfers over one memory wait for each other."""
+        if self._beside_this is None:
+            self._beside_this = SymmetricTransport(self.group, among=self.among)
+            self._beside_this._beside_this = self._beside_this
+        return self._beside_this
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of symmetric memory on each rank."""
-        return self._memory.size
+        beside = self._beside_this
+        return self._memory.size + (0 if beside is None or beside is self else beside.memory_bytes)
 
     def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)

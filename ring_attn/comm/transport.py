@@ -86,8 +86,8 @@ class Transport(Collective, Protocol):
         self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
     ) -> Pending[Sequence[Tensor]]:
         """The way back of `pull`: every part of `grads[i]`, which is [b, n, e] in the order of hosted rank i's parts, is added
-        to the rows that it came from of `into` [b, s, e], one a hosted rank, by the time it is waited for. Sums go by rank, in
-        the dtype of `into`.
+        to the rows that it came from of `into` [b, s, e], one a hosted rank, when it is waited for: until then these may be
+        written, or not yet be. Sums go by rank, in the dtype of `into`.
         """
 
 

@@ -10,6 +10,7 @@ band over all of them, so the tiles of a visit are as few as on one device, and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from ring_attn.exchange.base import Exchange
@@ -32,6 +33,11 @@ EXCHANGE_NAMES = (*_BY_NAME, TwoLevelExchange.name)
 def get_exchange(name: str, ranks_per_node: int | None) -> Exchange:
     """The exchange of that name; `ranks_per_node` is for the one that knows nodes."""
     return TwoLevelExchange(ranks_per_node) if name == TwoLevelExchange.name else _BY_NAME[name]
+
+
+def for_backward(exchange: Exchange, row_home: int) -> Exchange:
+    """The exchange of the backward, in which dK and dV of a KV row take `row_home` bytes on their way home."""
+    return replace(exchange, row_home=row_home) if isinstance(exchange, PullExchange) else exchange
 
 
 @lru_cache(maxsize=128)

@@ -1,8 +1,15 @@
-"""Every rank pulls what its tiles need of the others while it attends its own shard."""
+"""Every rank pulls what its tiles need of the others while it attends its own shard.
+
+Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many, the
+own shard is met in halves of its KV rows: first those that the fewest queries of a causal mask see, while the others' KV comes,
+and last the rest, while what was gathered for the others goes home. These are met in parts of no more than `_PART` bytes of dK
+and dV, of which each leaves while the next is attended and none takes much memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,35 +20,56 @@ from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
 from ring_attn.tiles import Meets, Plan
 
+# From where on a way home takes longer than what more calls of a kernel do; what goes in half a millisecond over NVLink; and
+# so many parts that merges do not count.
+_HALVES_FROM, _PART, _MOST_PARTS = 64 << 20, 160 << 20, 4
 
+
+@dataclass(frozen=True)
 class PullExchange:
     """The own shard first, while every rank pulls the rows of the others that its tiles need; then one visit with all of them.
 
     What a mask hides is not moved: under a causal mask the zigzag layout moves three quarters of what a ring does. Where
     `max_rows` allows less, the others' rows come in several visits.
+
+    `row_home`: of a backward, the bytes that dK and dV of a row take on their way; see Note [way home].
     """
 
+    row_home: int = 0
     name = "pull"
 
     def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
-        ranks, everything = range(layout.ring_size), range(kv_layout.shard_len)
-        own = tuple((Part(rank, everything),) for rank in ranks)
+        ranks, length = range(layout.ring_size), kv_layout.shard_len
         wanted = [needed(layout, kv_layout, mask, rank) for rank in ranks]
-        steps = steps_for(max(map(total_rows, wanted)), max_rows)
-        by_rank = [[within(parts, rows) for rows in evenly(total_rows(parts), steps)] for parts in wanted]
-        return own, *zip(*by_rank, strict=True)
+        most = max(map(total_rows, wanted))
+        home = most * self.row_home
+        parts = max(steps_for(most, max_rows), min(_MOST_PARTS, -(-home // _PART)))
+        by_rank = [[within(of_rank, rows) for rows in evenly(total_rows(of_rank), parts)] for of_rank in wanted]
+        halved = self.row_home and home >= _HALVES_FROM
+        halves = [range(length // 2, length), range(length // 2)] if halved else [range(length)]
+        first, *rest = (tuple((Part(rank, rows),) for rank in ranks) for rows in halves)
+        return first, *zip(*by_rank, strict=True), *rest
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
         widths, own = Widths.of(kv[0]), at_hand(kv, plan)
+        payloads = own.received
 
         def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
-            return transport.pull(own.received, plan.meets[step], what=f"{what}, KV for step {step}")
+            if _own_rows(plan, step) is not None:
+                return Pending([], lambda: None, "own KV")
+            return transport.pull(payloads, plan.meets[step], what=f"{what}, KV for step {step}")
 
-        return visits(own, plan, pull, lambda step, came: list(map(widths.unpack, came)) if step else kv, tell=True)
+        def read(step: int, came: list[Tensor]) -> list[KV]:
+            rows = _own_rows(plan, step)
+            if rows is None:
+                return list(map(widths.unpack, came))
+            return kv if rows == slice(0, kv[0][0].shape[1]) else [(k[:, rows], v[:, rows]) for k, v in kv]
+
+        return visits(own, plan, pull, read, tell=True)
 
     def again(self, kv: list[KV], plan: Plan, kept: Sequence[Tensor]) -> Iterator[Visit]:
-        """The visits of a backward whose forward `kept` all that came: the others' first, so that their dK and dV go home
-        while the own shard is attended.
+        """The visits of a backward whose forward `kept` all that came by this plan: the others' first, so that their dK and dV
+        go home while the own shard is attended.
         """
         widths, remote = Widths.of(kv[0]), plan.steps[1:]
         for n, step in enumerate(remote):
@@ -53,22 +81,39 @@ class PullExchange:
         return _PullHomeward(transport, plan, dtypes)
 
 
+def _own_rows(plan: Plan, step: int) -> slice | None:
+    """The rows of the own shard that a step meets, the same on every rank; None where it meets others'."""
+    for rank, parts in enumerate(plan.meets[step]):
+        for part in parts:
+            return slice(part.rows.start, part.rows.stop) if part.rank == rank else None
+    return None
+
+
 class _PullHomeward(PackedHomeward):
-    pushed: Pending | None = None
+    """The own rows are written by the visits that meet them, and what others pushed is added to them when it is waited for."""
+
+    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> None:
+        super().__init__(transport, plan, dtypes)
+        remote = [step for step in plan.steps if step and _own_rows(plan, step) is None]
+        # A single pull is done before its visit, and so before anything leaves.
+        self.transport = transport.beside if len(remote) > 1 else transport
+        self.pushed: Pending | None = None
+        self.unwritten: list[slice] = []
 
     def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
-        if visit.step or not self.own:
+        rows = _own_rows(self.plan, visit.step)
+        if rows is None:
             return super().buffers(visit)
-        # What was pushed is added to the same rows.
-        return [self.widths.unpack(rows) for rows in self.own], False
+        self._have_own(visit.kv[0])
+        unwritten = rows in self.unwritten
+        if unwritten:
+            self.unwritten.remove(rows)
+        return [self.widths.unpack(own[:, rows]) for own in self.own], unwritten
 
     def add(self, visit: Visit) -> None:
-        if visit.step == 0:
-            self.own = self.own or self.rows
+        if not self.rows:
             return
-        if not self.own:
-            b, _, e = self.rows[0].shape
-            self.own = [rows.new_zeros(b, self.plan.kv_layout.shard_len, e) for rows in self.rows]
+        self._have_own(visit.kv[0])
         what = f"pull backward, dK and dV home from step {visit.step}"
         # One way home at a time: what is kept is bounded as visits are.
         self._arrive()
@@ -77,9 +122,30 @@ class _PullHomeward(PackedHomeward):
 
     def collect(self) -> list[KV]:
         self._arrive()
+        self._write_rest()
         return super().collect()
+
+    def _have_own(self, pair: KV) -> None:
+        """Makes the own rows, of which nothing is written yet."""
+        if self.own:
+            return
+        k, _ = pair
+        self.widths = Widths.of(pair)
+        width, shape = self.widths.heads * (self.widths.d + self.widths.dv), (k.shape[0], self.plan.kv_layout.shard_len)
+        self.own = [k.new_empty(*shape, width, dtype=self.dtypes.sums) for _ in self.transport.hosted]
+        own_steps = (_own_rows(self.plan, step) for step in range(len(self.plan.meets)))
+        self.unwritten = [rows for rows in own_steps if rows is not None]
 
     def _arrive(self) -> None:
         """Adds what was pushed to the own rows."""
         if self.pushed is not None:
+            self._write_rest()
             self.pushed.wait()
+            self.pushed = None
+
+    def _write_rest(self) -> None:
+        """The own rows that no visit has written begin with 0."""
+        for rows in self.unwritten:
+            for own in self.own:
+                own[:, rows].zero_()
+        self.unwritten = []

@@ -6,6 +6,7 @@ What copy engines, streams and events do is checked on GPUs (tests/gpu/nccl.py);
 import random
 import re
 import time
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
 from tests.matrix import cases, check
+from tests.support import ways_home_in
 from tests.test_transport import conform
 
 
@@ -64,7 +66,7 @@ class pretended:
     """Inside, SymmetricTransport works on gloo processes; `per_node`: and hosts have so many."""
 
     def __init__(self, handle, folder, per_node=None):
-        made = iter(range(100))
+        made = count()
 
         def link(group):
             hosts = {rank // (per_node or dist.get_world_size()) for rank in dist.get_process_group_ranks(group)}
@@ -90,13 +92,20 @@ class pretended:
 def _conforms(rank, folder):
     with pretended(MappedFiles, folder):
         transport = SymmetricTransport()
-        assert transport.beside is transport, "one memory, one order"
         conform(transport)
+        conform(transport.beside)
+        assert (
+            transport.beside is transport.beside.beside is not transport and transport.beside._memory is not transport._memory
+        )
+        assert transport.memory_bytes == transport._memory.size + transport.beside.memory_bytes > transport._memory.size > 0
         for case in cases():
             if case.exchange == "pull":
                 for keep_kv in (False, True):
                     options = {"exchange": "pull", "kernel": case.kernel, "keep_kv": keep_kv}
                     check(case, ra.Ring(SymmetricTransport(), layout=case.layout, **options))
+                for parts in (1, 3):
+                    with ways_home_in(parts):
+                        check(case, ra.Ring(SymmetricTransport(), layout=case.layout, exchange="pull", kernel=case.kernel))
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
