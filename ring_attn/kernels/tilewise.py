@@ -176,7 +176,7 @@ class Packing(Tilewise):
 
     def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
         for group in _groups(piece for tile in tiles for piece in self.pieces(tile)):
-            yield Dense(group[0]) if len(group) == 1 else Packed(make_pack(group, q.shape[0], q.device))
+            yield Dense(group[0]) if len(group) == 1 else Packed(make_pack(group, q.shape[0], q.shape[1], q.device))
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,14 @@ class Dense:
 
 @dataclass(frozen=True)
 class Pack:
-    """Rectangles with one window (left, right): `q_rows` and `kv_rows` index [b, s, ...]; `cu_q`, `cu_kv` int32 [count + 1]."""
+    """Rectangles with one window (left, right): `q_rows` and `kv_rows` index [b, s, ...]; `cu_q`, `cu_kv` int32 [count + 1].
+
+    `places`: int32 [b, s], where in the pack each query row is, -1 where it is not.
+    """
 
     q_rows: Rows
     kv_rows: Rows
+    places: Tensor
     cu_q: Tensor
     cu_kv: Tensor
     max_q: int
@@ -263,7 +267,7 @@ class Packed:
     pack: Pack
 
     def fuses(self, x: Tensor) -> bool:
-        return False
+        return _can_fuse(x)
 
     def covers(self, q: Tensor) -> bool:
         """Whether it holds every row of q, in order."""
@@ -278,7 +282,14 @@ class Packed:
         return out.unsqueeze(0), lse.unsqueeze(0)
 
     def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None, apart: bool) -> Partial:
-        into, rows = to_merge_into(into), self.pack.q_rows
+        rows, fuses = self.pack.q_rows, self.fuses(out)
+        if target is None or not fuses:
+            into = to_merge_into(into)
+        if fuses:
+            from ring_attn.kernels.triton_merge import merge_call
+
+            merge_call(into, self.pack.places, out, lse, target)()
+            return into
         m_rows, sum_rows = into.m.transpose(1, 2), into.sum.transpose(1, 2)
         before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, sum_rows[rows].T)))
         acc, m, total = (x.squeeze(0) for x in merge(before, Partial(out, lse)))
@@ -305,13 +316,18 @@ class Packed:
 
 
 @lru_cache(maxsize=64)
-def make_pack(tiles: tuple[Tile, ...], batch: int, device: torch.device) -> Pack:
+def make_pack(tiles: tuple[Tile, ...], batch: int, num_q: int, device: torch.device) -> Pack:
     """The pack of tiles with one window; a tile for all batch rows counts once for each. Kept: layers share their plans."""
+    places, row = torch.full((batch, num_q), -1, dtype=torch.int32), 0
     segments = [(b, t) for b in range(batch) for t in tiles if t.batch in (None, b)]
+    for b, tile in segments:
+        rows, row = range(row, row + len(tile.q_rows)), row + len(tile.q_rows)
+        places[b, tile.q_rows.start : tile.q_rows.stop] = torch.arange(rows.start, rows.stop)
     lengths_q, lengths_kv = [len(t.q_rows) for _, t in segments], [len(t.kv_rows) for _, t in segments]
     return Pack(
         _rows([(b, t.q_rows) for b, t in segments], device),
         _rows([(b, t.kv_rows) for b, t in segments], device),
+        places.to(device),
         torch.tensor([0, *accumulate(lengths_q)], dtype=torch.int32, device=device),
         torch.tensor([0, *accumulate(lengths_kv)], dtype=torch.int32, device=device),
         max(lengths_q),

@@ -30,15 +30,20 @@ BLOCK = 32
 
 
 def merge_call(
-    into: Partial, rows: range, out: Tensor, lse: Tensor, target: Tensor | None, walked: range | None = None
+    into: Partial, rows: range | Tensor, out: Tensor, lse: Tensor, target: Tensor | None, walked: range | None = None
 ) -> Call:
     """The launch that merges out [b, i, h, dv] and lse [b, h, i] into those `rows` of `into` [b, s, h, dv], in place.
+
+    `rows` as a tensor, int32 [b, s] and contiguous: which of the rows of out [1, n, h, dv] and lse [1, h, n] is for each of
+    `into`, -1 where none is.
 
     With `target` [b, s, h, dv] it is the last merge of the rows `walked`, `rows` among them (None: of all): their normalised
     output goes there and their final lse to `into.m`, while acc and sum are left as they were, so that they may be an output
     in 16 bits and None.
     """
-    walked = rows if target is None else walked or range(into.acc.shape[1])
+    packed, everything = isinstance(rows, Tensor), range(into.acc.shape[1])
+    given = everything if packed else rows
+    walked = given if target is None else walked or everything
     blocks = -(-len(walked) // BLOCK)
     b, _, h, dim = into.acc.shape
     arguments = {
@@ -50,8 +55,10 @@ def merge_call(
         "target": None if target is None else rows_of(target),
         "start": walked.start,
         "stop": walked.stop,
-        "part_start": rows.start,
-        "part_stop": rows.stop,
+        "places": rows if packed else None,
+        "num_rows": len(everything),
+        "part_start": given.start,
+        "part_stop": given.stop,
         "blocks": blocks,
         "heads": h,
         "LAST": target is not None,
@@ -63,7 +70,7 @@ def merge_call(
     return Call(merge_kernel, blocks * b * h, arguments)
 
 
-@triton.jit(do_not_specialize=["start", "stop", "part_start", "part_stop", "blocks"])
+@triton.jit(do_not_specialize=["num_rows", "start", "stop", "part_start", "part_stop", "blocks"])
 def merge_kernel(
     acc,
     m,
@@ -71,6 +78,8 @@ def merge_kernel(
     part,
     part_lse,
     target,
+    places,
+    num_rows,
     start,
     stop,
     part_start,
@@ -85,16 +94,21 @@ def merge_kernel(
     block, batch, head = block_at(tl.program_id(0), blocks, heads)
     rows = start + block * BLOCK + tl.arange(0, BLOCK)
     live = rows < stop
-    met = live & (rows >= part_start) & (rows < part_stop)
+    if places is None:
+        part_batch, part_rows = batch, rows - part_start
+        met = live & (rows >= part_start) & (rows < part_stop)
+    else:
+        part_batch, part_rows = batch * 0, tl.load(places + batch * num_rows + rows, mask=live, other=-1)
+        met = part_rows >= 0
 
     m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
-    part_lse_row = load_numbers(at_head(part_lse, batch, head), rows - part_start, met, float("-inf"))
+    part_lse_row = load_numbers(at_head(part_lse, part_batch, head), part_rows, met, float("-inf"))
     m_new = tl.maximum(m_row, part_lse_row)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     kept, weight = tl.exp2((m_row - base) * LOG2E), tl.exp2((part_lse_row - base) * LOG2E)
     l_row = weight + (kept if sums is None else load_numbers(at_head(sums, batch, head), rows, live, 0.0) * kept)
     total = load_rows(at_head(acc, batch, head), rows, live, DIM, WIDTH).to(tl.float32) * kept[:, None]
-    total += load_rows(at_head(part, batch, head), rows - part_start, met, DIM, WIDTH).to(tl.float32) * weight[:, None]
+    total += load_rows(at_head(part, part_batch, head), part_rows, met, DIM, WIDTH).to(tl.float32) * weight[:, None]
     # See Note [in place].
     tl.debug_barrier()
     if LAST:

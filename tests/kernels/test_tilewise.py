@@ -73,6 +73,35 @@ def test_calls_come_together(visits, expected, merges):
     assert merges == expected
 
 
+@pytest.mark.parametrize("kind", ["documents", "batch rows", "many"])
+@pytest.mark.parametrize("visits", [1, 2, 3])
+def test_packs_come_together(kind, visits, merges, monkeypatch):
+    from tests.kernels import test_flash_versions as flash
+
+    packed, call = [], triton_merge.merge_call
+    monkeypatch.setattr(
+        triton_merge, "merge_call", lambda *args: packed.append(isinstance(args[1], torch.Tensor)) or call(*args)
+    )
+    for installation, kernel in ((flash.installed4, flash.FLASH4), (lambda: flash.installed("2.8.3"), flash.FLASH2)):
+        with installation() as calls:
+            flash.check(flash.example(kind, 37, 44, visits=visits), kernel, kernel)
+            assert calls
+    assert any(packed) == (visits < (2 if kind == "documents" else 3)), "more visits have a tile each"
+
+
+def test_packs_of_some_rows_end_in_the_result(merges):
+    """Documents that go on from another rank's: some queries of a visit's meet what came, the others are done."""
+    from tests.kernels import test_flash_versions as flash
+
+    own = [Tile(rows, rows, Band(hi=0), ((), ())) for rows in (range(9), range(9, 20), range(20, 37))]
+    came = [rectangle(range(9), range(37, 43)), rectangle(range(20, 25), range(43, 50))]
+    inputs, visits = random_qkv(2, 37, 50, 4, 2, 16, dtype=torch.float16, seed=3), [tuple(own), tuple(came)]
+    case = inputs, visits, flash.exact(*inputs, visits, scale=0.25), flash.plain(*inputs, visits, scale=0.25)
+    with flash.installed4():
+        flash.check(case, flash.FLASH4, flash.FLASH4)
+    assert merges[-1] == (torch.float32, True, range(37)) and len(merges) == 2
+
+
 @pytest.mark.parametrize(
     ("visits", "expected"),
     [
