@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ring_attn.layout import Layout, Part, places
+from bisect import bisect_left
+from itertools import pairwise
+
+from ring_attn.layout import Layout, Part, places, total_rows
 from ring_attn.mask import Mask
-from ring_attn.tiles import part_positions, tiles
+from ring_attn.tiles import count_cells, part_positions, tiles
 
 
 def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
@@ -37,6 +40,25 @@ def needed(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[Pa
 def evenly(length: int, count: int) -> list[range]:
     """range(length) in `count` runs of almost the same length."""
     return [range(length * n // count, length * (n + 1) // count) for n in range(count)]
+
+
+def by_cells(layout: Layout, kv_layout: Layout, mask: Mask, rank: int, parts: tuple[Part, ...], count: int) -> list[range]:
+    """The rows of a rank's visit that holds the parts, in `count` runs of almost the same number of cells."""
+    length = total_rows(parts)
+    if count == 1 or length == 0:
+        return evenly(length, count)
+    shard, found = layout.shard(rank), []
+    for part, place in places(parts):
+        found += [(place.start + x.kv_rows.start, x) for x in tiles(shard, [part_positions(kv_layout, part)], mask)]
+
+    def cells_before(row: int) -> int:
+        met = ((tile, min(max(0, row - start), len(tile.kv_rows))) for start, tile in found)
+        return sum(count_cells(len(tile.q_rows), rows, tile.band) for tile, rows in met if rows)
+
+    grain = max(1, length // 64)
+    rows, whole = range(0, length, grain), cells_before(length)
+    cuts = [min(bisect_left(rows, whole * n / count, key=cells_before) * grain, length) for n in range(1, count)]
+    return [range(start, stop) for start, stop in pairwise([0, *cuts, length])]
 
 
 def within(parts: tuple[Part, ...], rows: range) -> tuple[Part, ...]:
