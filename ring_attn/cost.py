@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from ring_attn.exchange import EXCHANGES, Exchange, TwoLevelExchange, get_exchange, make_plan
+from ring_attn.exchange import EXCHANGES, Exchange, TwoLevelExchange, for_backward, get_exchange, make_plan
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.tiles import Plan
@@ -144,12 +144,14 @@ def estimates(question: Question) -> tuple[Estimate, ...]:
     found, refused = [], []
     for name in EXCHANGES if question.ranks_per_node is None else (*EXCHANGES, TwoLevelExchange.name):
         exchange = get_exchange(name, question.ranks_per_node)
+        back = for_backward(exchange, question.work.row * question.work.grad_itemsize)
+        where = question.layout, question.kv_layout
         try:
-            plan = make_plan(exchange, question.mask, question.layout, question.kv_layout, question.max_rows)
+            plans = [make_plan(one, question.mask, *where, question.max_rows) for one in (exchange, back)]
         except ValueError as reason:
             refused.append(str(reason))
             continue
-        ranks = (_of_rank(name, plan, rank, question.work, question.machine) for rank in range(question.layout.ring_size))
+        ranks = (_of_rank(name, *plans, rank, question.work, question.machine) for rank in range(question.layout.ring_size))
         found.append(max(ranks, key=_total))
     if not found:
         raise ValueError("; ".join(refused))
@@ -160,9 +162,9 @@ def _total(estimate: Estimate) -> float:
     return estimate.total
 
 
-def _of_rank(name: str, plan: Plan, rank: int, work: Work, machine: Machine) -> Estimate:
+def _of_rank(name: str, forward: Plan, backward: Plan, rank: int, work: Work, machine: Machine) -> Estimate:
     compute = calls = slowed = waiting = 0.0
-    for operations, grad_bytes in ((1.0, 0), (BACKWARD_OPERATIONS, work.grad_itemsize)):
+    for plan, operations, grad_bytes in ((forward, 1.0, 0), (backward, BACKWARD_OPERATIONS, work.grad_itemsize)):
         visits = list(_visits(name, plan, rank, work, machine, operations))
         kv = [visit.link.us(visit.rows * work.row * work.itemsize) for visit in visits]
         home = [visit.link.us(visit.rows * work.row * grad_bytes) for visit in visits]
