@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ring_attn as ra
+from ring_attn.comm.local import LocalTransport
 from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan
 from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, Window
@@ -90,6 +91,35 @@ def test_gradients_go_home_while_the_rest_of_the_own_shard_is_met(size, parts, h
         assert len(pulls) == 0 or len(pushes) <= len(pulls) - 1 <= parts
         if size == 4 and case.mask == "full":
             assert len(pushes) == parts and len(pulls) == parts + 1
+
+
+class WithWiresBeside(LocalTransport):
+    """Notes over which wires what goes."""
+
+    def __init__(self, ring_size):
+        super().__init__(ring_size)
+        self.seen, self.others = [], LocalTransport(ring_size)
+        self.others.push = lambda *x, **o: self.seen.append("push beside") or LocalTransport.push(self.others, *x, **o)
+
+    @property
+    def beside(self):
+        return self.others
+
+    def push(self, *x, **o):
+        self.seen.append("push")
+        return super().push(*x, **o)
+
+    def pull(self, *x, **o):
+        self.seen.append("pull")
+        return super().pull(*x, **o)
+
+
+@pytest.mark.parametrize(("parts", "seen"), [(1, ["pull", "push"]), (2, ["pull", "pull", "push beside", "push beside"])])
+def test_gradients_go_home_over_wires_beside_where_more_is_to_come(parts, seen):
+    with ways_home_in(parts):
+        transport = WithWiresBeside(4)
+        check(next(x for x in cases() if (x.exchange, x.mask) == ("pull", "full")), ra.Ring(transport, exchange="pull"))
+    assert transport.seen[1:] == seen, "the first is the forward's"
 
 
 def test_a_backward_by_pull_begins_and_ends_with_the_own_shard():
