@@ -142,11 +142,11 @@ class Bench:
         return OnRing(exchange if ring.ulysses == 1 else f"Ulysses {ring.ulysses} x {exchange}", ring)
 
     def case(self, mask: str, length: int) -> Case:
-        """The case of that mask at that length. Documents divide as some peers need it, and differ at small lengths too."""
+        """The case of that mask at that length. Some two dozen documents, which divide as some peers need it."""
         window, documents = min(self.options.window, length // 2), None
         if mask == "documents":
             multiple = 2 * self.everyone.transport.ring_size
-            documents = tuple(document_lengths(length, multiple, scale=min(1.0, length / 32768)))
+            documents = tuple(document_lengths(length, multiple, scale=min(2.0, length / 65536)))
         found = mask_of(mask, length, window, documents)
         return Case(mask, found, length, self.shape, documents, window if mask == "window" else None)
 
