@@ -1,13 +1,15 @@
 """What an exchange moves and holds: position order, only the rows that a mask needs, and no more at a time than kv_memory."""
 
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
 
 import ring_attn as ra
 from ring_attn.comm.local import LocalTransport
-from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan
+from ring_attn.comm.transport import Pending
+from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull
 from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.tiles import part_positions
@@ -61,7 +63,7 @@ def test_pull_moves_what_the_mask_needs():
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("hostile", [True, False])
 def test_what_is_kept_is_not_pulled_again_and_gradients_go_home_first(size, hostile):
-    """What comes home is added when it is waited for, or at once, before the own keys' gradients are worked out."""
+    """What comes home is added to the own keys' gradients when it is waited for."""
     for case in cases():
         if case.exchange == "pull":
             ring, done = ra.Ring.simulated(size, case.layout, exchange="pull", keep_kv=True, hostile=hostile), []
@@ -78,7 +80,7 @@ def test_what_is_kept_is_not_pulled_again_and_gradients_go_home_first(size, host
 
 @pytest.mark.parametrize(("size", "parts", "hostile"), [(1, 1, True), (2, 3, False), (4, 1, True), (4, 3, True)])
 def test_gradients_go_home_while_the_rest_of_the_own_shard_is_met(size, parts, hostile):
-    """What comes home is waited for after the last visit; that of an earlier part, before the next leaves."""
+    """Each part leaves once, and what it brings home is right."""
     for case in (case for case in cases() if case.exchange == "pull"):
         with ways_home_in(parts):
             ring, done = ra.Ring.simulated(size, case.layout, exchange="pull", hostile=hostile), []
@@ -93,33 +95,47 @@ def test_gradients_go_home_while_the_rest_of_the_own_shard_is_met(size, parts, h
             assert len(pushes) == parts and len(pulls) == parts + 1
 
 
-class WithWiresBeside(LocalTransport):
-    """Notes over which wires what goes."""
+class Noting(LocalTransport):
+    """Notes what goes over it, and when what came home is waited for. `beside`: what else it has for that."""
 
-    def __init__(self, ring_size):
+    def __init__(self, ring_size, seen, where="", beside=None):
         super().__init__(ring_size)
-        self.seen, self.others = [], LocalTransport(ring_size)
-        self.others.push = lambda *x, **o: self.seen.append("push beside") or LocalTransport.push(self.others, *x, **o)
+        self.seen, self.where, self.others = seen, where, beside
 
     @property
     def beside(self):
         return self.others
 
-    def push(self, *x, **o):
-        self.seen.append("push")
-        return super().push(*x, **o)
+    def pull(self, *x, **options):
+        self.seen.append("pull" + self.where)
+        return super().pull(*x, **options)
 
-    def pull(self, *x, **o):
-        self.seen.append("pull")
-        return super().pull(*x, **o)
+    def push(self, *x, **options):
+        self.seen.append("push" + self.where)
+        pushed = super().push(*x, **options)
+        return Pending(pushed.received, lambda: self.seen.append("home") or (pushed.wait() and None), "push")
 
 
-@pytest.mark.parametrize(("parts", "seen"), [(1, ["pull", "push"]), (2, ["pull", "pull", "push beside", "push beside"])])
-def test_gradients_go_home_over_wires_beside_where_more_is_to_come(parts, seen):
-    with ways_home_in(parts):
-        transport = WithWiresBeside(4)
+@pytest.mark.parametrize(
+    ("parts", "moved"),
+    [
+        (1, "pull, own, push, visit, own, home"),
+        (2, "pull, own, pull, push beside, visit, home, push beside, visit, own, home"),
+    ],
+)
+def test_gradients_are_on_their_way_while_others_are_worked_out(parts, moved):
+    """Over wires beside where more KV is to come; the last are waited for after the last visit."""
+    seen, add = [], pull._PullHomeward.add
+
+    def noted(way, visit):
+        own = pull._own_rows(way.plan, visit.step) is not None
+        add(way, visit)
+        seen.append("own" if own else "visit")
+
+    transport = Noting(4, seen, beside=Noting(4, seen, " beside"))
+    with ways_home_in(parts), patch.object(pull._PullHomeward, "add", noted):
         check(next(x for x in cases() if (x.exchange, x.mask) == ("pull", "full")), ra.Ring(transport, exchange="pull"))
-    assert transport.seen[1:] == seen, "the first is the forward's"
+    assert ", ".join(seen[1:]) == moved, "after the forward's pull"
 
 
 def test_a_backward_by_pull_begins_and_ends_with_the_own_shard():

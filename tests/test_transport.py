@@ -80,8 +80,11 @@ def parts_of_rows(transport, device):
         for own, x in zip(parts, sent, strict=True):
             for part, piece in zip(own, x.split([len(p.rows) for p in own], 1) if own else (), strict=True):
                 sums[part.rank][:, part.rows.start : part.rows.stop] += piece
-        into = [torch.full_like(sums[0], 5) for _ in hosted]
-        got = transport.push([sent[r].clone() for r in hosted], parts, into).wait()
+        into = [torch.full_like(sums[0], torch.nan) for _ in hosted]
+        pushed = transport.push([sent[r].clone() for r in hosted], parts, into)
+        for x in into:
+            x.fill_(5)  # they may be written until it is waited for
+        got = pushed.wait()
         assert all(x is y and torch.equal(x, sums[rank] + 5) for rank, x, y in zip(hosted, got, into, strict=True))
 
 

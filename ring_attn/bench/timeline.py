@@ -101,8 +101,8 @@ def _watched(ring: Ring, device: torch.device) -> Iterator[list[_Seen]]:
 
     def watched(self, *inputs: torch.Tensor) -> call.Settled:
         settled = settle(self, *inputs)
-        watched = (_Watched(one, device, seen) for one in (settled.exchange, settled.back))
-        return replace(settled, **dict(zip(("exchange", "back"), watched, strict=True)))
+        there, back = (_Watched(one, device, seen) for one in (settled.exchange, settled.back))
+        return replace(settled, exchange=there, back=back)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(call.Call, "settle", watched))

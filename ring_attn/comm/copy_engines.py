@@ -28,11 +28,13 @@ def with_copy_engines(messages: ProcessGroupTransport, exchange: str) -> Process
     try:
         if on_one_host:
             return SymmetricTransport(messages.group, among=messages.among)
-        return NodesTransport(messages.group, SymmetricTransport(_node(messages)), among=messages.among)
+        among = f" in node {messages.process // messages.ranks_per_node}{messages.among}"
+        return NodesTransport(messages.group, SymmetricTransport(_node(messages), among=among), among=messages.among)
     except ValueError as reason:
         if exchange == "pull":
             raise ValueError(
-                f"{reason}; or pull by messages, Ring(ProcessGroupTransport(group), exchange='pull'), or take exchange='auto'"
+                f"{reason}; or pull by messages, Ring(ProcessGroupTransport(group), exchange='pull'), or take exchange='auto', "
+                f"which then does"
             ) from None
         logger.info("exchange: pulls go by messages, not by copy engines: %s", reason)
         return messages

@@ -25,7 +25,11 @@ class NodesTransport(ProcessGroupTransport):
 
     def _over(self, group: dist.ProcessGroup) -> ProcessGroupTransport:
         # Over whichever wires the rest goes, pulls and pushes go over one memory, in one order.
-        return self if group is self.group else NodesTransport(super()._over(group).group, self._inside, among=self.among)
+        if group is self.group:
+            return self
+        beside = NodesTransport(super()._over(group).group, self._inside, among=self.among)
+        beside._second = beside
+        return beside
 
     @property
     def memory_bytes(self) -> int:

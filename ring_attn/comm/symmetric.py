@@ -87,7 +87,7 @@ def batch_rows(x: Tensor) -> Sequence[Tensor]:
 class SymmetricTransport(ProcessGroupTransport):
     """A ring over GPUs of one host, one rank a process: `pull` and `push` by copy engines, everything else through the group.
 
-    Memory is made on first use and grows with the largest message: one message a rank. Raises ValueError where the processes
+    Memory is made on first use and grows with the largest message: one message a rank, and one more for `beside`. Raises ValueError where the processes
     are not on GPUs of one host that reach each other, and where NVLink multicast is not switched off.
     """
 

@@ -19,20 +19,23 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store
+from torch.distributed.distributed_c10d import _get_default_store
 
 logger = logging.getLogger("ring_attn")
 
 
 class Roll:
-    """Which processes of a group wait, by notes in a store that all of them reach; `process`: this one's number of `size`."""
+    """Which processes wait, by notes in a store that all of the job reach, one a process whatever group it waits in.
 
-    def __init__(self, store: dist.Store, process: int, size: int, ranks_per_process: int = 1) -> None:
-        self._store, self._process, self._size, self._each = store, process, size, ranks_per_process
+    `process`: this one's number in the job; `group`: those of a group, in its order.
+    """
+
+    def __init__(self, store: dist.Store, process: int, group: Sequence[int], ranks_per_process: int = 1) -> None:
+        self._store, self._process, self._group, self._each = store, process, group, ranks_per_process
 
     @classmethod
     def of(cls, group: dist.ProcessGroup, ranks_per_process: int) -> Roll:
-        return cls(_get_process_group_store(group), dist.get_rank(group), dist.get_world_size(group), ranks_per_process)
+        return cls(_get_default_store(), dist.get_rank(), dist.get_process_group_ranks(group), ranks_per_process)
 
     def sign(self) -> None:
         """This process waits."""
@@ -43,10 +46,10 @@ class Roll:
         self._store.delete_key(self._key(self._process))
 
     def absent(self) -> str:
-        """Which ranks do not wait, in words."""
-        missing = [number for number in range(self._size) if not self._store.check([self._key(number)])]
+        """Which ranks of the group do not wait, in words."""
+        missing = [number for number, process in enumerate(self._group) if not self._store.check([self._key(process)])]
         ranks = [rank for number in missing for rank in range(number * self._each, (number + 1) * self._each)]
-        return f"rank {ranks} does not wait for any: it died or stalls" if ranks else "all ranks wait: their calls differ"
+        return f"rank {ranks} does not wait as long: it died or stalls" if ranks else "all ranks wait: their calls differ"
 
     def _key(self, process: int) -> str:
         return f"ring_attn waits {process}"
@@ -87,7 +90,7 @@ class Watch:
         while True:
             time.sleep(self.timeout_s / 20)
             if self._named is not None and _is_done(self._named):
-                _told(self._named.roll.strike)
+                _told(self._named.roll.strike, self.timeout_s / 10)
                 self._named = None
             oldest = next(iter(tuple(self._posted)), None)
             waited = 0.0 if oldest is None else time.monotonic() - oldest.at
@@ -99,9 +102,9 @@ class Watch:
             if oldest is not self._named:
                 self._named = oldest
                 logger.error("%s is not done after %.0f s: a peer died, stalls or makes other calls", oldest.what, waited)
-                _told(oldest.roll.sign)
+                _told(oldest.roll.sign, self.timeout_s / 10)
             if waited >= self.timeout_s:
-                absent = _told(oldest.roll.absent)
+                absent = _told(oldest.roll.absent, self.timeout_s / 10)
                 text = "%s: the group's timeout of %.0f s has passed, ending this process; %s"
                 logger.error(text, oldest.what, self.timeout_s, absent)
                 self._end()
@@ -116,12 +119,20 @@ def _is_done(posted: _Posted) -> bool:
         return False
 
 
-def _told(ask: Callable[[], str | None]) -> str | None:
-    """What the store answers, or that it does not: the process that holds it may be the one that died."""
-    try:
-        return ask()
-    except RuntimeError as error:
-        return f"which ranks wait cannot be told: {error}"
+def _told(ask: Callable[[], str | None], patience_s: float) -> str | None:
+    """What the store answers, or that it does not: the process that holds it may be the one that died, or its whole host."""
+    told: list[str | None] = ["which ranks wait cannot be told: the store does not answer"]
+
+    def listen() -> None:
+        try:
+            told.append(ask())
+        except RuntimeError as error:
+            told.append(f"which ranks wait cannot be told: {error}")
+
+    listener = threading.Thread(target=listen, name="ring_attn roll", daemon=True)
+    listener.start()
+    listener.join(patience_s)
+    return told[-1]
 
 
 @lru_cache

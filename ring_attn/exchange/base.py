@@ -96,12 +96,15 @@ class PackedHomeward:
     """
 
     def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> None:
-        # With two steps neither is in the other's way: the second visit waits for its KV anyway.
-        self.transport = transport.beside if len(plan.steps) > 2 else transport
+        self.transport = transport.beside if self.meets_traffic(plan) else transport
         self.plan, self.dtypes = plan, dtypes
         self.rows: list[Tensor] = []
         self.own: list[Tensor] = []
         self.pending: list[tuple[slice, Pending[list[Tensor]]]] = []
+
+    def meets_traffic(self, plan: Plan) -> bool:
+        """Whether KV is still to travel when the first gradients leave; with two steps the second waits for its KV anyway."""
+        return len(plan.steps) > 2
 
     def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
         self.widths = Widths.of(visit.kv[0])

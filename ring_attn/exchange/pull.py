@@ -4,7 +4,7 @@ Note [way home]: of a backward, the last dK and dV to leave would travel while n
 own shard is met in halves of its KV rows: first those that the fewest queries of a causal mask see, while the others' KV comes,
 and last the rest, while what was gathered for the others goes home. These are met in parts of about `_PART` bytes of dK and dV,
 of which each leaves while the next is attended and none takes much memory. Ranks wait for each other before every transfer, so
-a part has the same share of the cells of every rank.
+a part has the same share of the cells of every rank, unless memory is bounded: then it is as many rows.
 """
 
 from __future__ import annotations
@@ -100,11 +100,12 @@ class _PullHomeward(PackedHomeward):
 
     def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> None:
         super().__init__(transport, plan, dtypes)
-        remote = [step for step in plan.steps if step and _own_rows(plan, step) is None]
-        # A single pull is done before its visit, and so before anything leaves.
-        self.transport = transport.beside if len(remote) > 1 else transport
         self.pushed: Pending | None = None
         self.unwritten: list[slice] = []
+
+    def meets_traffic(self, plan: Plan) -> bool:
+        # A single pull is done before its visit, and so before anything leaves.
+        return sum(_own_rows(plan, step) is None for step in plan.steps) > 1
 
     def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
         rows = _own_rows(self.plan, visit.step)
