@@ -124,9 +124,9 @@ class Ring:
         `ring_size` below the group's makes several rings side by side of neighbouring processes; every process of the group
         must then call this. `ulysses`: so many neighbouring processes trade heads, one ring rank together; a divisor of the
         ring's size, of num_heads, and of num_kv_heads or a multiple of these; every process of the group must call this, too.
-        On GPUs of one host over NCCL "pull" goes by copy engines, where TORCH_SYMM_MEM_DISABLE_MULTICAST=1 is set and all GPUs
-        reach each other. Raises ValueError where the ring is larger than the group or does not divide it, and where "pull" by
-        name finds GPUs of one host without copy engines.
+        On GPUs of one host over NCCL "pull" goes by copy engines, and so does what "two-level" pulls inside a host of several,
+        where TORCH_SYMM_MEM_DISABLE_MULTICAST=1 is set and all GPUs reach each other. Raises ValueError where the ring is
+        larger than the group or does not divide it, and where "pull" by name finds GPUs of one host without copy engines.
         """
         if ranks_per_process < 1:
             raise ValueError(f"ranks_per_process must be at least 1, got {ranks_per_process}")
@@ -147,7 +147,7 @@ class Ring:
     @typed
     def from_mesh(cls, mesh: DeviceMesh, layout: str = "zigzag", **choices) -> Ring:
         """A ring over a one-axis DeviceMesh, such as `mesh["cp"]`, or over a (ulysses, ring) mesh of two axes: along the first
-        processes trade heads, along the second they stand in one ring.
+        processes trade heads, along the second they stand in one ring. Copy engines and errors are as in `from_group`.
         """
         if mesh.ndim == 1:
             return cls.from_group(mesh.get_group(), layout, **choices)

@@ -118,7 +118,7 @@ class Plan:
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
-        """The steps that some rank needs, the same on every rank. Step 0 always stands: it is the own shard."""
+        """The steps that some rank needs, the same on every rank. Step 0 always stands: it meets the own shard."""
         ranks = range(self.layout.ring_size)
         return tuple(s for s in range(len(self.meets)) if s == 0 or any(self[rank, s] for rank in ranks))
 

@@ -1,8 +1,8 @@
 """Symmetric memory on GPUs of one host: copy engines read a peer's rows, and no multiprocessor is taken from attention.
 
-Note [barriers]: one piece of memory a rank, and two barriers a transfer. Before the first a rank has read all that it wanted of
-the transfer before, so behind it all may write; behind the second all have written, so all may read. Nothing is left over
-between transfers, so they may be captured in CUDA graphs, replayed, and mixed with others.
+Note [barriers]: a transport has one piece of memory a rank, and two barriers a transfer. Before the first a rank has read all
+that it wanted of the transfer before, so behind it all may write; behind the second all have written, so all may read. Nothing
+is left over between transfers, so they may be captured in CUDA graphs, replayed, and mixed with others.
 
 Note [streams]: a barrier is a kernel, small as it is, and would wait for a place beside one that fills the GPU, as attention
 does. So writing and both barriers are on the current stream, before what it does next; only the copies, which need no
@@ -87,8 +87,9 @@ def batch_rows(x: Tensor) -> Sequence[Tensor]:
 class SymmetricTransport(ProcessGroupTransport):
     """A ring over GPUs of one host, one rank a process: `pull` and `push` by copy engines, everything else through the group.
 
-    Memory is made on first use and grows with the largest message: one message a rank, and one more for `beside`. Raises ValueError where the processes
-    are not on GPUs of one host that reach each other, and where NVLink multicast is not switched off.
+    Memory is made on first use and grows with the largest message: one message a rank, and one more for `beside`. Raises
+    ValueError where the processes are not on GPUs of one host that reach each other, and where NVLink multicast is not switched
+    off.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, among: str = "") -> None:
