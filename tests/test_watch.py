@@ -3,6 +3,7 @@
 import logging
 import time
 
+import pytest
 import torch.distributed as dist
 
 from ring_attn.comm.watch import Roll, Watch
@@ -70,27 +71,6 @@ class Gone:
     set = delete_key = check
 
 
-def test_a_store_that_died_does_not_keep_the_process(caplog):
-    ended, watch = [], Watch(0.2, lambda: ended.append(1))
-    with caplog.at_level(logging.ERROR, "ring_attn"):
-        watch.add([Work()], "a transfer", Roll(Gone(), 0, range(2)))
-        time.sleep(0.5)
-    assert ended and "which ranks wait cannot be told: connection reset" in caplog.records[-1].getMessage()
-
-
-class Failed:
-    def is_completed(self):
-        raise RuntimeError("CUDA error: unspecified launch failure")
-
-
-def test_a_device_that_fails_does_not_keep_the_process(caplog):
-    ended, watch = [], Watch(0.2, lambda: ended.append(1))
-    with caplog.at_level(logging.ERROR, "ring_attn"):
-        watch.add([Failed()], "a transfer", Roll(dist.HashStore(), 0, range(2)))
-        time.sleep(0.5)
-    assert ended and caplog.records[-1].getMessage().endswith("rank [1] does not wait as long: it died or stalls")
-
-
 class Silent:
     def check(self, *_):
         time.sleep(60)
@@ -98,12 +78,26 @@ class Silent:
     set = delete_key = check
 
 
-def test_a_store_that_does_not_answer_does_not_keep_the_process(caplog):
+class Failed:
+    def is_completed(self):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+@pytest.mark.parametrize(
+    ("work", "store", "said"),
+    [
+        (Work(), Gone(), "which ranks wait cannot be told: connection reset"),
+        (Work(), Silent(), "which ranks wait cannot be told: the store does not answer"),
+        (Failed(), dist.HashStore(), "rank [1] does not wait as long: it died or stalls"),
+    ],
+)
+def test_nothing_that_died_keeps_the_process(work, store, said, caplog):
+    """Neither the store, with or without a word, nor the device."""
     ended, watch = [], Watch(0.4, lambda: ended.append(1))
     with caplog.at_level(logging.ERROR, "ring_attn"):
-        watch.add([Work()], "a transfer", Roll(Silent(), 0, range(2)))
+        watch.add([work], "a transfer", Roll(store, 0, range(2)))
         time.sleep(1)
-    assert ended and caplog.records[-1].getMessage().endswith("the store does not answer")
+    assert ended and caplog.records[-1].getMessage().endswith(said)
 
 
 def test_who_waits_in_another_group_waits():

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Problem, Upstream
+from ring_attn.kernels.packs import Pack
 from ring_attn.kernels.split import windows
-from ring_attn.kernels.tilewise import Gradients, Pack, Packing, Scaling, refusal
+from ring_attn.kernels.tilewise import Gradients, Packing, Scaling, refusal
 from ring_attn.tiles import Tile
 
 

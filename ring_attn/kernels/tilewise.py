@@ -10,9 +10,6 @@ was written before.
 
 Note [contiguous lse]: flash-attention and cuDNN read lse through its raw pointer and check neither strides nor shape. A slice
 of rows is strided, and every head after the first would read another head's values. It is copied here, once, for all of them.
-
-Note [packs]: rectangles with one window and no row in common can go in one variable-length call, as packed documents do. The
-rows of a pack are taken batch row after batch row, so the batch rows of a dense tile are documents too.
 """
 
 from __future__ import annotations
@@ -20,20 +17,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
+from ring_attn.kernels.packs import Pack, all_rows, groups, make_pack
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
 
-# Row numbers as an index of [b, s, ...]: one batch row's slice, or the two coordinates of every row.
-Rows = tuple[int, slice] | tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -164,7 +159,7 @@ class Tilewise(ABC):
 
 
 class Packing(Tilewise):
-    """A tilewise kernel whose library also takes packs; see Note [packs]."""
+    """A tilewise kernel whose library also takes packs; see Note [packs] of `packs.py`."""
 
     @abstractmethod
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -175,7 +170,7 @@ class Packing(Tilewise):
         """(dq, dk, dv) of a pack; `up` holds dout and out [n, h, dv] and lse [h, n], contiguous."""
 
     def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
-        for group in _groups(piece for tile in tiles for piece in self.pieces(tile)):
+        for group in groups(piece for tile in tiles for piece in self.pieces(tile)):
             yield Dense(group[0]) if len(group) == 1 else Packed(make_pack(group, q.shape[0], q.shape[1], q.device))
 
 
@@ -244,23 +239,6 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Pack:
-    """Rectangles with one window (left, right): `q_rows` and `kv_rows` index [b, s, ...]; `cu_q`, `cu_kv` int32 [count + 1].
-
-    `places`: int32 [b, s], where in the pack each query row is, -1 where it is not.
-    """
-
-    q_rows: Rows
-    kv_rows: Rows
-    places: Tensor
-    cu_q: Tensor
-    cu_kv: Tensor
-    max_q: int
-    max_kv: int
-    window: tuple[int | None, int | None]
-
-
-@dataclass(frozen=True)
 class Packed:
     """One variable-length call; its rows act as one batch row."""
 
@@ -271,10 +249,10 @@ class Packed:
 
     def covers(self, q: Tensor) -> bool:
         """Whether it holds every row of q, in order."""
-        return _all_rows(self.pack.q_rows, q)
+        return all_rows(self.pack.q_rows, q)
 
     def covers_kv(self, k: Tensor) -> bool:
-        return _all_rows(self.pack.kv_rows, k)
+        return all_rows(self.pack.kv_rows, k)
 
     def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         rows, kv = self.pack.q_rows, self.pack.kv_rows
@@ -313,61 +291,6 @@ class Packed:
                 _take(total[rows], grad, unwritten)
             else:
                 total[rows] += grad
-
-
-@lru_cache(maxsize=64)
-def make_pack(tiles: tuple[Tile, ...], batch: int, num_q: int, device: torch.device) -> Pack:
-    """The pack of tiles with one window; a tile for all batch rows counts once for each. Kept: layers share their plans."""
-    places, row = torch.full((batch, num_q), -1, dtype=torch.int32), 0
-    segments = [(b, t) for b in range(batch) for t in tiles if t.batch in (None, b)]
-    for b, tile in segments:
-        rows, row = range(row, row + len(tile.q_rows)), row + len(tile.q_rows)
-        places[b, tile.q_rows.start : tile.q_rows.stop] = torch.arange(rows.start, rows.stop)
-    lengths_q, lengths_kv = [len(t.q_rows) for _, t in segments], [len(t.kv_rows) for _, t in segments]
-    return Pack(
-        _rows([(b, t.q_rows) for b, t in segments], device),
-        _rows([(b, t.kv_rows) for b, t in segments], device),
-        places.to(device),
-        torch.tensor([0, *accumulate(lengths_q)], dtype=torch.int32, device=device),
-        torch.tensor([0, *accumulate(lengths_kv)], dtype=torch.int32, device=device),
-        max(lengths_q),
-        max(lengths_kv),
-        tiles[0].window,
-    )
-
-
-def _rows(segments: list[tuple[int, range]], device: torch.device) -> Rows:
-    """Segments in order as one index: a slice where each continues the one before it."""
-    (batch, first), (last_batch, last) = segments[0], segments[-1]
-    if batch == last_batch and all(a.stop == b.start for (_, a), (_, b) in pairwise(segments)):
-        return batch, slice(first.start, last.stop)
-    batches = torch.cat([torch.full((len(rows),), b) for b, rows in segments])
-    numbers = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in segments])
-    return batches.to(device), numbers.to(device)
-
-
-def _all_rows(rows: Rows, x: Tensor) -> bool:
-    return x.shape[0] == 1 and isinstance(rows[1], slice) and rows[1] == slice(0, x.shape[1])
-
-
-def _groups(tiles: Iterable[Tile]) -> Iterator[tuple[Tile, ...]]:
-    """Tiles with one window and neither query rows nor KV rows in common, put together."""
-    groups: dict[tuple, list[list[Tile]]] = {}
-    for tile in sorted(tiles, key=lambda t: (t.batch or 0, t.q_rows.start, t.kv_rows.start)):
-        open_groups = groups.setdefault((tile.window, tile.batch is None), [])
-        group = next((g for g in open_groups if _follows(g[-1], tile)), None)
-        if group is None:
-            open_groups.append([tile])
-        else:
-            group.append(tile)
-    for open_groups in groups.values():
-        yield from map(tuple, open_groups)
-
-
-def _follows(before: Tile, tile: Tile) -> bool:
-    """Whether a tile shares no row with the one before it, nor, in a sorted group, with any earlier one."""
-    apart = before.q_rows.stop <= tile.q_rows.start and before.kv_rows.stop <= tile.kv_rows.start
-    return apart or before.batch != tile.batch
 
 
 def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:
