@@ -36,7 +36,7 @@ from ring_attn.kernels import Problem, get_kernel
 from ring_attn.layout import LAYOUTS, Shard
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
 from ring_attn.tiles import Tile, tiles
-from tests.gpu.scores import BOUND, NAMES, modifying, of_unit_norm, scores_of
+from tests.gpu.scores import BOUND, NAMES, WIDE, modifying, of_unit_norm, scores_of
 from tests.support import (
     BAND_KINDS,
     FLOAT32_LIMIT,
@@ -142,8 +142,9 @@ def cases(pair: tuple[str, str], quick: bool) -> Iterator[Case]:
             for kind in ("full", "causal", "documents"):
                 yield Case(kind, torch.bfloat16, *dims, next(heads), next(sizes), next(visits))
     if not set(pair) <= OWN:
-        for dtype, dim, kind in product(HALF, (64, 128), ("causal", "strict", "batch rows", "many")):
-            yield Case(kind, dtype, dim, dim, next(heads), next(sizes), next(visits), score="softcap")
+        kinds, scores = ("causal", "strict", "batch rows", "many"), ("softcap", "wide softcap")
+        for dtype, dim, kind, score in product(HALF, (64, 128), kinds, scores):
+            yield Case(kind, dtype, dim, dim, next(heads), next(sizes), next(visits), score=score)
         return
     for dtype in HALF:
         for dim in (33, 256):
@@ -260,6 +261,8 @@ def measure(case: Case, forward, backward) -> dict[str, tuple[float, float]]:
     tile_list, scale, score = case.tiles, case.head_dim**-0.5, scores_of(case.score, h, "cuda")
     if case.score == "bounded":
         (q, k), scale = of_unit_norm(q, k), BOUND
+    if case.score == "wide softcap":
+        scale *= WIDE
     visits = split_tiles(tile_list, case.visits)
     exact = truth(q, k, v, dout, visits, scale=scale, dlse=dlse, score=score)
     found = run_kernel(forward, q, k, v, dout, visits, scale=scale, dlse=dlse, backward=backward, score=score)

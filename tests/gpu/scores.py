@@ -35,7 +35,8 @@ from tests.support import GRAD_FACTOR, OUT_FACTOR, random_qkv, rel_error
 
 BOUND = 3.0  # of "bounded": in every dtype one that the Triton forward uses
 WAYS = "forward", "backward"
-NAMES = ("softcap", "alibi", "softcap, alibi", "alibi, softcap", "function", "bounded")
+NAMES = ("softcap", "wide softcap", "alibi", "softcap, alibi", "alibi, softcap", "function", "bounded")
+WIDE = 20.0  # how many times as large scores are under "wide softcap", so that many come near its 50
 
 
 def scores_of(name: str, heads: int, device: str, bound: float = BOUND, cap: float = 2.0) -> Scores:
@@ -43,7 +44,7 @@ def scores_of(name: str, heads: int, device: str, bound: float = BOUND, cap: flo
     from tests.kernels.triton_functions import BOW
 
     slopes = torch.linspace(0.02, 0.3, heads, device=device)
-    steps = {"softcap": SoftCap(cap), "alibi": Alibi(slopes), "function": BOW}
+    steps = {"softcap": SoftCap(cap), "wide softcap": SoftCap(50.0), "alibi": Alibi(slopes), "function": BOW}
     chosen = tuple(steps[word] for word in name.split(", ") if word in steps)
     return Scores(chosen, bound=bound) if name == "bounded" else Scores(chosen)
 
