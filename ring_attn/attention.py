@@ -8,6 +8,11 @@ Note [rest]: an out rounded to 16 bits makes delta wrong, by as much for all key
 rounding, but the gradient of slopes adds it up times the keys' distances, and ends with up to four times the error of plain
 PyTorch, whose softmax takes delta from its own products. So where tensors of score modifiers learn, `rest` is kept beside out:
 what rounding took from it, again in 16 bits. It is 0 where a library hands back out in 16 bits in one call, as flex may.
+
+Note [parts of a backward]: sums of dq, and of dK and dV of what a visit meets, take more memory in fp32 than all inputs. Heads
+have nothing to do with each other, so where that is much, a backward goes by parts of the heads, one tour after the other: of
+many rows as few heads as still fill a GPU, for the memory of these alone. Where scores or masks tell heads apart or learn,
+and where a ring keeps KV, all go at once.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from ring_attn.call import Call, called, name_kept, named, validate
+from ring_attn.call import Call, Settled, called, name_kept, named, validate
 from ring_attn.exchange.base import GradTypes
 from ring_attn.kernels import Grads, Upstream
 from ring_attn.mask import Causal, Mask
@@ -162,20 +167,45 @@ def _backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """dq, dk, dv and the gradients of those `tensors` for which they are `wanted`, empty for the others."""
-    ring = call.ring
-    settled = ring.settled.get(call.key(q, k, v, tensors)) or call.settle(q, k, v)
-    plan, exchange, kernel = settled.plan_back, settled.back, settled.kernel("backward", lse_grad=up.dlse is not None)
-    queries = call.hosted(q)
-    dq, unwritten_q = torch.empty(q.shape, dtype=up.lse.dtype, device=q.device), True
-    dqs = call.hosted(dq)
-    ups = [Upstream(*parts) for parts in zip(*(_hosted_upstream(up, call)), strict=True)]
-    kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
+    settled = call.ring.settled.get(call.key(q, k, v, tensors)) or call.settle(q, k, v)
     of_modifiers, sinks = call.split(tensors)
-    modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
+    ups = [_hosted_upstream(part, call) for part in up.head_parts(settled.head_parts)]
+    found = [
+        _of_heads(*part, kept, of_modifiers, totals, settled, call)
+        for part in zip(ups, *(x.chunk(settled.head_parts, 2) for x in (q, k, v)), strict=True)
+    ]
+    dq, dk, dv = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*found, strict=True))
+    if sinks is not None:
+        # A sink is a key with v = 0, so its dp is 0.
+        p = (sinks.to(up.lse.dtype)[:, None] - up.lse.masked_fill(up.lse == -torch.inf, torch.inf)).exp()
+        delta = torch.cat([torch.cat([one.delta for one in part], -1) for part in ups], 1)
+        totals.append(-delta.mul(p).sum((0, 2)))
+    of_tensors = [x.new_empty(0) if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
+    return dq, dk, dv, of_tensors
+
+
+def _of_heads(
+    ups: Sequence[Upstream],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Sequence[Tensor],
+    of_modifiers: Sequence[Tensor],
+    totals: Sequence[Tensor | None],
+    settled: Settled,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of some heads, of which each hosted rank has `ups`; adds the gradients of `of_modifiers` to `totals`."""
+    ring, plan, exchange, sums = call.ring, settled.plan_back, settled.back, ups[0].lse.dtype
+    kernel = settled.kernel("backward", lse_grad=ups[0].dlse is not None)
+    queries = call.hosted(q)
+    dq, unwritten_q = torch.empty(q.shape, dtype=sums, device=q.device), True
+    dqs = call.hosted(dq)
+    kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
+    modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     score_grads = call.hosted_score_grads(totals, of_modifiers, queries[0].shape[1])
-    dtypes = GradTypes(sums=up.lse.dtype, wire=ring.grad_dtype or up.lse.dtype)
-    homeward = exchange.homeward(ring.transport, plan, dtypes)
+    homeward = exchange.homeward(ring.transport, plan, GradTypes(sums, wire=ring.grad_dtype or sums))
     what = f"{exchange.name} backward"
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
         buffers, unwritten_kv = homeward.buffers(visit)
@@ -193,12 +223,7 @@ def _backward(
         homeward.add(visit)
         del visit, buffers
     dk, dv = (_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
-    if sinks is not None:
-        # A sink is a key with v = 0, so its dp is 0.
-        p = (sinks.to(up.lse.dtype)[:, None] - up.lse.masked_fill(up.lse == -torch.inf, torch.inf)).exp()
-        totals.append(-torch.cat([part.delta for part in ups], -1).mul(p).sum((0, 2)))
-    of_tensors = [x.new_empty(0) if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
-    return dq.to(q.dtype), dk, dv, of_tensors
+    return dq.to(q.dtype), dk, dv
 
 
 def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -206,11 +231,12 @@ def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return parts[0].to(dtype, copy=True) if len(parts) == 1 else torch.cat(parts, 1).to(dtype)
 
 
-def _hosted_upstream(up: Upstream, call: Call) -> tuple[list, list, list, list, list]:
+def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:
+    """What each hosted rank's rows get."""
     lse = [x.contiguous() for x in call.hosted(up.lse, 2)]
     dlse = [None] * len(lse) if up.dlse is None else call.hosted(up.dlse, 2)
     rest = [None] * len(lse) if up.rest is None else call.hosted(up.rest)
-    return call.hosted(up.dout), call.hosted(up.out), lse, dlse, rest
+    return [Upstream(*of_rank) for of_rank in zip(call.hosted(up.dout), call.hosted(up.out), lse, dlse, rest, strict=True)]
 
 
 @torch.library.custom_op("ring_attn::forward", mutates_args=())

@@ -29,6 +29,8 @@ from ring_attn.tiles import Plan
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
 
+_SUMS = 350 << 20  # bytes of dq, dK and dV in fp32 from which on parts of the heads still fill a GPU
+
 
 @dataclass(frozen=True)
 class Call:
@@ -166,11 +168,23 @@ class Call:
         """What the call comes to, on two axes that of a part."""
         part, *of_part = self.of_part(q, k, v)
         exchange = back = part.exchange(*of_part)
+        plan, head_parts = part._plan_by(exchange, *of_part), 1
         if not self.ring.keep_kv:
-            row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
+            head_parts = part._head_parts(plan, *of_part)
+            row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:]) // head_parts
             back = for_backward(exchange, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
-        plans = (part._plan_by(one, *of_part) for one in (exchange, back))
-        return Settled(exchange, back, *plans, part.problem(*of_part, "forward"), self.ring.kernel)
+        plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
+        return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel)
+
+    def _head_parts(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> int:
+        """In how many parts of the heads a backward goes, see Note [parts of a backward] of `ring_attn.attention`."""
+        of_heads = (self.modifiers, self.mask)
+        if self.modifiers.tensors() or any(x.from_head(1) != x for x in of_heads):
+            return 1
+        rows = len(self.ring.hosted) * max(total_rows(parts) for step in plan.meets for parts in step)
+        sums = q.numel() + rows * sum(x.shape[0] * x.shape[2] * x.shape[3] for x in (k, v))
+        wanted, heads = sums * accumulator_dtype(q.dtype).itemsize / _SUMS, k.shape[2]
+        return next(n for n in range(1, heads + 1) if heads % n == 0 and (n >= wanted or n == heads))
 
     def kept_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, int, int]]:
         """Of what a forward keeps for its backward of what came from other ranks."""
@@ -225,13 +239,14 @@ class Call:
 class Settled:
     """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward.
 
-    `back`, `plan_back`: exchange and plan of the backward.
+    `back`, `plan_back`, `head_parts`: exchange and plan of the backward, and in how many parts of the heads it goes.
     """
 
     exchange: Exchange
     back: Exchange
     plan: Plan
     plan_back: Plan
+    head_parts: int
     problem: Problem
     kernel_name: str
 

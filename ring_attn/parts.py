@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from functools import lru_cache
-from itertools import pairwise
 
-from ring_attn.layout import Layout, Part, places, total_rows
+from ring_attn.layout import Layout, Part, places
 from ring_attn.mask import Mask
-from ring_attn.tiles import Tile, count_cells, part_positions, tiles
+from ring_attn.tiles import part_positions, tiles
 
 
 def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
@@ -22,10 +20,14 @@ def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
     return tuple(part for _, part in sorted(found, key=lambda pair: pair[0]))
 
 
+@lru_cache(maxsize=256)
 def needed(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[Part, ...]:
-    """The rows of other ranks that a rank's tiles hold, in position order."""
+    """The rows of other ranks that a rank's tiles hold, in position order; kept, for a forward and a backward both ask."""
     parts: list[Part] = []
-    for source, found in enumerate(_met(layout, kv_layout, mask, rank)):
+    for source in range(layout.ring_size):
+        if source == rank:
+            continue
+        found = tiles(layout.shard(rank), [kv_layout.shard(source)], mask)
         for rows in sorted({tile.kv_rows for tile in found}, key=lambda rows: rows.start):
             last = parts[-1] if parts else None
             if last and last.rank == source and rows.start <= last.rows.stop:
@@ -38,43 +40,6 @@ def needed(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[Pa
 def evenly(length: int, count: int) -> list[range]:
     """range(length) in `count` runs of almost the same length."""
     return [range(length * n // count, length * (n + 1) // count) for n in range(count)]
-
-
-def by_cells(layout: Layout, kv_layout: Layout, mask: Mask, rank: int, parts: tuple[Part, ...], count: int) -> list[range]:
-    """The rows of a rank's visit that holds the parts, in `count` runs of almost the same number of cells."""
-    length = total_rows(parts)
-    if count == 1 or length == 0:
-        return evenly(length, count)
-    # For each part and tile that share rows: where the part begins in the visit, where it begins and ends in its shard.
-    found = [
-        (place.start, part.rows.start, part.rows.stop, tile)
-        for part, place in places(parts)
-        for tile in _met(layout, kv_layout, mask, rank)[part.rank]
-        if tile.kv_rows.start < part.rows.stop and part.rows.start < tile.kv_rows.stop
-    ]
-
-    def cells_before(row: int) -> int:
-        """Of the visit's rows before that one."""
-        return sum(_cells_within(tile, start, min(start + max(0, row - place), stop)) for place, start, stop, tile in found)
-
-    grain = max(1, length // 64)
-    rows, whole = range(0, length, grain), cells_before(length)
-    cuts = [min(bisect_left(rows, whole * n / count, key=cells_before) * grain, length) for n in range(1, count)]
-    return [range(start, stop) for start, stop in pairwise([0, *cuts, length])]
-
-
-@lru_cache(maxsize=256)
-def _met(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[tuple[Tile, ...], ...]:
-    """The tiles of a rank with the whole shard of each rank, none with its own; kept, for it is asked for at each plan."""
-    sources = range(layout.ring_size)
-    return tuple(() if x == rank else tiles(layout.shard(rank), [kv_layout.shard(x)], mask) for x in sources)
-
-
-def _cells_within(tile: Tile, start: int, stop: int) -> int:
-    """The cells of those of a tile's KV rows that lie from `start` to `stop`."""
-    before = (min(max(0, row - tile.kv_rows.start), len(tile.kv_rows)) for row in (start, stop))
-    first, last = (count_cells(len(tile.q_rows), rows, tile.band) if rows else 0 for rows in before)
-    return last - first
 
 
 def within(parts: tuple[Part, ...], rows: range) -> tuple[Part, ...]:

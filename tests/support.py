@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ring_attn import exchange
+from ring_attn import call, exchange
 from ring_attn.exchange import pull
 from ring_attn.kernels import Grads, Kernel, Upstream
 from ring_attn.layout import Contiguous
@@ -217,9 +217,9 @@ def split_tiles(tile_list: Sequence[Tile], visits: int) -> list[tuple[Tile, ...]
 
 
 @contextmanager
-def ways_home_in(parts: int) -> Iterator[None]:
-    """Inside, the backward of the pull exchange meets its own shard in halves, and the others' rows in so many parts."""
-    with patch.multiple(pull, _HALVES_FROM=0, _PART=1, _MOST_PARTS=parts):
+def way_home_hidden(by_heads: bool) -> Iterator[None]:
+    """Inside, a backward by pull meets its own shard in halves; `by_heads`: and any goes KV head by KV head, where it may."""
+    with patch.object(pull, "_HALVES_FROM", 0), patch.object(call, "_SUMS", 1 if by_heads else 1 << 60):
         exchange.make_plan.cache_clear()
         try:
             yield

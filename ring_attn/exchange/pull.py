@@ -2,9 +2,7 @@
 
 Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many, the
 own shard is met in halves of its KV rows: first those that the fewest queries of a causal mask see, while the others' KV comes,
-and last the rest, while what was gathered for the others goes home. These are met in parts of about `_PART` bytes of dK and dV,
-of which each leaves while the next is attended and none takes much memory. Ranks wait for each other before every transfer, so
-a part has the same share of the cells of every rank, unless memory is bounded: then it is as many rows.
+and last the rest, while what was gathered for the others goes home.
 """
 
 from __future__ import annotations
@@ -18,12 +16,10 @@ from ring_attn.comm.transport import Pending, Transport
 from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
-from ring_attn.parts import by_cells, evenly, needed, steps_for, within
+from ring_attn.parts import evenly, needed, steps_for, within
 from ring_attn.tiles import Meets, Plan
 
-# From where on a way home takes longer than what more calls of a kernel do; what goes in half a millisecond over NVLink; and
-# so many parts that merges do not count.
-_HALVES_FROM, _PART, _MOST_PARTS = 64 << 20, 160 << 20, 4
+_HALVES_FROM = 64 << 20  # bytes, from where on a way home takes longer than what more calls of a kernel do
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,9 @@ class PullExchange:
         ranks, length = range(layout.ring_size), kv_layout.shard_len
         wanted = [needed(layout, kv_layout, mask, rank) for rank in ranks]
         most = max(map(total_rows, wanted))
-        home = most * self.row_home
-        count = max(1, min(_MOST_PARTS, -(-home // _PART)))
-        if max_rows is None:
-            cut = [by_cells(layout, kv_layout, mask, rank, parts, count) for rank, parts in enumerate(wanted)]
-        else:
-            count = max(count, steps_for(most, max_rows))
-            cut = [evenly(total_rows(parts), count) for parts in wanted]
-        by_rank = [[within(parts, rows) for rows in runs] for parts, runs in zip(wanted, cut, strict=True)]
-        halved = self.row_home and home >= _HALVES_FROM
+        count = steps_for(most, max_rows)
+        by_rank = [[within(parts, rows) for rows in evenly(total_rows(parts), count)] for parts in wanted]
+        halved = self.row_home and most * self.row_home >= _HALVES_FROM
         halves = [range(length // 2, length), range(length // 2)] if halved else [range(length)]
         first, *rest = (tuple((Part(rank, rows),) for rank in ranks) for rows in halves)
         return first, *zip(*by_rank, strict=True), *rest

@@ -71,6 +71,13 @@ class Upstream:
         delta = (self.dout.to(self.lse.dtype) * out).sum(-1).transpose(1, 2)
         return (delta if self.dlse is None else delta - self.dlse).contiguous()
 
+    def head_parts(self, count: int) -> list[Upstream]:
+        """The same for each of so many parts of the heads."""
+        of_rows = ([None] * count if x is None else x.chunk(count, 2) for x in (self.dout, self.out, self.rest))
+        of_lse = ([None] * count if x is None else x.chunk(count, 1) for x in (self.lse, self.dlse))
+        (dout, out, rest), (lse, dlse) = of_rows, of_lse
+        return [Upstream(*part) for part in zip(dout, out, lse, dlse, rest, strict=True)]
+
 
 @dataclass(frozen=True)
 class Grads:

@@ -21,7 +21,7 @@ from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
 from tests.matrix import cases, check
-from tests.support import ways_home_in
+from tests.support import way_home_hidden
 from tests.test_transport import conform
 
 
@@ -103,8 +103,8 @@ def _conforms(rank, folder):
                 for keep_kv in (False, True):
                     options = {"exchange": "pull", "kernel": case.kernel, "keep_kv": keep_kv}
                     check(case, ra.Ring(SymmetricTransport(), layout=case.layout, **options))
-                for parts in (1, 3):
-                    with ways_home_in(parts):
+                for by_heads in (False, True):
+                    with way_home_hidden(by_heads):
                         check(case, ra.Ring(SymmetricTransport(), layout=case.layout, exchange="pull", kernel=case.kernel))
 
 

@@ -31,7 +31,7 @@ from ring_attn.comm.second import second_group
 from ring_attn.comm.symmetric import SymmetricTransport
 from tests.dist.test_symmetric import rounds_that_went_wrong
 from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
-from tests.support import GRAD_FACTOR, OUT_FACTOR, allowed, dense, random_qkv, rel_error, ways_home_in
+from tests.support import GRAD_FACTOR, OUT_FACTOR, allowed, dense, random_qkv, rel_error, way_home_hidden
 from tests.test_transport import conform
 
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -168,8 +168,9 @@ def symmetric(report: Report) -> None:
     if dist.get_world_size() == 4:
         report.attempt("symmetric memory: the same in two rings at once", dozing_rounds, 1000, 2)
     pulled = [case for case in cases() if case.exchange == "pull"]
-    for parts in (1, 3):
-        report.attempt(f"symmetric memory: float64 matrix, ways home in {parts}", matrix_with_ways_home, pulled, parts)
+    for by_heads in (False, True):
+        name = f"symmetric memory: float64 matrix, way home hidden{', by heads' * by_heads}"
+        report.attempt(name, matrix_with_hidden_way_home, pulled, by_heads)
     for keep in (False, True):
         report.attempt(
             f"symmetric memory: float64 matrix{', KV kept' * keep}",
@@ -177,8 +178,8 @@ def symmetric(report: Report) -> None:
         )
 
 
-def matrix_with_ways_home(pulled: list[Case], parts: int) -> None:
-    with ways_home_in(parts):
+def matrix_with_hidden_way_home(pulled: list[Case], by_heads: bool) -> None:
+    with way_home_hidden(by_heads):
         for case in pulled:
             check(case, symmetric_ring(case.layout, case.kernel), device=DEVICE)
 
