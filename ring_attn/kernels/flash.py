@@ -123,7 +123,7 @@ def load() -> _Library | str:
     try:
         import flash_attn
         from flash_attn import flash_attn_interface
-    except ImportError as error:
+    except Exception as error:  # a library that does not fit its machine raises what it likes, and is no reason to fail here
         missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
         return "flash_attn is not installed" if missing else f"flash_attn 2 does not import here: {error}"
     release = getattr(flash_attn, "__version__", "unknown")
@@ -193,7 +193,7 @@ def load4() -> ModuleType | str:
     """flash-attn 4's interface, or the reason why it cannot be used."""
     try:
         from flash_attn.cute import interface
-    except ImportError as error:
+    except Exception as error:  # as above
         missing = isinstance(error, ModuleNotFoundError) and error.name in ("flash_attn", "flash_attn.cute")
         return "flash-attn 4 (flash_attn.cute) is not installed" if missing else f"flash-attn 4 does not import here: {error}"
     return interface

@@ -259,6 +259,21 @@ def test_what_is_installed_and_cannot_be_used(modules, reason):
         resolve("flash2", problem())
 
 
+@pytest.mark.parametrize("error", ["RuntimeError", "OSError", "AttributeError", "ImportError"])
+@pytest.mark.parametrize(("kernel", "module"), [("flash2", "flash_attn_interface"), ("flash4", "cute/interface")])
+def test_a_library_that_fails_to_import_is_one_that_cannot_be_used(tmp_path, error, kernel, module):
+    """Of whatever kind its error is; auto goes on without it."""
+    path = tmp_path.joinpath(f"{module}.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"raise {error}('no toolkit for this driver')")
+    package = ModuleType("flash_attn")
+    package.__path__, package.__version__ = [str(tmp_path)], "2.8.3"
+    with in_place_of_flash_attn({"flash_attn": package}):
+        with pytest.raises(KernelUnavailable, match="does not import here: no toolkit for this driver"):
+            resolve(kernel, problem())
+        assert resolve("auto", problem(device="cpu")) is not None
+
+
 @pytest.mark.parametrize("version", ["2.5.0", "2.6.0.post1", "2.7.0rc2", "2.8.99"])
 def test_patch_releases_are_taken(version):
     with in_place_of_flash_attn(release(version)):
