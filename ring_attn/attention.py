@@ -10,15 +10,15 @@ PyTorch, whose softmax takes delta from its own products. So where tensors of sc
 what rounding took from it, again in 16 bits. It is 0 where a library hands back out in 16 bits in one call, as flex may.
 
 Note [parts of a backward]: sums of dq, and of dK and dV of what a visit meets, take more memory in fp32 than all inputs. Heads
-have nothing to do with each other, so where that is much, a backward goes by parts of the heads, one tour after the other: of
-many rows as few heads as still fill a GPU, for the memory of these alone. Where scores or masks tell heads apart or learn,
-and where a ring keeps KV, all go at once.
+have nothing to do with each other, so where that is much, a backward goes by parts of the heads, of many rows as few heads as
+still fill a GPU, for the memory of these alone; see also `_in_turn`. Where scores or masks tell heads apart or learn, and where
+a ring keeps KV, all go at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ring_attn.call import Call, Settled, called, name_kept, named, validate
-from ring_attn.exchange.base import GradTypes
+from ring_attn.exchange.base import HowHome
 from ring_attn.kernels import Grads, Upstream
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
@@ -36,6 +36,8 @@ from ring_attn.ulysses import over_heads
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
+
+_OfHeads = Generator[bool, None, tuple[Tensor, Tensor, Tensor]]
 
 
 def ring_attention(
@@ -171,10 +173,10 @@ def _backward(
     of_modifiers, sinks = call.split(tensors)
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
     ups = [_hosted_upstream(part, call) for part in up.head_parts(settled.head_parts)]
-    found = [
+    found = _in_turn(
         _of_heads(*part, kept, of_modifiers, totals, settled, call)
         for part in zip(ups, *(x.chunk(settled.head_parts, 2) for x in (q, k, v)), strict=True)
-    ]
+    )
     dq, dk, dv = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*found, strict=True))
     if sinks is not None:
         # A sink is a key with v = 0, so its dp is 0.
@@ -195,21 +197,26 @@ def _of_heads(
     totals: Sequence[Tensor | None],
     settled: Settled,
     call: Call,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of some heads, of which each hosted rank has `ups`; adds the gradients of `of_modifiers` to `totals`."""
+) -> _OfHeads:
+    """Returns dq, dk and dv of some heads, of which each hosted rank has `ups`, and adds the gradients of `of_modifiers` to
+    `totals`. Yields before each visit whether it is the last.
+    """
     ring, plan, exchange, sums = call.ring, settled.plan_back, settled.back, ups[0].lse.dtype
     kernel = settled.kernel("backward", lse_grad=ups[0].dlse is not None)
     queries = call.hosted(q)
-    dq, unwritten_q = torch.empty(q.shape, dtype=sums, device=q.device), True
-    dqs = call.hosted(dq)
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     score_grads = call.hosted_score_grads(totals, of_modifiers, queries[0].shape[1])
-    homeward = exchange.homeward(ring.transport, plan, GradTypes(sums, wire=ring.grad_dtype or sums))
-    what = f"{exchange.name} backward"
+    how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.head_parts > 1)
+    homeward = exchange.homeward(ring.transport, plan, how)
+    what, dq = f"{exchange.name} backward", None
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
+        yield visit.last
+        unwritten_q = dq is None
+        if unwritten_q:
+            dq = torch.empty(q.shape, dtype=sums, device=q.device)
         buffers, unwritten_kv = homeward.buffers(visit)
-        for i, rank in enumerate(ring.hosted):
+        for i, (rank, of_rank) in enumerate(zip(ring.hosted, call.hosted(dq), strict=True)):
             kernel.backward(
                 ups[i],
                 queries[i],
@@ -217,13 +224,33 @@ def _of_heads(
                 plan[rank, visit.step],
                 scale=call.scale,
                 score=modifiers[i],
-                into=Grads(dqs[i], *buffers[i], score_grads[i], unwritten_q, unwritten_kv),
+                into=Grads(of_rank, *buffers[i], score_grads[i], unwritten_q, unwritten_kv),
             )
-        unwritten_q = False
         homeward.add(visit)
         del visit, buffers
-    dk, dv = (_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
-    return dq.to(q.dtype), dk, dv
+    return dq.to(q.dtype), *(_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
+
+
+def _in_turn(parts: Iterable[_OfHeads]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each of the parts returns; the KV of one travels during the last visit of the one before."""
+    found, ending = [], None
+    for part in parts:
+        last = next(part)
+        if ending is not None:
+            found.append(_returned(ending))
+        while not last:
+            last = next(part)
+        ending = part
+    return [*found, _returned(ending)]
+
+
+def _returned(part: _OfHeads) -> tuple[Tensor, Tensor, Tensor]:
+    """What a part returns after its last visit."""
+    try:
+        next(part)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("a part went on after its last visit")
 
 
 def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

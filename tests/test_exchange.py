@@ -123,7 +123,7 @@ class Noting(LocalTransport):
     ("by_heads", "rows", "moved"),
     [
         (False, None, "pull, own, push, visit, own, home"),
-        (True, None, "pull, own, push, visit, own, home, pull, own, push, visit, own, home"),
+        (True, None, "pull, own, push beside, visit, pull, own, home, own, push beside, visit, own, home"),
         (False, 15, "pull, own, pull, push beside, visit, home, push beside, visit, own, home"),
     ],
 )

@@ -14,7 +14,7 @@ from ring_attn import call
 from ring_attn.bench.contenders import Case, OnRing
 from ring_attn.bench.timing import Everyone, Mark, mark, ms_between
 from ring_attn.comm.transport import Transport
-from ring_attn.exchange.base import KV, Exchange, Homeward, Visit
+from ring_attn.exchange.base import KV, Exchange, Homeward, HowHome, Visit
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
 from ring_attn.ring import Ring
@@ -89,8 +89,8 @@ class _Watched:
             yield visit
             self.seen.append(_Seen(direction, visit.step, start, mark(self.device)))
 
-    def homeward(self, transport: Transport, plan: Plan, dtype: torch.dtype) -> Homeward:
-        return self.inner.homeward(transport, plan, dtype)
+    def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:
+        return self.inner.homeward(transport, plan, how)
 
 
 @contextmanager

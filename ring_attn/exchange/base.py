@@ -28,11 +28,12 @@ class Visit(NamedTuple):
     came: Sequence[Tensor] = ()
 
 
-class GradTypes(NamedTuple):
-    """In what dtype dK and dV are summed here, that of lse, and in what they travel."""
+class HowHome(NamedTuple):
+    """In what dtype dK and dV are summed here, that of lse, and in what they travel. `busy`: KV of another tour travels too."""
 
     sums: torch.dtype
     wire: torch.dtype
+    busy: bool = False
 
 
 class Homeward(Protocol):
@@ -58,7 +59,7 @@ class Exchange(Protocol):
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]: ...
 
-    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward: ...
+    def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward: ...
 
 
 def visits(
@@ -95,9 +96,9 @@ class PackedHomeward:
     that KV travels over.
     """
 
-    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> None:
-        self.transport = transport.beside if self.meets_traffic(plan) else transport
-        self.plan, self.dtypes = plan, dtypes
+    def __init__(self, transport: Transport, plan: Plan, how: HowHome) -> None:
+        self.transport = transport.beside if how.busy or self.meets_traffic(plan) else transport
+        self.plan, self.how = plan, how
         self.rows: list[Tensor] = []
         self.own: list[Tensor] = []
         self.pending: list[tuple[slice, Pending[list[Tensor]]]] = []
@@ -108,12 +109,12 @@ class PackedHomeward:
 
     def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
         self.widths = Widths.of(visit.kv[0])
-        self.rows = [self.widths.unwritten(pair, self.dtypes.sums) for pair in visit.kv]
+        self.rows = [self.widths.unwritten(pair, self.how.sums) for pair in visit.kv]
         return [self.widths.unpack(rows) for rows in self.rows], True
 
     def sent(self, rows: list[Tensor]) -> list[Tensor]:
         """The rows as they travel."""
-        return [x.to(self.dtypes.wire) for x in rows]
+        return [x.to(self.how.wire) for x in rows]
 
     def collect(self) -> list[KV]:
         self.add_arrived(self.own)

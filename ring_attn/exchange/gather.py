@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, pack, visits
+from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, pack, visits
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, in_position_order, span
@@ -57,8 +57,8 @@ class GatherExchange:
 
         return visits(gather(plan.steps[0]), plan, gather, read)
 
-    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
-        return _GatherHomeward(transport, plan, dtypes)
+    def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:
+        return _GatherHomeward(transport, plan, how)
 
 
 class _GatherHomeward(PackedHomeward):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
+from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, at_hand, visits
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
@@ -73,8 +73,8 @@ class PullExchange:
             yield Visit(step, list(map(widths.unpack, came)), False, came)
         yield Visit(0, kv, True)
 
-    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
-        return _PullHomeward(transport, plan, dtypes)
+    def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:
+        return _PullHomeward(transport, plan, how)
 
 
 def _own_rows(plan: Plan, step: int) -> slice | None:
@@ -88,8 +88,8 @@ def _own_rows(plan: Plan, step: int) -> slice | None:
 class _PullHomeward(PackedHomeward):
     """The own rows are written by the visits that meet them, and what others pushed is added to them when it is waited for."""
 
-    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> None:
-        super().__init__(transport, plan, dtypes)
+    def __init__(self, transport: Transport, plan: Plan, how: HowHome) -> None:
+        super().__init__(transport, plan, how)
         self.pushed: Pending | None = None
         self.unwritten: list[slice] = []
 
@@ -129,7 +129,7 @@ class _PullHomeward(PackedHomeward):
         k, _ = pair
         self.widths = Widths.of(pair)
         width, shape = self.widths.heads * (self.widths.d + self.widths.dv), (k.shape[0], self.plan.kv_layout.shard_len)
-        self.own = [k.new_empty(*shape, width, dtype=self.dtypes.sums) for _ in self.transport.hosted]
+        self.own = [k.new_empty(*shape, width, dtype=self.how.sums) for _ in self.transport.hosted]
         own_steps = (_own_rows(self.plan, step) for step in range(len(self.plan.meets)))
         self.unwritten = [rows for rows in own_steps if rows is not None]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand, visits
+from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, at_hand, visits
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.tiles import Meets, Plan
@@ -42,8 +42,8 @@ class RingExchange:
         """The packed rows of a visit at step `start` on to the ranks that visit them at step `stop`, which is 0 at home."""
         return transport.shift(rows, stop - start, what=what)
 
-    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
-        return _RingHomeward(transport, plan, dtypes, self)
+    def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:
+        return _RingHomeward(transport, plan, how, self)
 
 
 class _RingHomeward(PackedHomeward):
@@ -52,8 +52,8 @@ class _RingHomeward(PackedHomeward):
     A visit fills buffers of its own, so that what came from the rank before is awaited only after this visit's compute.
     """
 
-    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes, exchange: RingExchange) -> None:
-        super().__init__(transport, plan, dtypes)
+    def __init__(self, transport: Transport, plan: Plan, how: HowHome, exchange: RingExchange) -> None:
+        super().__init__(transport, plan, how)
         self.exchange = exchange
 
     def add(self, visit: Visit) -> None:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from ring_attn.comm.transport import Parts, Pending, Transport
-from ring_attn.exchange.base import KV, GradTypes, Homeward, PackedHomeward, Visit, Widths, at_hand
+from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, at_hand
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.parts import needed
@@ -78,8 +78,8 @@ class TwoLevelExchange:
         """The parts of a step inside a node, by the ranks that hold them then."""
         return _held(plan.meets[step], step // 2 * self.ranks_per_node)
 
-    def homeward(self, transport: Transport, plan: Plan, dtypes: GradTypes) -> Homeward:
-        return _TwoLevelHomeward(transport, plan, dtypes, self)
+    def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:
+        return _TwoLevelHomeward(transport, plan, how, self)
 
 
 @lru_cache(maxsize=256)
@@ -92,8 +92,8 @@ def _held(parts: Parts, away: int) -> Parts:
 class _TwoLevelHomeward(PackedHomeward):
     """dK and dV are pushed to the rank that holds the shard, and follow it from node to node, one level behind."""
 
-    def __init__(self, transport: Transport, plan: Plan, dtypes: GradTypes, exchange: TwoLevelExchange) -> None:
-        super().__init__(transport, plan, dtypes)
+    def __init__(self, transport: Transport, plan: Plan, how: HowHome, exchange: TwoLevelExchange) -> None:
+        super().__init__(transport, plan, how)
         self.exchange, self.level = exchange, 0
         self.held: list[Tensor] | None = None
         self.pushed: Pending | None = None
