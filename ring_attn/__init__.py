@@ -1,6 +1,7 @@
 """Exact attention over sequences too long for one device. The public names; everything else is behind them."""
 
 from ring_attn.attention import ring_attention
+from ring_attn.by_document import ByDocument
 from ring_attn.cache import KVCache
 from ring_attn.capabilities import capabilities
 from ring_attn.decode import tree_decode
@@ -15,6 +16,7 @@ from ring_attn.sharding import global_token_loss, pad_to, shift_labels
 __all__ = [
     "Alibi",
     "Bias",
+    "ByDocument",
     "Causal",
     "CosineSim",
     "Documents",

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from ring_attn.by_document import LayoutChoice
 from ring_attn.call import Call, Settled, called, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
 from ring_attn.kernels import Grads, Upstream
@@ -50,7 +51,7 @@ def ring_attention(
     score: Score | Sequence[Score] | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
-    kv_layout: str | None = None,
+    kv_layout: LayoutChoice | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention output [b, s, h, dv] of this process's query rows over the keys of all ranks, in q's dtype.
 

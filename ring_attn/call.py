@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ring_attn.by_document import LayoutChoice
 from ring_attn.cost import MACHINES, Question, Work, fastest
 from ring_attn.exchange import Exchange, for_backward, get_exchange, make_plan
 from ring_attn.kernels import Kernel, Problem, resolve
@@ -41,13 +42,13 @@ class Call:
     modifiers: Scores
     sinks: bool
     scale: float
-    kv_layout: str | None = None
+    kv_layout: LayoutChoice | None = None
     cosine: tuple[int, bool] | None = None  # groups, and whether the scale is learned, which q then holds
     learns: bool = False
 
     @classmethod
     def make(
-        cls, ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float, kv_layout: str | None = None
+        cls, ring: Ring, mask: Mask, score: Score | Sequence[Score] | None, scale: float, kv_layout: LayoutChoice | None = None
     ) -> Call:
         cosine, modifiers, sinks = sort_scores(score)
         if torch.is_grad_enabled():
@@ -145,7 +146,7 @@ class Call:
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
         ring = (
-            r.layout_name,
+            r.layout_choice,
             self.kv_layout,
             r.exchange,
             r.ranks_per_node,
@@ -280,7 +281,7 @@ def named(call: Call) -> tuple[str, Call]:
     return name, call
 
 
-def name_kept(ring: Ring, mask: Mask, scale: float, kv_layout: str | None, *scores: Score) -> str:
+def name_kept(ring: Ring, mask: Mask, scale: float, kv_layout: LayoutChoice | None, *scores: Score) -> str:
     """The name of a call that a compiled graph may use at any later time. Runs while compiling, which takes no list."""
     name, call = named(Call.make(ring, mask, scores, scale, kv_layout))
     _kept.append(call)
@@ -329,7 +330,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
     if call.kv_layout is None and k.shape[1] != q.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} rows here and k {k.shape[1]}; shard both with the same ring, or, for cross-attention, name "
-            f"the layout of the keys, such as kv_layout={call.ring.layout_name!r}"
+            f"the layout of the keys, such as kv_layout='zigzag'"
         )
     layout, kv_layout = call.layouts(q, k)
     call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])

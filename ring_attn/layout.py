@@ -52,8 +52,17 @@ class Layout(Protocol):
     def shard(self, rank: int) -> Shard: ...
 
 
+class Recipe(Protocol):
+    """What makes the layout of a sequence: a layout class, or a choice that knows more than its name."""
+
+    name: str
+    chunks_per_rank: int
+
+    def __call__(self, seq_len: int, ring_size: int) -> Layout: ...
+
+
 @dataclass(frozen=True)
-class _EvenLayout:
+class EvenLayout:
     """What every layout shares: a length that divides evenly, and a rank that exists."""
 
     seq_len: int
@@ -82,7 +91,7 @@ class _EvenLayout:
             raise ValueError(f"rank {rank} is not in a ring of {self.ring_size}; ranks are 0 to {self.ring_size - 1}")
 
 
-class Contiguous(_EvenLayout):
+class Contiguous(EvenLayout):
     """Rank r holds the r-th run of seq_len / ring_size positions. Under a causal mask the last rank works hardest."""
 
     name = "contiguous"
@@ -92,7 +101,7 @@ class Contiguous(_EvenLayout):
         return (range(rank * self.shard_len, (rank + 1) * self.shard_len),)
 
 
-class Striped(_EvenLayout):
+class Striped(EvenLayout):
     """Rank r holds positions r, r + ring_size, r + 2 ring_size, ... (striped attention, arXiv 2311.09431)."""
 
     name = "striped"
@@ -102,7 +111,7 @@ class Striped(_EvenLayout):
         return (range(rank, self.seq_len, self.ring_size),)
 
 
-class Zigzag(_EvenLayout):
+class Zigzag(EvenLayout):
     """Rank r holds chunks r and 2 ring_size - 1 - r of 2 ring_size chunks: equal causal work on every rank and step."""
 
     name = "zigzag"

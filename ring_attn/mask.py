@@ -132,13 +132,11 @@ class Documents(Mask):
         kv_lengths: Sequence | None = None,
         kv_cu_seqlens: Sequence | None = None,
     ) -> None:
-        if (lengths is None) == (cu_seqlens is None):
-            raise ValueError("Documents takes exactly one of lengths=... and cu_seqlens=...")
         if kv_lengths is not None and kv_cu_seqlens is not None:
             raise ValueError("Documents takes at most one of kv_lengths=... and kv_cu_seqlens=...")
-        ends = kv_ends = _ends(lengths, cu_seqlens)
+        ends = kv_ends = document_ends("Documents", lengths, cu_seqlens)
         if kv_lengths is not None or kv_cu_seqlens is not None:
-            kv_ends = _ends(kv_lengths, kv_cu_seqlens)
+            kv_ends = document_ends("Documents", kv_lengths, kv_cu_seqlens)
             counts = [len(row) for row in ends], [len(row) for row in kv_ends]
             if counts[0] != counts[1]:
                 raise ValueError(f"every document needs queries and keys, of 0 rows at least, got {counts[0]} and {counts[1]}")
@@ -270,11 +268,13 @@ def _whole(name: str, value) -> int:
     return number
 
 
-def _ends(lengths: Sequence | None, cu_seqlens: Sequence | None) -> tuple[Ends, ...]:
-    """The cumulated ends of the documents, a tuple a batch row, from the one of the two that is given."""
+def document_ends(who: str, lengths: Sequence | None, cu_seqlens: Sequence | None) -> tuple[Ends, ...]:
+    """The cumulated ends of the documents, a tuple a batch row, from the one of the two that is given to `who`."""
+    if (lengths is None) == (cu_seqlens is None):
+        raise ValueError(f"{who} takes exactly one of lengths=... and cu_seqlens=...")
     if lengths is not None:
-        return tuple(map(_ends_from_lengths, _rows_of_ints("Documents", lengths)))
-    return tuple(map(_ends_from_cu_seqlens, _rows_of_ints("Documents", cu_seqlens)))
+        return tuple(map(_ends_from_lengths, _rows_of_ints(who, lengths)))
+    return tuple(map(_ends_from_cu_seqlens, _rows_of_ints(who, cu_seqlens)))
 
 
 def _counts(name: str, values: Sequence[int] | int) -> Ends:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ring_attn import sharding
+from ring_attn.by_document import LayoutChoice, recipe_of
 from ring_attn.comm.copy_engines import with_copy_engines
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, cut_two_axes, split_group, two_axes
@@ -19,7 +20,7 @@ from ring_attn.comm.transport import Transport
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import EXCHANGE_NAMES
 from ring_attn.kernels import check_kernel_name
-from ring_attn.layout import LAYOUTS, Layout, Shared
+from ring_attn.layout import Layout, Shared
 from ring_attn.typed import typed
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Ring:
     """A ring of ranks and how it works. Make one with simulated, from_group or from_mesh, which take
 
-    layout: "contiguous", "striped" or "zigzag": which positions each rank holds;
+    layout: "contiguous", "striped", "zigzag", or a ByDocument made for packed documents: which positions each rank holds;
     exchange: "ring", "gather", "pull", "two-way" or "two-level": how ranks meet each other's KV; "auto" takes the fastest for a
     call, by the formula that `ring-attn plan --explain` prints, which leaves "two-way" out;
     kernel: "auto", the name of a kernel, or a pair such as "triton+flash2" for forward and backward;
@@ -50,7 +51,7 @@ class Ring:
         self,
         transport: Transport | TwoAxes,
         *,
-        layout: str = "zigzag",
+        layout: LayoutChoice = "zigzag",
         exchange: str = "auto",
         kernel: str = "auto",
         kv_memory: int | None = None,
@@ -68,7 +69,7 @@ class Ring:
         self.kv_memory, self.keep_kv, self.grad_dtype = kv_memory, keep_kv, grad_dtype
         self.ranks_per_node = transport.ranks_per_node if ranks_per_node is None else ranks_per_node
         self.transport = transport
-        self.layout_class = _choose("layout", layout, LAYOUTS)
+        self.layout_choice, self._recipe = layout, recipe_of(layout)
         self.exchange = _choose("exchange", exchange, {name: name for name in ("auto", *EXCHANGE_NAMES)})
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
@@ -77,10 +78,10 @@ class Ring:
         self.settled: dict[tuple, Settled] = {}
         rings = dict(zip(transport.ulysses_hosted, transport.rings, strict=True)) if isinstance(transport, TwoAxes) else {}
         # By the Ulysses ranks hosted here: the rings in which they attend, each with its part of the heads.
-        choices = {"layout": layout, "exchange": exchange, "kernel": kernel, "kv_memory": kv_memory, "grad_dtype": grad_dtype}
-        choices["keep_kv"] = keep_kv
+        choices = {"exchange": exchange, "kernel": kernel, "kv_memory": kv_memory, "keep_kv": keep_kv, "grad_dtype": grad_dtype}
+        self._choices = {**choices, "ranks_per_node": ranks_per_node}
         choices["ranks_per_node"] = ranks_per_node and ranks_per_node // self.ulysses
-        self.of_parts = {u: Ring(one, **choices) for u, one in rings.items()}
+        self.of_parts = {u: Ring(one, layout=layout, **choices) for u, one in rings.items()}
 
     def _check_nodes(self, given: int | None) -> None:
         if given is not None and self.exchange not in ("auto", "two-level"):
@@ -94,7 +95,9 @@ class Ring:
 
     @classmethod
     @typed
-    def simulated(cls, ring_size: int, layout: str = "zigzag", *, ulysses: int = 1, hostile: bool = False, **choices) -> Ring:
+    def simulated(
+        cls, ring_size: int, layout: LayoutChoice = "zigzag", *, ulysses: int = 1, hostile: bool = False, **choices
+    ) -> Ring:
         """A ring whose ranks all live in this process, in one tensor [b, t, ...] joined rank by rank.
 
         `ulysses`: as in `from_group`. `hostile`: for tests; see LocalTransport. `choices`: what every ring takes, see Ring.
@@ -111,7 +114,7 @@ class Ring:
     def from_group(
         cls,
         group: ProcessGroup | int | None = None,  # an int is what new_group gives to processes outside the group
-        layout: str = "zigzag",
+        layout: LayoutChoice = "zigzag",
         *,
         ring_size: int | None = None,
         ranks_per_process: int = 1,
@@ -145,7 +148,7 @@ class Ring:
 
     @classmethod
     @typed
-    def from_mesh(cls, mesh: DeviceMesh, layout: str = "zigzag", **choices) -> Ring:
+    def from_mesh(cls, mesh: DeviceMesh, layout: LayoutChoice = "zigzag", **choices) -> Ring:
         """A ring over a one-axis DeviceMesh, such as `mesh["cp"]`, or over a (ulysses, ring) mesh of two axes: along the first
         processes trade heads, along the second they stand in one ring. Copy engines and errors are as in `from_group`.
         """
@@ -157,7 +160,7 @@ class Ring:
         return cls._of_axes(two_axes(mesh.get_group(0), mesh.get_group(1)), layout, choices)
 
     @classmethod
-    def _of_axes(cls, axes: TwoAxes, layout: str, choices: dict) -> Ring:
+    def _of_axes(cls, axes: TwoAxes, layout: LayoutChoice, choices: dict) -> Ring:
         rings = [with_copy_engines(ring, choices.get("exchange", "auto")) for ring in axes.rings]
         return cls(TwoAxes(axes.traders, rings), layout=layout, **choices)
 
@@ -178,12 +181,12 @@ class Ring:
 
     @property
     def layout_name(self) -> str:
-        return self.layout_class.name
+        return self._recipe.name
 
     @property
     def shard_multiple(self) -> int:
         """What a sequence length must be a multiple of; see `pad_to`."""
-        return self.size // self.ulysses * math.lcm(self.layout_class.chunks_per_rank, self.ulysses)
+        return self.size // self.ulysses * math.lcm(self._recipe.chunks_per_rank, self.ulysses)
 
     def seq_len(self, rows: int) -> int:
         """The length of the whole sequence of which this process hosts `rows`. Raises ValueError where they do not divide."""
@@ -191,14 +194,23 @@ class Ring:
             raise ValueError(f"{rows} rows cannot be the equal shards of {len(self.hosted)} hosted ranks; use ring.shard")
         return rows // len(self.hosted) * self.size
 
-    def layout(self, seq_len: int, name: str | None = None) -> Layout:
-        """The layout of a sequence, the ring's own or the one of that name. Raises ValueError where it does not divide."""
-        layout_class = self.layout_class if name is None else _choose("layout", name, LAYOUTS)
-        layout = layout_class(seq_len, self.size // self.ulysses)
+    @typed
+    def with_layout(self, layout: LayoutChoice) -> Ring:
+        """The same ring in another layout: over the same transport, all other choices alike. For packed batches, each with
+        documents of its own: `ring.with_layout(ByDocument(lengths))`.
+
+        It costs no communication and may be made anew at every step; as always, every rank must come to the same one.
+        """
+        return Ring(self.transport, layout=layout, **self._choices)
+
+    def layout(self, seq_len: int, choice: LayoutChoice | None = None) -> Layout:
+        """The layout of a sequence, the ring's own or that of a choice. Raises ValueError where it does not divide."""
+        recipe = self._recipe if choice is None else recipe_of(choice)
+        layout = recipe(seq_len, self.size // self.ulysses)
         return Shared(layout, self.ulysses) if self.ulysses > 1 else layout
 
     @typed
-    def shard(self, x: Tensor, dim: int = 1, *, layout: str | None = None) -> Tensor:
+    def shard(self, x: Tensor, dim: int = 1, *, layout: LayoutChoice | None = None) -> Tensor:
         """Rows of a whole `x` along `dim` that this process hosts. Differentiable: every process gets all of the gradient.
 
         `layout`: one to use in place of the ring's, for the keys of cross-attention.
@@ -206,7 +218,7 @@ class Ring:
         return sharding.shard(x, self.layout(x.shape[dim], layout), self.transport, dim)
 
     @typed
-    def unshard(self, x: Tensor, dim: int = 1, *, grad: str = "replicated", layout: str | None = None) -> Tensor:
+    def unshard(self, x: Tensor, dim: int = 1, *, grad: str = "replicated", layout: LayoutChoice | None = None) -> Tensor:
         """The whole tensor, in global order and on every process, from hosted rows: the inverse of `shard`. Differentiable.
 
         grad="replicated": every process computes the same from the result, so this process's rows of its gradient are the
@@ -215,7 +227,9 @@ class Ring:
         return sharding.unshard(x, self.layout(self.seq_len(x.shape[dim]), layout), self.transport, dim, grad)
 
     @typed
-    def positions(self, seq_len: int, device: torch.device | str | None = None, *, layout: str | None = None) -> Tensor:
+    def positions(
+        self, seq_len: int, device: torch.device | str | None = None, *, layout: LayoutChoice | None = None
+    ) -> Tensor:
         """Global positions of the hosted rows, int64 [rows]: for rotary embeddings and the like."""
         return sharding.positions(self.layout(seq_len, layout), self.hosted, device)
 

@@ -15,6 +15,7 @@ LEVELS = [
     {"typed"},
     {"layout"},
     {"mask"},
+    {"by_document"},
     {"tiles"},
     {"parts"},
     {"score"},
@@ -41,7 +42,7 @@ LEVELS = [
     {"__init__", "__main__"},
 ]
 RANK = {name: level for level, names in enumerate(LEVELS) for name in names}
-STDLIB_ONLY = ("layout", "mask", "tiles", "parts")
+STDLIB_ONLY = ("layout", "mask", "by_document", "tiles", "parts")
 MAY_NAME_DISTRIBUTED = ("comm", "ring", "train")
 
 
