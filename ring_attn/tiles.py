@@ -17,8 +17,8 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import groupby
+from functools import cached_property, lru_cache
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from ring_attn.layout import Layout, Part, Shard, continued
@@ -133,7 +133,7 @@ class Plan:
 
 def part_positions(layout: Layout, part: Part) -> Shard:
     """The global positions of some rows of a shard."""
-    return _positions(_pieces(layout.shard(part.rank)), part.rows)
+    return _positions(_pieces_of(layout, part.rank), part.rows)
 
 
 def count_cells(num_q: int, num_kv: int, band: Band) -> int:
@@ -173,6 +173,12 @@ def _pieces(ranges: Iterable[range]) -> list[_Piece]:
             pieces.append(_Piece(row, r))
         row += len(r)
     return pieces
+
+
+@lru_cache(maxsize=256)
+def _pieces_of(layout: Layout, rank: int) -> list[_Piece]:
+    """The pieces of a rank's shard, asked for at every part of it."""
+    return _pieces(layout.shard(rank))
 
 
 def _cut(piece: _Piece, start: int, stop: int) -> _Piece:
@@ -320,5 +326,10 @@ def _cells_within(tile: Tile, lo: int, hi: int) -> int:
 
 def _positions(pieces: list[_Piece], rows: range) -> Shard:
     """The global positions of `rows`, as ranges."""
-    overlaps = (p.positions[max(0, rows.start - p.row) : max(0, rows.stop - p.row)] for p in pieces)
-    return tuple(r for r in overlaps if r)
+    first = max(0, bisect_right(pieces, rows.start, key=lambda piece: piece.row) - 1)
+    found = []
+    for piece in islice(pieces, first, None):
+        if piece.row >= rows.stop:
+            break
+        found.append(piece.positions[max(0, rows.start - piece.row) : rows.stop - piece.row])
+    return tuple(positions for positions in found if positions)
