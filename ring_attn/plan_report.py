@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ring_attn.by_document import ByDocument
 from ring_attn.cost import MACHINES, Estimate, Question, Work, estimates
 from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES, get_exchange, make_plan
-from ring_attn.layout import LAYOUTS
+from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.tiles import Plan, Tile
 
@@ -21,7 +22,7 @@ class PlanOptions:
     """Prints for every step and rank the sources, the tiles and the cells of a plan, and draws it.
 
     Attributes:
-        layout: Which positions each rank holds.
+        layout: Which positions each rank holds; by-document is made for --documents.
         mask: Who may attend to whom.
         exchange: In which order a rank meets the KV shards; auto is what a call of these sizes takes.
         explain: Also print what every exchange would take, by the formula that auto goes by.
@@ -39,7 +40,7 @@ class PlanOptions:
         plot: A PNG, PDF or SVG file to draw to.
     """
 
-    layout: Literal["contiguous", "striped", "zigzag"] = "zigzag"
+    layout: Literal["contiguous", "striped", "zigzag", "by-document"] = "zigzag"
     mask: Literal["causal", "full"] = "causal"
     exchange: str = "ring"
     ranks_per_node: int | None = None
@@ -87,8 +88,7 @@ def plan_of(options: PlanOptions) -> Plan:
         raise ValueError(f"--ranks-per-node is for the two-level exchange and for --explain, not for {options.exchange}")
     if options.ranks_per_node is not None and (options.ranks_per_node < 1 or options.ring_size % options.ranks_per_node):
         raise ValueError(f"--ranks-per-node {options.ranks_per_node} must divide --ring-size {options.ring_size}")
-    layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
-    mask = mask_of(options)
+    layout, mask = layout_of(options), mask_of(options)
     mask.check(options.seq_len, options.seq_len, 1)
     return make_plan(get_exchange(exchange_of(options), options.ranks_per_node), mask, layout)
 
@@ -103,7 +103,7 @@ def estimates_of(options: PlanOptions) -> tuple[Estimate, ...]:
     for name in ("num_heads", "num_kv_heads", "head_dim"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    layout = LAYOUTS[options.layout](options.seq_len, options.ring_size)
+    layout = layout_of(options)
     work = Work(1, options.num_heads, options.num_kv_heads, options.head_dim, options.head_dim, itemsize=2)
     return estimates(Question(mask_of(options), layout, layout, work, MACHINES[options.machine], None, options.ranks_per_node))
 
@@ -120,18 +120,29 @@ def explained(options: PlanOptions) -> list[str]:
     return [*lines, *(f"  {estimate}" for estimate in found), f"auto takes {found[0].exchange}"]
 
 
+def layout_of(options: PlanOptions) -> Layout:
+    """The layout asked for."""
+    if options.layout != ByDocument.name:
+        return LAYOUTS[options.layout](options.seq_len, options.ring_size)
+    if not options.documents:
+        raise ValueError(f"--layout {ByDocument.name} is made for documents: give their lengths as --documents 100,200,...")
+    return ByDocument(lengths=documents_of(options))(options.seq_len, options.ring_size)
+
+
 def mask_of(options: PlanOptions) -> Mask:
     """The mask asked for, with its window and documents."""
     mask: Mask = MASKS[options.mask]()
     if options.window is not None:
         mask &= Window(options.window, options.window)
-    if options.documents:
-        try:
-            lengths = [int(length) for length in options.documents.split(",")]
-        except ValueError:
-            raise ValueError(f"--documents takes whole numbers with commas between them, got {options.documents!r}") from None
-        mask &= Documents(lengths=lengths)
-    return mask
+    return mask & Documents(lengths=documents_of(options)) if options.documents else mask
+
+
+def documents_of(options: PlanOptions) -> list[int]:
+    """The lengths of the documents."""
+    try:
+        return [int(length) for length in options.documents.split(",")]
+    except ValueError:
+        raise ValueError(f"--documents takes whole numbers with commas between them, got {options.documents!r}") from None
 
 
 def title_of(options: PlanOptions) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.attention import ring_attention
+from ring_attn.by_document import ByDocument
 from ring_attn.call import Call, validate
 from ring_attn.comm.nodes import NodesTransport
 from ring_attn.comm.symmetric import SymmetricTransport
@@ -134,7 +135,7 @@ class OnRing:
         """The same with exchange and kernels by name, as "auto" takes them for this case: so what is checked at one length is
         what is timed at another. Raises ValueError where the ring cannot do the case.
         """
-        ring, whole = self.ring, case.shape.blank(len(self.positions(case)))
+        ring, whole = self.at(case), case.shape.blank(len(self.positions(case)))
         asked = Call.make(ring, case.mask, None, case.shape.head_dim**-0.5)
         validate(*whole, [], asked)
         call, *inputs = asked.of_part(*whole)
@@ -146,7 +147,7 @@ class OnRing:
     def keeping(self) -> OnRing:
         """The same with what it pulls kept for the backward."""
         ring = self.ring
-        kept = Ring(ring.transport, layout=self.layout, exchange=ring.exchange, kernel=ring.kernel, keep_kv=True)
+        kept = Ring(ring.transport, layout=ring.layout_choice, exchange=ring.exchange, kernel=ring.kernel, keep_kv=True)
         return replace(self, name=f"{self.name}, KV kept", ring=kept)
 
     def in_graph(self) -> OnRing:
@@ -159,14 +160,30 @@ class OnRing:
     def _ring(self, transport: Transport | TwoAxes, exchange: str, kernel: str) -> Ring:
         nodes = self.ring.ranks_per_node if exchange == "two-level" else None
         options = {"exchange": exchange, "kernel": kernel, "ranks_per_node": nodes, "keep_kv": self.ring.keep_kv}
-        return Ring(transport, layout=self.layout, **options)
+        return Ring(transport, layout=self.ring.layout_choice, **options)
+
+    def at(self, case: Case) -> Ring:
+        """The ring in its layout for that case."""
+        return self.ring
 
     def positions(self, case: Case) -> Tensor:
-        return self.ring.positions(case.length)
+        return self.at(case).positions(case.length)
 
     @contextmanager
     def attention(self, case: Case) -> Iterator[Attend]:
-        yield partial(ring_attention, ring=self.ring, mask=case.mask)
+        yield partial(ring_attention, ring=self.at(case), mask=case.mask)
+
+
+class OnDocuments(OnRing):
+    """Ring attention in the layout made for the documents of a case; that of its `ring` is for none."""
+
+    def why_not(self, case: Case) -> str | None:
+        if case.documents is None:
+            return f"it needs documents, and the {case.name} mask has none"
+        return super().why_not(case)
+
+    def at(self, case: Case) -> Ring:
+        return self.ring.with_layout(ByDocument(lengths=case.documents))
 
 
 def silent(transport: Transport | TwoAxes) -> Transport | TwoAxes:

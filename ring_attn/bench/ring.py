@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ring_attn.bench.contenders import Case, Contender, OnRing, Shape
+from ring_attn.bench.contenders import Case, Contender, OnDocuments, OnRing, Shape
 from ring_attn.bench.gate import FAILURES, Gate
 from ring_attn.bench.kernels import document_lengths, mask_of
 from ring_attn.bench.peers import peers
@@ -24,6 +24,7 @@ from ring_attn.bench.results import append, machine
 from ring_attn.bench.ring_report import RingRow, draw, table
 from ring_attn.bench.timeline import Timeline, timeline
 from ring_attn.bench.timing import Everyone, captured, timed
+from ring_attn.by_document import ByDocument
 from ring_attn.comm.start import device_of, is_distributed, process_group
 from ring_attn.comm.transport import Transport
 from ring_attn.comm.two_axes import TwoAxes
@@ -40,7 +41,7 @@ class RingBenchOptions:
 
     Attributes:
         lengths: Lengths of the whole sequence.
-        layouts: Which positions each rank holds.
+        layouts: Which positions each rank holds; by-document is for the documents mask alone, and made for its documents.
         exchanges: How ranks meet each other's KV: auto, or one by name.
         ulysses: How many ranks trade heads for rows, for each of these.
         ranks_per_node: For the exchange that knows nodes, where torchrun does not tell it.
@@ -62,7 +63,7 @@ class RingBenchOptions:
     """
 
     lengths: tuple[int, ...] = (8192, 32768, 131072)
-    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    layouts: tuple[str, ...] = (*LAYOUTS, ByDocument.name)
     exchanges: tuple[str, ...] = ("auto", *EXCHANGES)
     ulysses: tuple[int, ...] = (1,)
     ranks_per_node: int | None = None
@@ -137,9 +138,13 @@ class Bench:
 
     def ring(self, transport: Transport | TwoAxes, exchange: str, layout: str) -> OnRing:
         """Ring attention over that transport, in that way."""
+        choices = {name: (OnRing, name) for name in LAYOUTS} | {ByDocument.name: (OnDocuments, ByDocument(lengths=[]))}
+        if layout not in choices:
+            raise ValueError(f"layout {layout!r} is not one of {', '.join(choices)}")
         nodes = self.options.ranks_per_node if exchange in ("auto", "two-level") else None
-        ring = Ring(transport, layout=layout, exchange=exchange, kernel=self.options.kernel, ranks_per_node=nodes)
-        return OnRing(exchange if ring.ulysses == 1 else f"Ulysses {ring.ulysses} x {exchange}", ring)
+        kind, choice = choices[layout]
+        ring = Ring(transport, layout=choice, exchange=exchange, kernel=self.options.kernel, ranks_per_node=nodes)
+        return kind(exchange if ring.ulysses == 1 else f"Ulysses {ring.ulysses} x {exchange}", ring)
 
     def case(self, mask: str, length: int) -> Case:
         """The case of that mask at that length. Some two dozen documents, which divide as some peers need it."""
