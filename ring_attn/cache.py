@@ -11,6 +11,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
+from ring_attn.by_document import LayoutChoice
 from ring_attn.layout import Shard, continued
 from ring_attn.ring import Ring
 from ring_attn.typed import typed
@@ -39,13 +40,14 @@ class KVCache:
         return f"KVCache(seq_len={self.seq_len}, rows={[shard.rows for shard in self.shards]})"
 
     @typed
-    def extend(self, k: Tensor, v: Tensor, *, seq_len: int | None = None) -> None:
+    def extend(self, k: Tensor, v: Tensor, *, seq_len: int | None = None, layout: LayoutChoice | None = None) -> None:
         """Adds the next positions: k [b, s, g, d], v [b, s, g, dv], the rows this process hosts, as `ring.shard` makes them.
 
-        `seq_len`: how many positions there are where the last ones are padding (`ra.pad_to`), which is then left out.
+        `seq_len`: how many positions there are where the last ones are padding (`ra.pad_to`), which is then left out. `layout`:
+        the one that they are sharded by where it is not the ring's.
         """
         self._check(k, v)
-        layout = self.ring.layout(self.ring.seq_len(k.shape[1]))
+        layout = self.ring.layout(self.ring.seq_len(k.shape[1]), layout)
         seq_len = layout.seq_len if seq_len is None else seq_len
         if not 0 <= seq_len <= layout.seq_len:
             raise ValueError(

@@ -55,20 +55,33 @@ class RingSelfAttention(nn.Module):
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, *, mask: Mask = Causal(), cache: KVCache | None = None) -> Tensor:  # noqa: B008 (frozen)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Mask = Causal(),  # noqa: B008 (frozen)
+        cache: KVCache | None = None,
+        ring: Ring | None = None,
+    ) -> Tensor:
         """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` holds in global positions.
 
-        `cache`: an empty one, which is filled with these rows for `decode` to go on from; without gradient.
+        `cache`: an empty one, which is filled with these rows for `decode` to go on from; without gradient. `ring`: the layer's
+        own in another layout, for this call alone, as `Ring.with_layout` makes it for the documents of a batch.
         """
+        if ring is not None and ring.transport is not self.ring.transport:
+            raise ValueError(
+                f"ring must be the layer's in another layout, made by its with_layout, got {ring}, not {self.ring}"
+            )
+        ring = self.ring if ring is None else ring
         if cache is not None and len(cache):
             raise ValueError(
                 f"the cache already holds {len(cache)} positions, which these {x.shape[1]} rows would not see; "
                 f"go on with decode, or start with an empty cache"
             )
-        q, k, v = self._project(x, self.ring.positions(self.ring.seq_len(x.shape[1]), x.device))
-        out = ring_attention(q, k, v, ring=self.ring, mask=mask)
+        q, k, v = self._project(x, ring.positions(ring.seq_len(x.shape[1]), x.device))
+        out = ring_attention(q, k, v, ring=ring, mask=mask)
         if cache is not None:
-            cache.extend(k, v)
+            cache.extend(k, v, layout=ring.layout_choice)
         return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))
 
     def decode(self, x: Tensor, cache: KVCache, *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
