@@ -83,13 +83,13 @@ def mask_of(parts: tuple[tuple, ...]) -> Mask:
 def case(
     ring: int = 1,
     ulysses: int = 1,
-    layout: str = "contiguous",
+    layout: str | tuple[int, ...] = "contiguous",
     exchange: str = "ring",
     kernel: str = "reference",
     kv_rows: int | None = None,
     t: int = 8,
     b: int = 1,
-    kv: tuple[str, int] | None = None,
+    kv: tuple[str | tuple[int, ...], int] | None = None,
     heads: tuple[int, int] = (1, 1),
     dims: tuple[int, int] = (4, 4),
     dtype: str = "float64",
@@ -105,6 +105,8 @@ def case(
     line = f"case({', '.join(f'{name}={value!r}' for name, value in locals().items())})"
     (h, g), (d, dv) = heads, dims
     kv_layout, kv_len = kv or (None, None)
+    # Lengths are those of the layout by document.
+    layout, kv_layout = (ra.ByDocument(x) if isinstance(x, tuple) else x for x in (layout, kv_layout))
     n = Sizes(b, t, h, g, d, dv, getattr(torch, dtype), seed, kv_len, kv_layout)
     memory = kv_rows and kv_rows * 2 * b * g * (d + dv) * n.dtype.itemsize
     options = {"exchange": exchange, "kernel": kernel, "ulysses": ulysses, "kv_memory": memory, "keep_kv": keep_kv}
@@ -158,6 +160,11 @@ def partitions(draw, *totals: int, rows: int | None) -> tuple:
     return tuple(map(tuple, lengths))
 
 
+def by_document(t: int) -> st.SearchStrategy:
+    """Lengths for the layout by document."""
+    return partitions(t, rows=None).map(lambda sides: sides[0])
+
+
 def masks(t: int, keys: int | None, b: int) -> st.SearchStrategy:
     """Masks of t queries and, in cross-attention, `keys` keys."""
     side, totals = st.none() | st.integers(0, t), (t,) if keys is None else (t, keys)
@@ -199,7 +206,9 @@ def cases(draw) -> dict:
     if not draw(st.integers(0, 3)):
         kv_layout = draw(st.sampled_from(LAYOUTS))
         multiple = ring * lcm(2 if kv_layout == "zigzag" else 1, ulysses)
-        kv = kv_layout, multiple * draw(st.integers(1, max(1, 40 // multiple)))
+        kv_len = multiple * draw(st.integers(1, max(1, 40 // multiple)))
+        kv = kv_layout if draw(st.integers(0, 3)) else draw(by_document(kv_len)), kv_len
+    layout = layout if draw(st.integers(0, 3)) else draw(by_document(t))
     dtype = draw(st.sampled_from(["float64", "float64", "float32"]))
     g = draw(st.integers(1, 3).map(lambda g: g if ulysses % g == 0 else ulysses * g))
     d = draw(st.integers(1 if dtype == "float64" else 3, 9))

@@ -71,6 +71,42 @@ def test_every_exchange_layout_and_mask_has_its_rows_and_a_bound(tmp_path, capsy
     assert matplotlib.image.imread(plot).std() > 0.05
 
 
+def test_the_layout_by_document_is_made_for_the_documents_of_a_case(tmp_path, capsys):
+    results = tmp_path / "rows.jsonl"
+    args = command("--lengths", "64", "--masks", "documents", "causal", "--layouts", "by-document", "--no-peers")
+    more = "--ulysses", "1", "2", "--exchanges", "auto", "pull", "--simulated", "4", "--results", str(results)
+    assert main([*args, *more]) == 0
+    rows = [row for row in read(results) if row["layout"] == "by-document"]
+    rings = "auto", "pull", "Ulysses 2 x auto", "Ulysses 2 x pull", "pull, KV kept", "Ulysses 2 x pull, KV kept"
+    timed = {(row["name"], row["length"], row["direction"]) for row in rows if row["ms"]}
+    assert timed == set(product((*rings, "no communication"), (64,), DIRECTIONS))
+    assert {row["mask"] for row in rows if row["ms"]} == {"documents"}
+    reason = "it needs documents, and the causal mask has none"
+    assert {(row["name"], row["mask"], row["why_not"]) for row in rows if not row["ms"]} == {
+        (name, "causal", reason) for name in rings
+    }
+    assert f"pull (by-document): {reason} [causal 64]" in capsys.readouterr().out
+
+
+def test_where_no_layout_is_named_that_by_document_is_made_for_each_case():
+    bench = Bench(RingBenchOptions(**SHAPE, peers=False), [LocalTransport(2)] * 2, torch.device("cpu"))
+    assert {one.layout for one in bench.rings} == {"contiguous", "striped", "zigzag", "by-document"}
+    case = bench.case("documents", 64)
+    made = ra.ByDocument(case.documents)
+    for one in (one for one in bench.rings if one.layout == "by-document"):
+        settled = one.settled(case)
+        assert all(x.at(case).layout_choice == made for x in (one, settled, settled.without_wires(), settled.in_graph()))
+        assert torch.equal(one.positions(case), ra.Ring.simulated(2, made).positions(64))
+
+
+@pytest.mark.parametrize("broken", ["push_to_the_next_rank", "pull_a_row_too_late"])
+def test_the_gate_checks_the_layout_by_document(broken, capsys):
+    args = command("--lengths", "64", "--masks", "documents", "--layouts", "by-document", "--exchanges", "pull", "--no-peers")
+    with getattr(sabotage, broken)(), patch.object(bench_ring, "timed", side_effect=AssertionError("timed")):
+        assert main([*args, "--simulated", "4"]) == 1
+    assert "pull (by-document): wrong: " in capsys.readouterr().out
+
+
 def test_two_axes_and_nodes_are_timed_beside_the_rings(tmp_path):
     results = tmp_path / "rows.jsonl"
     args = command("--lengths", "64", "--masks", "causal", "--layouts", "zigzag", "--exchanges", "pull", "two-level")
@@ -210,7 +246,7 @@ def test_what_is_checked_is_what_auto_takes_at_the_length_that_is_timed():
     [
         (["--lengths", "100"], "lengths must be multiples of 2 * ring size = 8, at least 32, got (100,)"),
         (["--masks", "padding"], "mask 'padding' is not one of causal, full, window, documents"),
-        (["--layouts", "spiral"], "layout 'spiral' is not one of contiguous, striped, zigzag"),
+        (["--layouts", "spiral"], "layout 'spiral' is not one of contiguous, striped, zigzag, by-document"),
         (["--exchanges", "mail"], "exchange 'mail' is not one of auto, ring, gather, pull, two-way, two-level"),
         (["--exchanges", "two-level"], "exchange='two-level' needs ranks_per_node, how many neighbouring ranks share a node"),
     ],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ring_attn import cli
+from ring_attn.by_document import ByDocument
 from ring_attn.exchange import EXCHANGES, make_plan
 from ring_attn.kernels import get_kernel
 from ring_attn.layout import LAYOUTS
@@ -52,6 +53,19 @@ def test_plan_counts_windows_and_documents(capsys):
     assert [cells for _, _, cells, _ in visits(capsys.readouterr().out)] == [9 + 2 * 8]
 
 
+def test_plan_makes_the_layout_by_document_for_the_documents(capsys):
+    lengths = [40, 0, 3, 1, 20]
+    args = ["--layout", "by-document", "--documents", ",".join(map(str, lengths)), "--ring-size", "2", "--seq-len", "64"]
+    assert cli.main(["plan", *args, "--exchange", "auto", "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("by-document layout, causal mask, 5 documents, ")
+    assert sum(cells for _, _, cells, _ in visits(text)) == sum(n * (n + 1) // 2 for n in lengths)
+    for rank in range(2):
+        held = ", ".join(f"{r.start}..{r.stop - 1}" for r in ByDocument(lengths)(64, 2).shard(rank))
+        assert f"  rank {rank} holds {held}\n" in text
+    assert "auto takes " in text
+
+
 def test_plan_names_steps_that_nobody_needs_and_the_kinds_of_tiles(capsys):
     args = ["--layout", "contiguous", "--ring-size", "4", "--seq-len", "64", "--window", "8"]
     assert cli.main(["plan", *args]) == 0
@@ -80,6 +94,11 @@ def test_plan_shows_the_balance_of_the_layouts(capsys):
     [
         (["--seq-len", "63"], "seq_len 63 must be a multiple of 2 * ring_size = 8 for the zigzag layout"),
         (["--documents", "1,x"], "--documents takes whole numbers"),
+        (["--layout", "by-document"], "--layout by-document is made for documents: give their lengths as --documents 100,200"),
+        (
+            ["--layout", "by-document", "--seq-len", "64", "--documents", "1,2"],
+            "the documents of the by-document layout add up to 3 positions, but seq_len is 64",
+        ),
         (["--seq-len", "64", "--documents", "1,2"], "the documents add up to 3 positions, but seq_len is 64"),
         (["--exchange", "post"], "exchange 'post' is not one of auto, ring, gather, pull, two-way, two-level"),
         (["--exchange", "two-level"], "the two-level exchange needs --ranks-per-node"),

@@ -52,6 +52,16 @@ def test_generating():
     torch.testing.assert_close(names["out"], want.transpose(1, 2))
 
 
+def test_packed_documents():
+    ring, plain = ra.Ring.simulated(4), ra.RingSelfAttention(16, 2)
+    layer = ra.RingSelfAttention(16, 2, ring=ring)
+    layer.load_state_dict(plain.state_dict())
+    names = {"ring": ring, "attention": layer, "x": torch.randn(1, 328, 16)}
+    exec(examples()[4].replace("[9000, 500, 6884]", "[180, 10, 138]"), names)
+    want = plain(names["x"], mask=ra.Causal() & ra.Documents([180, 10, 138]))
+    torch.testing.assert_close(names["packed"].unshard(names["out"]), want)
+
+
 def test_the_tree_names_every_module():
     tree = README[README.index("## The tree") : README.index("## What it does not do")]
     for path in sorted((ROOT / "ring_attn").rglob("*.py")):
