@@ -18,7 +18,7 @@ from ring_attn.layout import Zigzag
 from ring_attn.mask import Causal, Documents
 from ring_attn.plan_report import balance_of
 from tests.scores import Sizes, errors, pieces_of
-from tests.support import FLOAT64_LIMIT, rel_error, ways_home_in
+from tests.support import FLOAT64_LIMIT, rel_error, way_home_hidden
 from tests.test_module import layers
 from tests.test_sharding import check_loss, check_shard_and_unshard
 
@@ -215,7 +215,7 @@ def test_other_ways_of_a_ring(options):
 
 
 def test_gradients_that_go_home_in_parts():
-    with ways_home_in(3):
+    with way_home_hidden(by_heads=True):
         found = errors(hostile(4, 96, exchange="pull"), Sizes(t=96), MASKS["causal, documents"](96), [])
     assert max(found.values()) <= FLOAT64_LIMIT, found
 
