@@ -85,7 +85,7 @@ class FlexKernel(Tilewise):
         wanted = tuple(n for n, total in enumerate(into.score) if total is not None)
         scoring = replace(self.scaling(scale, score), wanted=wanted)
         with _compiling():
-            for call in self.calls(tiles, q):
+            for call in self.calls(tiles, q, k):
                 dq, dk, dv, *of_tensors = call.differentiate(self, up, q, k, v, scoring)
                 call.add(into, dq, dk, dv)
                 for n, grad in zip(wanted, of_tensors, strict=True):

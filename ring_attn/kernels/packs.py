@@ -24,12 +24,13 @@ Rows = tuple[int, slice] | tuple[Tensor, Tensor]
 class Pack:
     """Rectangles with one window (left, right): `q_rows` and `kv_rows` index [b, s, ...]; `cu_q`, `cu_kv` int32 [count + 1].
 
-    `places`: int32 [b, s], where in the pack each query row is, -1 where it is not.
+    `q_places`, `kv_places`: int32 [b, s], where in the pack each row is, -1 where it is not.
     """
 
     q_rows: Rows
     kv_rows: Rows
-    places: Tensor
+    q_places: Tensor
+    kv_places: Tensor
     cu_q: Tensor
     cu_kv: Tensor
     max_q: int
@@ -38,18 +39,16 @@ class Pack:
 
 
 @lru_cache(maxsize=64)
-def make_pack(tiles: tuple[Tile, ...], batch: int, num_q: int, device: torch.device) -> Pack:
+def make_pack(tiles: tuple[Tile, ...], batch: int, num_q: int, num_kv: int, device: torch.device) -> Pack:
     """The pack of tiles with one window; a tile for all batch rows counts once for each. Kept: layers share their plans."""
-    places, row = torch.full((batch, num_q), -1, dtype=torch.int32), 0
     segments = [(b, t) for b in range(batch) for t in tiles if t.batch in (None, b)]
-    for b, tile in segments:
-        rows, row = range(row, row + len(tile.q_rows)), row + len(tile.q_rows)
-        places[b, tile.q_rows.start : tile.q_rows.stop] = torch.arange(rows.start, rows.stop)
-    lengths_q, lengths_kv = [len(t.q_rows) for _, t in segments], [len(t.kv_rows) for _, t in segments]
+    of_q, of_kv = [(b, t.q_rows) for b, t in segments], [(b, t.kv_rows) for b, t in segments]
+    lengths_q, lengths_kv = ([len(rows) for _, rows in of] for of in (of_q, of_kv))
     return Pack(
-        _rows([(b, t.q_rows) for b, t in segments], device),
-        _rows([(b, t.kv_rows) for b, t in segments], device),
-        places.to(device),
+        _rows(of_q, device),
+        _rows(of_kv, device),
+        _places(of_q, batch, num_q).to(device),
+        _places(of_kv, batch, num_kv).to(device),
         torch.tensor([0, *accumulate(lengths_q)], dtype=torch.int32, device=device),
         torch.tensor([0, *accumulate(lengths_kv)], dtype=torch.int32, device=device),
         max(lengths_q),
@@ -66,6 +65,15 @@ def _rows(segments: list[tuple[int, range]], device: torch.device) -> Rows:
     batches = torch.cat([torch.full((len(rows),), b) for b, rows in segments])
     numbers = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in segments])
     return batches.to(device), numbers.to(device)
+
+
+def _places(segments: list[tuple[int, range]], batch: int, num_rows: int) -> Tensor:
+    """Of every row, where segments in order have it."""
+    places, row = torch.full((batch, num_rows), -1, dtype=torch.int32), 0
+    for b, rows in segments:
+        places[b, rows.start : rows.stop] = torch.arange(row, row + len(rows))
+        row += len(rows)
+    return places
 
 
 def all_rows(rows: Rows, x: Tensor) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
-from ring_attn.kernels.packs import Pack, all_rows, groups, make_pack
+from ring_attn.kernels.packs import Pack, Rows, all_rows, groups, make_pack
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
@@ -110,7 +110,7 @@ class Tilewise(ABC):
         """What its calls are told of the scores; a library that knows more of them has a class of its own."""
         return Scaling.of(scale, score)
 
-    def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
+    def calls(self, tiles: Sequence[Tile], q: Tensor, k: Tensor) -> Iterator[Dense | Packed]:
         """The library calls of a visit."""
         for tile in tiles:
             yield from map(Dense, self.pieces(tile))
@@ -127,7 +127,7 @@ class Tilewise(ABC):
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
-        calls, scaling = list(self.calls(tiles, q)), self.scaling(scale, score)
+        calls, scaling = list(self.calls(tiles, q, k)), self.scaling(scale, score)
         if into is None and len(calls) == 1 and calls[0].covers(q):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = to_add_to(into, q, v.shape[-1])
@@ -149,13 +149,13 @@ class Tilewise(ABC):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        # What holds all KV rows goes first: it may write them, and the others add.
-        calls = sorted(self.calls(tiles, q), key=lambda call: not call.covers_kv(k))
-        scaling = self.scaling(scale, score)
-        into = into.zeroed(q=not _apart(calls, q), kv=not (calls and calls[0].covers_kv(k)))
+        # What writes all KV rows goes first, and the others add.
+        calls = sorted(self.calls(tiles, q, k), key=lambda call: not call.fills_kv(k))
+        scaling, apart = self.scaling(scale, score), _apart(calls, q)
+        into = into.zeroed(q=not (apart or (calls and calls[0].fills(q))), kv=not (calls and calls[0].fills_kv(k)))
         for call in calls:
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
-            into = replace(into, unwritten_kv=False)
+            into = replace(into, unwritten_q=into.unwritten_q and apart, unwritten_kv=False)
 
 
 class Packing(Tilewise):
@@ -169,9 +169,10 @@ class Packing(Tilewise):
     def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: Scaling) -> Gradients:
         """(dq, dk, dv) of a pack; `up` holds dout and out [n, h, dv] and lse [h, n], contiguous."""
 
-    def calls(self, tiles: Sequence[Tile], q: Tensor) -> Iterator[Dense | Packed]:
+    def calls(self, tiles: Sequence[Tile], q: Tensor, k: Tensor) -> Iterator[Dense | Packed]:
+        sizes = *q.shape[:2], k.shape[1], q.device
         for group in groups(piece for tile in tiles for piece in self.pieces(tile)):
-            yield Dense(group[0]) if len(group) == 1 else Packed(make_pack(group, q.shape[0], q.shape[1], q.device))
+            yield Dense(group[0]) if len(group) == 1 else Packed(make_pack(group, *sizes))
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,12 @@ class Dense:
         """Whether it holds every row of q."""
         return len(self.tile.q_rows) == q.shape[1] and self.tile.batch is None
 
-    def covers_kv(self, k: Tensor) -> bool:
+    def fills(self, q: Tensor) -> bool:
+        """Whether it writes the gradient of every row of q where nothing was."""
+        return self.covers(q)
+
+    def fills_kv(self, k: Tensor) -> bool:
+        """The same of every row of k and v."""
         return len(self.tile.kv_rows) == k.shape[1] and self.tile.batch is None
 
     def fuses(self, x: Tensor) -> bool:
@@ -251,12 +257,14 @@ class Packed:
         """Whether it holds every row of q, in order."""
         return all_rows(self.pack.q_rows, q)
 
-    def covers_kv(self, k: Tensor) -> bool:
-        return all_rows(self.pack.kv_rows, k)
+    def fills(self, q: Tensor) -> bool:
+        return self.fuses(q) or self.covers(q)
+
+    def fills_kv(self, k: Tensor) -> bool:
+        return self.fuses(k) or all_rows(self.pack.kv_rows, k)
 
     def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-        rows, kv = self.pack.q_rows, self.pack.kv_rows
-        out, lse = kernel.attend_packed(q[rows], k[kv], v[kv], self.pack, scaling)
+        out, lse = kernel.attend_packed(self._q(q), self._kv(k), self._kv(v), self.pack, scaling)
         return out.unsqueeze(0), lse.unsqueeze(0)
 
     def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None, apart: bool) -> Partial:
@@ -266,7 +274,7 @@ class Packed:
         if fuses:
             from ring_attn.kernels.triton_merge import merge_call
 
-            merge_call(into, self.pack.places, out, lse, target)()
+            merge_call(into, self.pack.q_places, out, lse, target)()
             return into
         m_rows, sum_rows = into.m.transpose(1, 2), into.sum.transpose(1, 2)
         before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, sum_rows[rows].T)))
@@ -275,22 +283,41 @@ class Packed:
         return into if target is None else finish(into, target)
 
     def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
-        rows, kv = self.pack.q_rows, self.pack.kv_rows
-        lse, dlse = (None if x is None else x.transpose(1, 2)[rows].T.contiguous() for x in (up.lse, up.dlse))
-        rest = None if up.rest is None else up.rest[rows]
-        up = Upstream(up.dout[rows], up.out[rows], lse, dlse, rest)
-        return kernel.differentiate_packed(up, q[rows], k[kv], v[kv], self.pack, scaling)
+        lse, dlse = (None if x is None else x.transpose(1, 2)[self.pack.q_rows].T.contiguous() for x in (up.lse, up.dlse))
+        rest = None if up.rest is None else self._q(up.rest)
+        up = Upstream(self._q(up.dout), self._q(up.out), lse, dlse, rest)
+        return kernel.differentiate_packed(up, self._q(q), self._kv(k), self._kv(v), self.pack, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        pack = self.pack
+        if self.fuses(dq):
+            from ring_attn.kernels.triton_add import add_call
+
+            add_call(into, pack.q_places, pack.kv_places, *(x.unsqueeze(0) for x in (dq, dk, dv)))()
+            return
         for total, rows, grad, unwritten in (
-            (into.dq, self.pack.q_rows, dq, into.unwritten_q),
-            (into.dk, self.pack.kv_rows, dk, into.unwritten_kv),
-            (into.dv, self.pack.kv_rows, dv, into.unwritten_kv),
+            (into.dq, pack.q_rows, dq, into.unwritten_q),
+            (into.dk, pack.kv_rows, dk, into.unwritten_kv),
+            (into.dv, pack.kv_rows, dv, into.unwritten_kv),
         ):
             if isinstance(rows[1], slice):
                 _take(total[rows], grad, unwritten)
             else:
                 total[rows] += grad
+
+    def _q(self, x: Tensor) -> Tensor:
+        return self._part(x, self.pack.q_rows)
+
+    def _kv(self, x: Tensor) -> Tensor:
+        return self._part(x, self.pack.kv_rows)
+
+    def _part(self, x: Tensor, rows: Rows) -> Tensor:
+        """The pack's rows [n, h, d] of x."""
+        if isinstance(rows[1], slice) or not self.fuses(x):
+            return x[rows]
+        from ring_attn.kernels.triton_take import taken
+
+        return taken(x, *rows)
 
 
 def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:

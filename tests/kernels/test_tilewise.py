@@ -102,6 +102,26 @@ def test_packs_of_some_rows_end_in_the_result(merges):
     assert merges[-1] == (torch.float32, True, range(37)) and len(merges) == 2
 
 
+def test_packs_take_and_write_their_rows(monkeypatch):
+    """Rows that do not follow each other are taken and added by launches of ours, of which the first writes all rows."""
+    from ring_attn.kernels import triton_take
+    from tests.kernels import test_flash_versions as flash
+
+    made, call, took, take = [], triton_add.add_call, [], triton_take.taken
+    monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
+    monkeypatch.setattr(triton_add, "add_call", lambda into, *parts: made.append(flags(into)) or call(into, *parts))
+    monkeypatch.setattr(triton_take, "taken", lambda x, *rows: took.append(len(rows[0])) or take(x, *rows))
+    early = [rectangle(range(4), range(37, 39)), rectangle(range(20, 24), range(43, 45))]
+    late = [rectangle(range(4, 12), range(37, 42)), rectangle(range(24, 32), range(43, 49))]
+    inputs, visits = random_qkv(1, 37, 50, 4, 2, 16, dtype=torch.float16, seed=3), [(OWN, *early, *late)]
+    case = inputs, visits, flash.exact(*inputs, visits, scale=0.25), flash.plain(*inputs, visits, scale=0.25)
+    with flash.installed4():
+        flash.check(case, flash.FLASH4, flash.FLASH4)
+    assert made == [(True, True), (False, False), (False, False)]
+    # q, k and v forward, and out and dout backward.
+    assert sorted(took) == sorted([8, 4, 4, 16, 11, 11, *[8] * 3, 4, 4, *[16] * 3, 11, 11])
+
+
 @pytest.mark.parametrize(
     ("visits", "expected"),
     [

@@ -41,3 +41,32 @@ def test_add(q_rows, kv_rows, dims, dtype, unwritten):
     add_call(into, q_rows, kv_rows, *parts)()
     for found, x in zip((into.dq, into.dk, into.dv), want, strict=True):
         assert rel_error(found, x) < FLOAT32_LIMIT
+
+
+@pytest.mark.parametrize("unwritten", [(), ("dq",), ("dk", "dv"), ("dq", "dk", "dv")], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_add_packs(dtype, unwritten):
+    """Rows of any batch row in any order, of which some are left out: unwritten ones get zeros, others stay as they are."""
+    gen = torch.Generator(DEVICE).manual_seed(0)
+    b, h, g, d, dv = 2, 4, 2, 16, 9
+    random = lambda *shape: torch.randn(shape, generator=gen, device=DEVICE)  # noqa: E731
+    into = Grads(random(b, 70, h, d), random(b, 50, g, d), random(b, 50, g, dv), (), "dq" in unwritten, "dk" in unwritten)
+    order = {"dq": torch.randperm(b * 70, generator=gen, device=DEVICE)[:75]}
+    order["dk"] = order["dv"] = torch.randperm(b * 50, generator=gen, device=DEVICE)[:37]
+    parts = [random(1, len(order[name]), x.shape[2], x.shape[3]).to(dtype) for name, x in sums_of(into)]
+    want = [x.double() for _, x in sums_of(into)]
+    places = {}
+    for (name, sums), x, part in zip(sums_of(into), want, parts, strict=True):
+        if name in unwritten:
+            sums.fill_(torch.nan)
+            x.zero_()
+        x.flatten(0, 1).index_add_(0, order[name], part[0].double())
+        places[name] = torch.full((b * x.shape[1],), -1, dtype=torch.int32, device=DEVICE)
+        places[name][order[name]] = torch.arange(len(order[name]), dtype=torch.int32, device=DEVICE)
+    add_call(into, places["dq"].view(b, -1), places["dk"].view(b, -1), *parts)()
+    for (_, found), x in zip(sums_of(into), want, strict=True):
+        assert rel_error(found, x) < FLOAT32_LIMIT
+
+
+def sums_of(into):
+    return [(name, getattr(into, name)) for name in ("dq", "dk", "dv")]

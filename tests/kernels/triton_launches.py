@@ -25,6 +25,7 @@ from ring_attn.kernels.triton_launch import Rows
 from ring_attn.kernels.triton_merge import merge_call
 from ring_attn.kernels.triton_rows import Call
 from ring_attn.kernels.triton_scores import Links
+from ring_attn.kernels.triton_take import take_call
 from ring_attn.partial import empty
 from tests.kernels.triton_compile import calls, scores
 
@@ -64,9 +65,15 @@ def merging(x: Tensor, target: bool) -> Call:
     return merge_call(empty(x, x.shape[3]), range(3, x.shape[1]), x[:, 3:], lse[..., 3:], x if target else None)
 
 
-def adding(x: Tensor) -> Call:
-    sums = x.float()
-    return add_call(Grads(sums, sums, sums), range(x.shape[1]), range(x.shape[1]), x, x, x)
+def adding(x: Tensor, packed: bool = False) -> Call:
+    sums, rows = x.float(), range(x.shape[1])
+    places = torch.zeros(x.shape[:2], dtype=torch.int32)
+    return add_call(Grads(sums, sums, sums), *([places, places] if packed else [rows, rows]), x, x, x)
+
+
+def taking(x: Tensor) -> Call:
+    rows = torch.arange(x.shape[1])
+    return take_call(x, rows * 0, rows, x[0].contiguous())
 
 
 def attending(*of_scores: str) -> Iterator[Call]:
@@ -76,7 +83,8 @@ def attending(*of_scores: str) -> Iterator[Call]:
 
 
 def launches() -> list[Call]:
-    return [merging(sample(), False), merging(sample(), True), adding(sample()), *attending("plain", "function")]
+    ours = merging(sample(), False), merging(sample(), True), adding(sample()), adding(sample(), True), taking(sample())
+    return [*ours, *attending("plain", "function")]
 
 
 def launched_again(driver: Driver) -> Iterator[str]:
@@ -105,7 +113,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def variants() -> Iterator[Call]:
     """Launches that differ in one thing, which Triton may or may not tell apart."""
-    for call in (merging(sample(), True), adding(sample()), next(attending("plain"))):
+    for call in (merging(sample(), True), adding(sample(), True), taking(sample()), next(attending("plain"))):
         yield call
         for name, given in call.arguments.items():
             for other in others_for(given):
