@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from ring_attn.layout import Layout, Part, places
 from ring_attn.mask import Mask
-from ring_attn.tiles import part_positions, tiles
+from ring_attn.tiles import kv_rows_met, part_positions
 
 
 def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
@@ -23,17 +23,11 @@ def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
 @lru_cache(maxsize=256)
 def needed(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[Part, ...]:
     """The rows of other ranks that a rank's tiles hold, in position order; kept, for a forward and a backward both ask."""
-    parts: list[Part] = []
-    for source in range(layout.ring_size):
-        if source == rank:
-            continue
-        found = tiles(layout.shard(rank), [kv_layout.shard(source)], mask)
-        for rows in sorted({tile.kv_rows for tile in found}, key=lambda rows: rows.start):
-            last = parts[-1] if parts else None
-            if last and last.rank == source and rows.start <= last.rows.stop:
-                parts[-1] = Part(source, range(last.rows.start, max(last.rows.stop, rows.stop)))
-            else:
-                parts.append(Part(source, rows))
+    sources, length, parts = [x for x in range(layout.ring_size) if x != rank], kv_layout.shard_len, []
+    for rows in kv_rows_met(layout.shard(rank), [kv_layout.shard(x) for x in sources], mask):
+        for n in range(rows.start // length, -(-rows.stop // length)):
+            start, stop = max(rows.start, n * length), min(rows.stop, (n + 1) * length)
+            parts.append(Part(sources[n], range(start - n * length, stop - n * length)))
     return in_position_order(kv_layout, parts)
 
 

@@ -79,6 +79,24 @@ def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile,
     return tuple(found)
 
 
+def kv_rows_met(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> list[range]:
+    """The KV rows that the tiles of a query shard hold, in order and as few ranges; of KV shards joined in the order given."""
+    queries, keys = _pieces(q_shard), _pieces(r for shard in kv_shards for r in shard)
+    found = {
+        (tile.kv_rows.start, tile.kv_rows.stop)
+        for rule in dict.fromkeys(mask.rules())
+        for q, kv in _pairs(queries, keys, rule)
+        for tile in _tiles_of(q, kv, rule, None)
+    }
+    joined: list[range] = []
+    for start, stop in sorted(found):
+        if joined and start <= joined[-1].stop:
+            joined[-1] = range(joined[-1].start, max(joined[-1].stop, stop))
+        else:
+            joined.append(range(start, stop))
+    return joined
+
+
 def within(tile: Tile, rows: range, columns: range) -> Tile | None:
     """The tile of a tile's cells in some rows and columns of it, counted from its corner; None where its band has none."""
     lo = -len(tile.q_rows) if tile.band.lo is None else tile.band.lo

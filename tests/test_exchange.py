@@ -12,8 +12,9 @@ from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
 from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull
 from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
-from ring_attn.mask import Causal, Documents, Full, Window
-from ring_attn.tiles import part_positions
+from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
+from ring_attn.parts import needed
+from ring_attn.tiles import part_positions, tiles
 from tests.matrix import cases, check
 from tests.scores import Sizes, errors
 from tests.support import FLOAT64_LIMIT, random_qkv, way_home_hidden
@@ -59,6 +60,32 @@ def test_pull_moves_what_the_mask_needs():
     # A chunk of 512 rows needs the 100 before it; the two chunks of a rank that are neighbours need them once.
     assert share(Window(100)) == pytest.approx((7 - 1) * 100 / 4 / (3 * 1024))
     assert share(Documents([512] * 8)) == 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Full(),
+        Causal(),
+        Causal() & Window(9),
+        Documents([30, 1, 0, 25, 40]) & Causal(),
+        Documents([[50, 46], [3, 93]]),
+        KeyPadding([96, 20], starts=[7, 0]),
+    ],
+    ids=str,
+)
+def test_what_is_needed_is_what_the_tiles_hold(size, mask):
+    for layout in (*(one(96, size) for one in LAYOUTS.values()), ra.ByDocument([30, 1, 0, 25, 40])(96, size)):
+        for rank in range(size):
+            rows = {(part.rank, row) for part in needed(layout, layout, mask, rank) for row in part.rows}
+            others = (other for other in range(size) if other != rank)
+            assert rows == {
+                (other, row)
+                for other in others
+                for tile in tiles(layout.shard(rank), [layout.shard(other)], mask)
+                for row in tile.kv_rows
+            }
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
