@@ -105,7 +105,7 @@ def test_sabotage_is_noticed(wrong):
 
     broken = {
         "position": patch.object(ra.RingSelfAttention, "_project", late),
-        "prefill": patch.object(ra.KVCache, "extend", lambda self, k, v: extend(self, k * 0, v)),
+        "prefill": patch.object(ra.KVCache, "extend", lambda self, k, v, **options: extend(self, k * 0, v, **options)),
     }
     with broken[wrong], torch.no_grad():
         found = prefill(ringed, prompt, ringed.new_caches(), mask=ra.Causal())
