@@ -11,8 +11,8 @@ what rounding took from it, again in 16 bits. It is 0 where a library hands back
 
 Note [parts of a backward]: sums of dq, and of dK and dV of what a visit meets, take more memory in fp32 than all inputs. Heads
 have nothing to do with each other, so where that is much, a backward goes by parts of the heads, of many rows as few heads as
-still fill a GPU, for the memory of these alone; see also `_in_turn`. Where scores or masks tell heads apart or learn, and where
-a ring keeps KV, all go at once.
+still fill a GPU, for the memory of these alone. Where scores or masks tell heads apart or learn, and where a ring keeps KV, all
+go at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ring_attn.ulysses import over_heads
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
 
-_OfHeads = Generator[bool, None, tuple[Tensor, Tensor, Tensor]]
+_OfPart = Generator[bool, None, tuple[Tensor, Tensor, Tensor]]
 
 
 def ring_attention(
@@ -174,10 +174,11 @@ def _backward(
     of_modifiers, sinks = call.split(tensors)
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
     ups = [_hosted_upstream(part, call) for part in up.head_parts(settled.head_parts)]
-    found = _in_turn(
+    parts = (
         _of_heads(*part, kept, of_modifiers, totals, settled, call)
         for part in zip(ups, *(x.chunk(settled.head_parts, 2) for x in (q, k, v)), strict=True)
     )
+    found = _overlapping(parts) if settled.overlaps else list(map(_returned, parts))
     dq, dk, dv = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*found, strict=True))
     if sinks is not None:
         # A sink is a key with v = 0, so its dp is 0.
@@ -198,7 +199,7 @@ def _of_heads(
     totals: Sequence[Tensor | None],
     settled: Settled,
     call: Call,
-) -> _OfHeads:
+) -> _OfPart:
     """Returns dq, dk and dv of some heads, of which each hosted rank has `ups`, and adds the gradients of `of_modifiers` to
     `totals`. Yields before each visit whether it is the last.
     """
@@ -208,7 +209,7 @@ def _of_heads(
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     score_grads = call.hosted_score_grads(totals, of_modifiers, queries[0].shape[1])
-    how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.head_parts > 1)
+    how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps)
     homeward = exchange.homeward(ring.transport, plan, how)
     what, dq = f"{exchange.name} backward", None
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
@@ -232,7 +233,7 @@ def _of_heads(
     return dq.to(q.dtype), *(_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
 
 
-def _in_turn(parts: Iterable[_OfHeads]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _overlapping(parts: Iterable[_OfPart]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What each of the parts returns; the KV of one travels during the last visit of the one before."""
     found, ending = [], None
     for part in parts:
@@ -245,13 +246,13 @@ def _in_turn(parts: Iterable[_OfHeads]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [*found, _returned(ending)]
 
 
-def _returned(part: _OfHeads) -> tuple[Tensor, Tensor, Tensor]:
-    """What a part returns after its last visit."""
-    try:
-        next(part)
-    except StopIteration as stop:
-        return stop.value
-    raise AssertionError("a part went on after its last visit")
+def _returned(part: _OfPart) -> tuple[Tensor, Tensor, Tensor]:
+    """What a part returns that goes on to its end."""
+    while True:
+        try:
+            next(part)
+        except StopIteration as stop:
+            return stop.value
 
 
 def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """The keys and values of a layer, sharded over a ring, that grow while tokens are generated.
 
 Note [owner]: position p of a token that is appended belongs to rank p % ring_size, as in the striped layout: every rank knows
-it without talking, all take turns, and a rank's positions stay few ranges whatever layout the prefill had.
+it without talking, all take turns, and what is appended to a rank's positions is one range.
 """
 
 from __future__ import annotations

@@ -173,14 +173,13 @@ class Call:
         if not self.ring.keep_kv:
             head_parts = part._head_parts(plan, *of_part)
             row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:]) // head_parts
-            back = for_backward(exchange, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
+            back = for_backward(exchange, plan, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
         plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
         return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel)
 
     def _head_parts(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> int:
         """In how many parts of the heads a backward goes, see Note [parts of a backward] of `ring_attn.attention`."""
-        of_heads = (self.modifiers, self.mask)
-        if self.modifiers.tensors() or any(x.from_head(1) != x for x in of_heads):
+        if self.modifiers.tensors() or any(x.from_head(1) != x for x in (self.modifiers, self.mask)):
             return 1
         rows = len(self.ring.hosted) * max(total_rows(parts) for step in plan.meets for parts in step)
         sums = q.numel() + rows * sum(x.shape[0] * x.shape[2] * x.shape[3] for x in (k, v))
@@ -259,6 +258,11 @@ class Settled:
             problem = replace(self.problem, direction=direction, lse_grad=lse_grad, deterministic=wanted[2])
             found = self._kernels[wanted] = resolve(self.kernel_name, problem)
         return found
+
+    @cached_property
+    def overlaps(self) -> bool:
+        """Whether the parts of a backward are begun one ahead: only what begins at home need not wait for its KV."""
+        return self.head_parts > 1 and self.plan_back.begins_at_home
 
     @cached_property
     def _kernels(self) -> dict[tuple[str, bool, bool], Kernel]:

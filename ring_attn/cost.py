@@ -144,10 +144,11 @@ def estimates(question: Question) -> tuple[Estimate, ...]:
     found, refused = [], []
     for name in EXCHANGES if question.ranks_per_node is None else (*EXCHANGES, TwoLevelExchange.name):
         exchange = get_exchange(name, question.ranks_per_node)
-        back = for_backward(exchange, question.work.row * question.work.grad_itemsize)
-        where = question.layout, question.kv_layout
+        where = question.mask, question.layout, question.kv_layout, question.max_rows
         try:
-            plans = [make_plan(one, question.mask, *where, question.max_rows) for one in (exchange, back)]
+            plan = make_plan(exchange, *where)
+            back = for_backward(exchange, plan, question.work.row * question.work.grad_itemsize)
+            plans = plan, make_plan(back, *where)
         except ValueError as reason:
             refused.append(str(reason))
             continue

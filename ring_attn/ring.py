@@ -70,7 +70,9 @@ class Ring:
         self.ranks_per_node = transport.ranks_per_node if ranks_per_node is None else ranks_per_node
         self.transport = transport
         self.layout_choice, self._recipe = layout, recipe_of(layout)
-        self.exchange = _choose("exchange", exchange, {name: name for name in ("auto", *EXCHANGE_NAMES)})
+        if exchange not in ("auto", *EXCHANGE_NAMES):
+            raise ValueError(f"exchange {exchange!r} is not one of auto, {', '.join(EXCHANGE_NAMES)}")
+        self.exchange = exchange
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
         self._agreed: dict[tuple, None] = {}
@@ -199,7 +201,8 @@ class Ring:
         """The same ring in another layout: over the same transport, all other choices alike. For packed batches, each with
         documents of its own: `ring.with_layout(ByDocument(lengths))`.
 
-        It costs no communication and may be made anew at every step; as always, every rank must come to the same one.
+        To make it costs no communication, so it may be made anew at every step; its first call agrees as that of any new ring
+        does. Every rank must come to the same layout. Under torch.compile keep it: each new one is compiled for.
         """
         return Ring(self.transport, layout=layout, **self._choices)
 
@@ -304,9 +307,3 @@ def _text(part: object) -> bytes:
 
 def _table(columns: list[tuple[int, ...]]) -> dict[int, tuple]:
     return {rank: (row[:4], row[4:8], row[8:12], *row[12:]) for rank, row in enumerate(zip(*columns, strict=True))}
-
-
-def _choose(what: str, name: str, options: dict, *more: str):
-    if name not in options:
-        raise ValueError(f"{what} {name!r} is not one of {', '.join((*more, *options))}")
-    return options[name]

@@ -140,6 +140,11 @@ class Plan:
         ranks = range(self.layout.ring_size)
         return tuple(s for s in range(len(self.meets)) if s == 0 or any(self[rank, s] for rank in ranks))
 
+    @property
+    def begins_at_home(self) -> bool:
+        """Whether the first visits need no rows of others."""
+        return all(part.rank == rank for rank, parts in enumerate(self.meets[0]) for part in parts)
+
     def cells(self, rank: int, step: int, batch: int = 1) -> int:
         """Allowed cells of a rank's visit, for one head, over `batch` rows."""
         return sum(tile.cells * (batch if tile.batch is None else 1) for tile in self[rank, step])
@@ -194,9 +199,9 @@ def _pieces(ranges: Iterable[range]) -> list[_Piece]:
 
 
 @lru_cache(maxsize=256)
-def _pieces_of(layout: Layout, rank: int) -> list[_Piece]:
+def _pieces_of(layout: Layout, rank: int) -> tuple[_Piece, ...]:
     """The pieces of a rank's shard, asked for at every part of it."""
-    return _pieces(layout.shard(rank))
+    return tuple(_pieces(layout.shard(rank)))
 
 
 def _cut(piece: _Piece, start: int, stop: int) -> _Piece:

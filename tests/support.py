@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ring_attn import call, exchange
-from ring_attn.exchange import pull
 from ring_attn.kernels import Grads, Kernel, Upstream
 from ring_attn.layout import Contiguous
 from ring_attn.mask import All, Causal, Documents, Full, KeyPadding, Mask, Window
@@ -219,7 +218,7 @@ def split_tiles(tile_list: Sequence[Tile], visits: int) -> list[tuple[Tile, ...]
 @contextmanager
 def way_home_hidden(by_heads: bool) -> Iterator[None]:
     """Inside, a backward by pull meets its own shard in halves; `by_heads`: and any goes KV head by KV head, where it may."""
-    with patch.object(pull, "_HALVES_FROM", 0), patch.object(call, "_SUMS", 1 if by_heads else 1 << 60):
+    with patch.object(exchange, "HALVES_FROM", 0), patch.object(call, "_SUMS", 1 if by_heads else 1 << 60):
         exchange.make_plan.cache_clear()
         try:
             yield

@@ -27,6 +27,7 @@ from ring_attn.comm.transport import Transport
 from ring_attn.exchange import EXCHANGES, get_exchange
 from tests import fake_peers, sabotage
 from tests.dist.harness import run_processes
+from tests.support import way_home_hidden
 
 SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float32", "device": "cpu"}
 DIRECTIONS = ("forward", "forward + backward")
@@ -231,6 +232,16 @@ def test_the_timeline_shows_every_visit_in_order(exchange):
     times = [at for bar in bars for at in (bar.start, bar.stop)]
     assert times == sorted(times) and times[0] > 0
     assert call.get_exchange is get_exchange
+
+
+def test_the_timeline_of_a_backward_by_parts_of_the_heads():
+    bench = small_bench(exchanges=("pull",), layouts=("zigzag",))
+    case = bench.cases[0]
+    with way_home_hidden(by_heads=True):
+        bars = timeline(bench.rings[0].settled(case), case, bench.everyone).bars
+    assert [bar.step for bar in bars if bar.direction == "backward"] == [0, 1, 2] * 2
+    times = [at for bar in bars for at in (bar.start, bar.stop)]
+    assert times == sorted(times)
 
 
 def test_what_is_checked_is_what_auto_takes_at_the_length_that_is_timed():

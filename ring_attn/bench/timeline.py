@@ -46,7 +46,11 @@ def timeline(contender: OnRing, case: Case, everyone: Everyone) -> Timeline:
         everyone.meet()
         origin = mark(everyone.device)
         torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
-    mine = [ms_between(origin, at) for visit in seen for at in (visit.start, visit.stop)]
+    mine: list[float] = []
+    for visit in seen:
+        start, stop = (ms_between(origin, at) for at in (visit.start, visit.stop))
+        # Where a part of a backward is begun before the last visit of the one before, its own time is what follows that.
+        mine += [max([start, *mine[-1:]]), stop]
     bars = tuple(
         Bar(process, visit.direction, visit.step, start, stop)
         for process, numbers in enumerate(everyone.tell(mine))

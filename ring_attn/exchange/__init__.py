@@ -15,11 +15,11 @@ from functools import lru_cache
 
 from ring_attn.exchange.base import Exchange
 from ring_attn.exchange.gather import GatherExchange
-from ring_attn.exchange.pull import PullExchange
+from ring_attn.exchange.pull import HALVES_FROM, PullExchange
 from ring_attn.exchange.ring import RingExchange
 from ring_attn.exchange.two_level import TwoLevelExchange
 from ring_attn.exchange.two_way import TwoWayExchange
-from ring_attn.layout import Layout
+from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.tiles import Plan
 
@@ -35,9 +35,12 @@ def get_exchange(name: str, ranks_per_node: int | None) -> Exchange:
     return TwoLevelExchange(ranks_per_node) if name == TwoLevelExchange.name else _BY_NAME[name]
 
 
-def for_backward(exchange: Exchange, row_home: int) -> Exchange:
-    """The exchange of the backward, in which dK and dV of a KV row take `row_home` bytes on their way home."""
-    return replace(exchange, row_home=row_home) if isinstance(exchange, PullExchange) else exchange
+def for_backward(exchange: Exchange, plan: Plan, row_home: int) -> Exchange:
+    """The exchange of the backward of a forward by that plan; dK and dV of a KV row take `row_home` bytes on their way home."""
+    if not isinstance(exchange, PullExchange):
+        return exchange
+    most = max((total_rows(parts) for step in plan.steps[1:] for parts in plan.meets[step]), default=0)
+    return replace(exchange, halved=most * row_home >= HALVES_FROM)
 
 
 @lru_cache(maxsize=128)

@@ -19,7 +19,7 @@ from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
 from ring_attn.tiles import Meets, Plan
 
-_HALVES_FROM = 64 << 20  # bytes, from where on a way home takes longer than what more calls of a kernel do
+HALVES_FROM = 64 << 20  # bytes, from where on a way home takes longer than what more calls of a kernel do
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,18 @@ class PullExchange:
     What a mask hides is not moved: under a causal mask the zigzag layout moves three quarters of what a ring does. Where
     `max_rows` allows less, the others' rows come in several visits.
 
-    `row_home`: of a backward, the bytes that dK and dV of a row take on their way; see Note [way home].
+    `halved`: the own shard is met in halves, as a backward may; see Note [way home].
     """
 
-    row_home: int = 0
+    halved: bool = False
     name = "pull"
 
     def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
         ranks, length = range(layout.ring_size), kv_layout.shard_len
         wanted = [needed(layout, kv_layout, mask, rank) for rank in ranks]
-        most = max(map(total_rows, wanted))
-        count = steps_for(most, max_rows)
+        count = steps_for(max(map(total_rows, wanted)), max_rows)
         by_rank = [[within(parts, rows) for rows in evenly(total_rows(parts), count)] for parts in wanted]
-        halved = self.row_home and most * self.row_home >= _HALVES_FROM
-        halves = [range(length // 2, length), range(length // 2)] if halved else [range(length)]
+        halves = [range(length // 2, length), range(length // 2)] if self.halved else [range(length)]
         first, *rest = (tuple((Part(rank, rows),) for rank in ranks) for rows in halves)
         return first, *zip(*by_rank, strict=True), *rest
 

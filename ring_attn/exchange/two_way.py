@@ -6,7 +6,8 @@ two of them then carries both directions. Behind a switch all rows of a rank sha
 a mask hides most, a ring moves less: here the rows that a window reaches come from either side, half of them all the way round.
 
 Note [halves]: of every run of positions in a shard one half goes each way. So under a causal mask ranks are as balanced at
-every step as in a ring, also in the zigzag layout, whose two runs weigh differently; but a visit has two tiles for one.
+every step as in a ring, also in the zigzag layout, whose two runs weigh differently; but a visit has two tiles for one. By
+document ranks have runs of their own, and the halves are those of the first one's: as right, and less balanced.
 """
 
 from __future__ import annotations

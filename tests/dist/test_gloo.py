@@ -7,6 +7,7 @@ import ring_attn as ra
 from ring_attn.comm.backend import timeout_of
 from tests.dist.harness import run_processes
 from tests.matrix import cases, check
+from tests.support import way_home_hidden
 
 
 def _matrix(rank: int, ranks_per_process: int) -> None:
@@ -42,6 +43,22 @@ def _two_ways(rank: int, ranks_per_process: int) -> None:
 @pytest.mark.parametrize(("num_processes", "ranks_per_process"), [(2, 1), (4, 1), (2, 3)])
 def test_two_ways(num_processes: int, ranks_per_process: int):
     run_processes(_two_ways, num_processes, ranks_per_process)
+
+
+def _by_heads(rank: int, ranks_per_process: int) -> None:
+    more = {"ring": ("two-way", "two-level")}
+    with way_home_hidden(by_heads=True):
+        for case in cases():
+            for exchange in (case.exchange, *more.get(case.exchange, ())):
+                options = {"ranks_per_node": 2} if exchange == "two-level" else {}
+                options |= {"kernel": case.kernel, "ranks_per_process": ranks_per_process}
+                check(case, ra.Ring.from_group(None, case.layout, exchange=exchange, **options))
+
+
+@pytest.mark.parametrize("ranks_per_process", [1, 2])
+def test_backwards_by_parts_of_the_heads(ranks_per_process: int):
+    """Tours that overlap post the same in the same order everywhere."""
+    run_processes(_by_heads, 4 // ranks_per_process, ranks_per_process)
 
 
 def _side_by_side(rank: int) -> None:

@@ -163,7 +163,8 @@ def parts_of(call: Callable[[], None]) -> str:
     places = [(SymmetricTransport, name, "transfers, asked for") for name in ("pull", "push")]
     places += [(ProcessGroupTransport, name, "messages, asked for") for name in ("shift", "all_gather", "reduce_scatter")]
     places += [(Pending, "wait", "transfers, waited for")]
-    places += [(tilewise.Dense, name, "library calls") for name in ("attend", "differentiate")]
+    calls = tilewise.Dense, tilewise.Packed
+    places += [(kind, name, "library calls") for kind in calls for name in ("attend", "differentiate")]
     if ON_GPU:
         from ring_attn.kernels import triton_rows
 

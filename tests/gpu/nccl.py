@@ -222,11 +222,18 @@ def messages(report: Report) -> None:
             f"float64 matrix, {exchange}, two ranks a process",
             lambda e=exchange: [run_case(c, ranks_per_process=2) for c in cases() if c.exchange == e] and None,
         )
+    report.attempt("float64 matrix, by heads", matrix_by_heads)
     two_ways = [replace(case, exchange="two-way") for case in cases() if case.exchange == "ring"]
     report.attempt("float64 matrix, two-way", lambda: [run_case(c) for c in two_ways] and None)
     report.attempt("float64 matrix, two-way, two ranks a process", lambda: [run_case(c, 2) for c in two_ways] and None)
     if dist.get_world_size() % 2 == 0:
         report.attempt("float64 matrix, two axes", lambda: [run_case(c) for c in cases(ulysses=2)[::5]] and None)
+
+
+def matrix_by_heads() -> None:
+    with way_home_hidden(by_heads=True):
+        for case in cases():
+            run_case(case)
 
 
 def beside(report: Report) -> None:
