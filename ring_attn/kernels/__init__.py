@@ -73,6 +73,8 @@ class Upstream:
 
     def head_parts(self, count: int) -> list[Upstream]:
         """The same for each of so many parts of the heads."""
+        if count == 1:
+            return [self]
         of_rows = ([None] * count if x is None else x.chunk(count, 2) for x in (self.dout, self.out, self.rest))
         of_lse = ([None] * count if x is None else x.chunk(count, 1) for x in (self.lse, self.dlse))
         (dout, out, rest), (lse, dlse) = of_rows, of_lse
