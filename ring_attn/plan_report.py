@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ring_attn.by_document import ByDocument
-from ring_attn.cost import MACHINES, Estimate, Question, Work, estimates
+from ring_attn.cost import MACHINES, Estimate, Question, Work, asked, estimates
 from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES, get_exchange, make_plan
 from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
@@ -112,7 +112,9 @@ def explained(options: PlanOptions) -> list[str]:
     """The estimates as text."""
     machine, found = MACHINES[options.machine], estimates_of(options)
     heads = f"{options.num_heads} query and {options.num_kv_heads} KV heads of {options.head_dim}"
-    lines = [f"on {machine.name}: {machine.tflops:g} TFLOP/s a rank, {heads}, bf16; forward and backward of the slowest rank"]
+    ranks = asked(options.ring_size)
+    slowest = f"the slowest {'rank' if len(ranks) == options.ring_size else f'of ranks {ranks}'}"
+    lines = [f"on {machine.name}: {machine.tflops:g} TFLOP/s a rank, {heads}, bf16; forward and backward of {slowest}"]
     for name in EXCHANGES:
         link = getattr(machine, name)
         moves = f"{name} moves {link.gb_s:g} GB/s after {link.latency_us:g} us"

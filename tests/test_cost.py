@@ -6,7 +6,7 @@ import pytest
 
 import ring_attn as ra
 from ring_attn import cli
-from ring_attn.cost import MACHINES, Link, Machine, Question, Work, estimates
+from ring_attn.cost import MACHINES, Link, Machine, Question, Work, asked, estimates
 from ring_attn.layout import Contiguous, Zigzag
 from ring_attn.mask import Causal, Full, Window
 from tests.support import random_qkv
@@ -32,6 +32,14 @@ def test_the_terms_by_hand():
     assert found["ring"].slowed == found["pull"].slowed == pytest.approx(2.5 + 2.5)
     assert found["ring"].waiting == found["pull"].waiting == pytest.approx(9.0)
     assert (found["gather"].slowed, found["gather"].waiting) == (0.0, pytest.approx(5 + 5 + 9))
+
+
+def test_of_a_large_ring_some_ranks_are_asked():
+    """The last one among them, which under a causal mask has the most to do of a sequence in order."""
+    assert [asked(size) for size in (1, 2, 3, 4)] == [tuple(range(size)) for size in (1, 2, 3, 4)]
+    assert asked(16) == (0, 5, 10, 15)
+    few, many = (by_name(Causal(), Contiguous(4096 * size, size), MACHINES["gpus"])["ring"].compute for size in (4, 16))
+    assert many / few == pytest.approx((15 + 0.5) / (3 + 0.5), rel=0.01)
 
 
 def test_what_it_prefers():
