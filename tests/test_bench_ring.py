@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from ring_attn.cli import main
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Transport
 from ring_attn.exchange import EXCHANGES, get_exchange
+from ring_attn.kernels.reference import ReferenceKernel
 from tests import fake_peers, sabotage
 from tests.dist.harness import run_processes
 from tests.support import way_home_hidden
@@ -250,6 +252,23 @@ def test_what_is_checked_is_what_auto_takes_at_the_length_that_is_timed():
     settled = OnRing("auto", ring).settled(bench.cases[0])
     assert settled.ring.exchange in EXCHANGES and "auto" not in settled.ring.kernel
     assert settled.chosen.startswith(settled.ring.exchange)
+
+
+def test_the_gate_checks_the_backward_that_is_timed():
+    bench, seen, backward = small_bench(exchanges=("pull",), layouts=("zigzag",)), [], ReferenceKernel.backward
+    with way_home_hidden(by_heads=True):
+        settled = bench.rings[0].settled(bench.cases[0])
+    assert settled.chosen.endswith(", halves, 2 parts") and settled.head_parts == 2
+
+    def noted(self, up, q, k, v, *rest, **options):
+        seen.append((k.shape[1:3], len(q[0])))
+        return backward(self, up, q, k, v, *rest, **options)
+
+    settled = replace(settled, ring=ra.Ring(settled.ring.transport, exchange="pull", kernel="reference"))
+    with patch.object(ReferenceKernel, "backward", noted):
+        assert bench.gate.fault(settled, "causal") is None
+    rows = settled.gate_rows
+    assert {heads for (_, heads), _ in seen} == {1} and rows // 2 in {keys for (keys, _), _ in seen}
 
 
 @pytest.mark.parametrize(

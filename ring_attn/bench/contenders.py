@@ -7,14 +7,16 @@ and copies, and no communication. What it computes is nonsense, how long it take
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from ring_attn import call
 from ring_attn.attention import ring_attention
 from ring_attn.by_document import ByDocument
 from ring_attn.call import Call, validate
@@ -22,6 +24,7 @@ from ring_attn.comm.nodes import NodesTransport
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.comm.transport import Parts, Pending, Transport
 from ring_attn.comm.two_axes import TwoAxes
+from ring_attn.exchange import Exchange
 from ring_attn.kernels import resolve
 from ring_attn.layout import total_rows
 from ring_attn.mask import Mask
@@ -100,11 +103,15 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class OnRing:
-    """Ring attention. `chosen`: exchange and kernels, once `settled`."""
+    """Ring attention. Once `settled`, `chosen` is its exchange and kernels, and how the backward goes where that differs: in
+    `head_parts`, and `back` with its own shard in halves.
+    """
 
     name: str
     ring: Ring
     chosen: str = ""
+    head_parts: int = 1
+    back: Exchange | None = None
     captured: bool = False
 
     gate_rows = 298  # no multiple of a block
@@ -132,17 +139,20 @@ class OnRing:
         return None
 
     def settled(self, case: Case) -> OnRing:
-        """The same with exchange and kernels by name, as "auto" takes them for this case: so what is checked at one length is
-        what is timed at another. Raises ValueError where the ring cannot do the case.
+        """The same with exchange and kernels by name, as "auto" takes them for this case, and its backward as at this length.
+
+        So what is checked at one length is what is timed at another. Raises ValueError where the ring cannot do the case.
         """
         ring, whole = self.at(case), case.shape.blank(len(self.positions(case)))
         asked = Call.make(ring, case.mask, None, case.shape.head_dim**-0.5)
-        validate(*whole, [], asked)
-        call, *inputs = asked.of_part(*whole)
-        exchange = call.exchange(*inputs).name
-        kernels = [resolve(ring.kernel, call.problem(*inputs, direction)).name for direction in ("forward", "backward")]
-        chosen = f"{exchange}, {' + '.join(dict.fromkeys(kernels))}"
-        return replace(self, ring=self._ring(ring.transport, exchange, "+".join(kernels)), chosen=chosen)
+        found = validate(*whole, [], asked)
+        one, *inputs = asked.of_part(*whole)
+        kernels = [resolve(ring.kernel, one.problem(*inputs, direction)).name for direction in ("forward", "backward")]
+        halves = [] if found.back == found.exchange else ["halves"]
+        parts = [f"{found.head_parts} parts"] if found.head_parts > 1 else []
+        chosen = ", ".join([found.exchange.name, " + ".join(dict.fromkeys(kernels)), *halves, *parts])
+        settled = self._ring(ring.transport, found.exchange.name, "+".join(kernels))
+        return replace(self, ring=settled, chosen=chosen, head_parts=found.head_parts, back=found.back)
 
     def keeping(self) -> OnRing:
         """The same with what it pulls kept for the backward."""
@@ -171,7 +181,11 @@ class OnRing:
 
     @contextmanager
     def attention(self, case: Case) -> Iterator[Attend]:
-        yield partial(ring_attention, ring=self.at(case), mask=case.mask)
+        with ExitStack() as stack:
+            if self.back is not None:
+                stack.enter_context(patch.object(call, "for_backward", lambda *given: self.back))
+                stack.enter_context(patch.object(call.Call, "_head_parts", lambda *given: self.head_parts))
+            yield partial(ring_attention, ring=self.at(case), mask=case.mask)
 
 
 class OnDocuments(OnRing):
