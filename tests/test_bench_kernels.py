@@ -9,6 +9,10 @@ import torch
 from ring_attn.bench import kernels, results
 from ring_attn.bench.kernels import KernelBenchOptions
 from ring_attn.bench.results import Row
+from ring_attn.kernels import get_kernel
+from ring_attn.mask import Causal
+from ring_attn.tiles import tiles
+from tests.support import random_qkv
 
 LENGTHS = 2048, 8192
 SPEEDS = {("triton", 2048): 300.0, ("flash4", 2048): 200.0, ("triton", 8192): 392.0, ("flash4", 8192): 400.0}
@@ -55,6 +59,28 @@ def test_the_table_says_what_auto_takes_and_how_near_the_fastest_it_is(measured)
     assert forward == ["auto", "takes", "triton", "(100)", "triton", "(", "98)"]
     assert backward == ["auto", "takes", "triton", "(100)", "triton", "(100)"]
     assert "flash4 window backward: it has no backward" in text
+
+
+def test_a_kernel_of_which_no_graph_can_be_made_is_named_and_the_others_are_timed(monkeypatch):
+    options = KernelBenchOptions(heads=4, kv_heads=2, head_dim=8, repeats=1)
+    tensors, rows = random_qkv(1, 16, 16, 4, 2, 8), range(16)
+    visit = kernels.Visit(*tensors, tiles((rows,), [(rows,)], Causal()), 0.3)
+    monkeypatch.setattr(kernels.Visit, "random", lambda *args: visit)
+    monkeypatch.setattr(kernels, "timed", lambda *args: ([1.0], 1 << 30))
+    runs = []
+
+    def captured(run):
+        runs.append(run)
+        if len(runs) % 2:
+            raise RuntimeError("it synchronizes")
+        return run, run()
+
+    monkeypatch.setattr(kernels, "captured", captured)
+    for direction in ("forward", "backward"):
+        timed, refused = kernels.measure([get_kernel("aten"), get_kernel("reference")], "causal", 16, direction, options)
+        assert (timed.kernel, timed.extra_gib, timed.why_not) == ("reference", 1.0, None) and timed.tflops > 0
+        assert (refused.kernel, refused.tflops) == ("aten", None)
+        assert refused.why_not == "no CUDA graph can be made of it: it synchronizes"
 
 
 def test_what_auto_takes_and_was_not_timed_is_left_open(measured):

@@ -214,7 +214,10 @@ class Visit:
 
 
 def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: str, options: KernelBenchOptions) -> list[Row]:
-    """A measurement of each kernel: the median of as many rounds over all of them, which a GPU's clock meets alike."""
+    """A measurement of each kernel: the median of as many rounds over all of them, which a GPU's clock meets alike.
+
+    Or the reason why there is none: what a library does in a call may be nothing that a CUDA graph can hold.
+    """
     if not kernels:
         return []
     visit = Visit.random(mask_name, length, options)
@@ -222,15 +225,20 @@ def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: s
     up, into = Upstream(visit.dout, out, visit.lse), visit.grads() if direction == "backward" else None
     runs = {kernel.name: _run(kernel, visit, up, into) for kernel in kernels}
     extra = {name: timed(run, 1, visit.q.device)[1] for name, run in runs.items()}
-    replays = {name: captured(run)[0] for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    replays, refused = {}, []
+    for name, run in runs.items():
+        try:
+            replays[name], _ = captured(run)
+        except RuntimeError as error:
+            refused.append(Row(name, direction, mask_name, length, why_not=f"no CUDA graph can be made of it: {error}"))
+    times: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(options.repeats):
         for name, replay in replays.items():
             times[name].append(second_of_two(replay, visit.q.device))
     per_cell = 4 if direction == "forward" else 10
     flops = per_cell * options.head_dim * options.heads * visit.cells
     ms = {name: statistics.median(taken) for name, taken in times.items()}
-    return [Row(n, direction, mask_name, length, ms[n], flops / ms[n] / 1e9, extra[n] / 2**30) for n in runs]
+    return [Row(n, direction, mask_name, length, ms[n], flops / ms[n] / 1e9, extra[n] / 2**30) for n in ms] + refused
 
 
 def _run(kernel: Kernel, visit: Visit, up: Upstream, into: Grads | None) -> Callable[[], object]:
