@@ -174,6 +174,19 @@ def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, 
     assert ", ".join(seen[2 if rows else 1 :]) == moved, "after the pulls of the forward"
 
 
+def test_parts_whose_first_visit_waits_for_others_go_one_by_one():
+    """Two parts of the heads by gather: begun ahead, the second would hold its KV beside the first's."""
+    ring, done = ra.Ring.simulated(4, exchange="gather", hostile=True), []
+    for name in ("all_gather", "reduce_scatter"):
+        post = getattr(ring.transport, name)
+        noted = lambda *x, name=name, post=post, **o: done.append(name) or post(*x, **o)  # noqa: E731
+        setattr(ring.transport, name, noted)
+    case = replace(next(x for x in cases() if (x.exchange, x.mask) == ("gather", "full")), heads=(4, 2))
+    with way_home_hidden(by_heads=True):
+        check(case, ring)
+    assert done[1:5] == ["all_gather", "reduce_scatter"] * 2
+
+
 def test_a_backward_by_pull_begins_and_ends_with_the_own_shard():
     whole = make_plan(get_exchange("pull", None), Causal(), Zigzag(256, 4))
     back = for_backward(get_exchange("pull", None), whole, 8 << 20)

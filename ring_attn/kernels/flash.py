@@ -16,6 +16,10 @@ operators, whose Python signature says nothing; before, a parameter that a patch
 Note [softcap]: that a backward takes a softcap does not say that it applies one: flash-attn 4 inside flash_attn 2.8.3 leaves
 it out of the gradient. So it is handed only to versions whose source does, flash-attn 2 from 2.6.3 on and a flash-attn 4 that
 makes a derivative of it.
+
+Note [imports]: a library that does not fit its machine raises what it likes while it is imported, such as RuntimeError where no
+toolkit matches the driver. Whatever it is becomes the reason why the kernel cannot be used: told where it is asked for by name,
+and for "auto" no reason to fail.
 """
 
 from __future__ import annotations
@@ -123,7 +127,7 @@ def load() -> _Library | str:
     try:
         import flash_attn
         from flash_attn import flash_attn_interface
-    except Exception as error:  # a library that does not fit its machine raises what it likes, and is no reason to fail here
+    except Exception as error:  # See Note [imports].
         missing = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
         return "flash_attn is not installed" if missing else f"flash_attn 2 does not import here: {error}"
     release = getattr(flash_attn, "__version__", "unknown")
@@ -193,7 +197,7 @@ def load4() -> ModuleType | str:
     """flash-attn 4's interface, or the reason why it cannot be used."""
     try:
         from flash_attn.cute import interface
-    except Exception as error:  # as above
+    except Exception as error:  # See Note [imports].
         missing = isinstance(error, ModuleNotFoundError) and error.name in ("flash_attn", "flash_attn.cute")
         return "flash-attn 4 (flash_attn.cute) is not installed" if missing else f"flash-attn 4 does not import here: {error}"
     return interface
