@@ -1,12 +1,12 @@
 """Symmetric memory on GPUs of one host: copy engines read a peer's rows, and no multiprocessor is taken from attention.
 
-Note [barriers]: a transport has one piece of memory a rank, and two barriers a transfer. Before the first a rank has read all
-that it wanted of the transfer before, so behind it all may write; behind the second all have written, so all may read. Nothing
-is left over between transfers, so they may be captured in CUDA graphs, replayed, and mixed with others.
+Note [barriers]: a transport has one piece of memory a rank, and two barriers a transfer. Behind the first all ranks have
+written, so all may read; behind the second all have read, so all may write. What is received is waited for only together with
+the second: nothing is left over between transfers, so they may be captured in CUDA graphs, replayed, and mixed with others.
 
-Note [streams]: a barrier is a kernel, small as it is, and would wait for a place beside one that fills the GPU, as attention
-does. So writing and both barriers are on the current stream, before what it does next; only the copies, which need no
-multiprocessor, are on a stream of their own.
+Note [streams]: what is put up is written on the current stream, before what that does next. Barriers and copies, which need no
+multiprocessor, are on a stream of their own: attention neither waits for slower ranks before it needs what they send, nor makes
+the transfer wait for a place beside it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
+from ring_attn.comm.stream_barrier import StreamBarrier, flag_bytes
 from ring_attn.comm.transport import Parts, Pending, check_payloads
 from ring_attn.layout import places, total_rows
 
@@ -64,6 +66,16 @@ def pushed(rank: int, parts: Parts, mine: Tensor) -> Reads:
     return Reads([total_rows(wanted) for wanted in parts], [read for read, _ in found], [home for _, home in found])
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Memory of all ranks: `get_buffer(rank, sizes, dtype)` is a rank's from the beginning on; behind `barrier(turn)`, on the
+    current stream, nothing is done before all have come to it; turns are 0, 1, 0, 1, and so on.
+    """
+
+    get_buffer: Callable[..., Tensor]
+    barrier: Callable[[int], None]
+
+
 class Route(NamedTuple):
     """What is the same in all transfers of a shape: views of the memory `own` writes and `sources` reads, one batch row each.
 
@@ -76,7 +88,7 @@ class Route(NamedTuple):
     sizes: list[int]
     order: list[int]
     homes: list[slice]
-    handle: object
+    memory: Shared
 
 
 def batch_rows(x: Tensor) -> Sequence[Tensor]:
@@ -155,28 +167,28 @@ class SymmetricTransport(ProcessGroupTransport):
         if route is None:
             put_up, reads, homes = of(self.process, parts, mine)
             b, _, e = mine.shape
-            handle = self._memory.of_size(max(put_up) * b * e * mine.element_size(), mine.device)
-            route = self._new_route(put_up, reads, homes, mine, handle)
+            memory = self._memory.of_size(max(put_up) * b * e * mine.element_size(), mine.device)
+            route = self._new_route(put_up, reads, homes, mine, memory)
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
-            self._memory.stays(route.handle)
+            self._memory.stays(route.memory)
         return route
 
-    def _new_route(self, put_up: list[int], reads: list[Read], homes: list[range], mine: Tensor, handle: object) -> Route:
+    def _new_route(self, put_up: list[int], reads: list[Read], homes: list[range], mine: Tensor, memory: Shared) -> Route:
         b, _, e = mine.shape
         # From the next rank on, so that not all read the same one's memory at a time.
         order = sorted(range(len(reads)), key=lambda n: (reads[n].rank - self.process) % self.ring_size)
         # A view made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            own = handle.get_buffer(self.process, list(mine.shape), mine.dtype)
+            own = memory.get_buffer(self.process, list(mine.shape), mine.dtype)
             sources = []
             for rank, rows in (reads[n] for n in order):
-                theirs = handle.get_buffer(rank, [b, put_up[rank], e], mine.dtype)
+                theirs = memory.get_buffer(rank, [b, put_up[rank], e], mine.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 sources += batch_rows(theirs[:, rows.start : rows.stop])
         sizes, homes = [len(read.rows) for read in reads], [slice(rows.start, rows.stop) for rows in homes]
-        return Route(own, sources, sizes, [n * b + i for n in order for i in range(b)], homes, handle)
+        return Route(own, sources, sizes, [n * b + i for n in order for i in range(b)], homes, memory)
 
     def _transfer(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, Callable[[], None]]:
         """Puts up `mine` and reads what others put up, see Note [barriers]: what is received, and what waits for it."""
@@ -187,12 +199,12 @@ class SymmetricTransport(ProcessGroupTransport):
         if self._last is not None and self._last.captured == copies.captured:
             self._last.wait()
         self._last = copies
-        route.handle.barrier()
         route.own.copy_(mine)
-        route.handle.barrier()
         with self._beside(mine.device, copies):
+            route.memory.barrier(0)
             for n, source in zip(route.order, route.sources, strict=True):
                 pieces[n].copy_(source)
+            route.memory.barrier(1)
         if self._watch is not None:
             self._watch.add([copies], self._who(what), self._roll)
 
@@ -242,12 +254,12 @@ class _Memory:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.size = 0
-        self.handle: object = None
-        self.in_graphs: list[object] = []
+        self.shared: Shared | None = None
+        self.in_graphs: list[Shared] = []
         self.routes: dict[tuple, tuple[Route, Parts]] = {}
 
-    def of_size(self, size: int, device: torch.device) -> object:
-        """A handle of at least that many bytes. Every rank must ask for the same sizes in the same order.
+    def of_size(self, size: int, device: torch.device) -> Shared:
+        """Memory of at least that many bytes. Every rank must ask for the same sizes in the same order.
 
         Raises RuntimeError where it would have to be made while a CUDA graph is captured.
         """
@@ -263,19 +275,19 @@ class _Memory:
                 torch.cuda.synchronize(device)
             dist.barrier(self.group)
             self.routes.clear()
-            self.handle = rendezvous(wanted, device, self.group)
+            self.shared = rendezvous(wanted, device, self.group)
             self.size = wanted
-        return self.handle
+        return self.shared
 
     def keep(self, key: tuple, route: Route, parts: Parts) -> None:
         self.routes[key] = route, parts
         if len(self.routes) > _ROUTES:
             del self.routes[next(iter(self.routes))]
 
-    def stays(self, handle: object) -> None:
+    def stays(self, shared: Shared) -> None:
         """Memory that a CUDA graph goes over lives as long as this."""
-        if handle not in self.in_graphs:
-            self.in_graphs.append(handle)
+        if shared not in self.in_graphs:
+            self.in_graphs.append(shared)
 
 
 def _why_not(processes: int) -> str | None:
@@ -300,12 +312,17 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> object:
-    """The handle of `size` bytes on every rank. Raises RuntimeError where it has NVLink multicast."""
+def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> Shared:
+    """`size` bytes on every rank. Raises RuntimeError where they have NVLink multicast."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    memory = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    ranks, flags = range(group.size()), flag_bytes(group.size())
+    memory = symmetric_memory.empty(size + flags, dtype=torch.uint8, device=device)
+    memory[size:].zero_()
+    # Others raise their flags here as soon as they know of this memory.
+    torch.cuda.synchronize(device)
     handle = symmetric_memory.rendezvous(memory, group)
     if handle.multicast_ptr:
         raise RuntimeError("the symmetric memory came with NVLink multicast; set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 earlier")
-    return handle
+    at = [handle.get_buffer(rank, [flags], torch.uint8, size).data_ptr() for rank in ranks]
+    return Shared(handle.get_buffer, StreamBarrier(at, handle.rank))
