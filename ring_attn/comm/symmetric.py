@@ -1,12 +1,9 @@
 """Symmetric memory on GPUs of one host: copy engines read a peer's rows, and no multiprocessor is taken from attention.
 
-Note [barriers]: a transport has one piece of memory a rank, and two barriers a transfer. Behind the first all ranks have
-written, so all may read; behind the second all have read, so all may write. What is received is waited for only together with
-the second: nothing is left over between transfers, so they may be captured in CUDA graphs, replayed, and mixed with others.
-
-Note [streams]: what is put up is written on the current stream, before what that does next. Barriers and copies, which need no
-multiprocessor, are on a stream of their own: attention neither waits for slower ranks before it needs what they send, nor makes
-the transfer wait for a place beside it.
+Note [streams]: a transport has one piece of memory a rank. What is put up is written there on the current stream, before what
+that does next; there it waits only until all have read what was put up before. Copies, which need no multiprocessor, and the
+flags about them (`stream_flags.py`) are on a stream of their own: attention waits for slower ranks only where it needs what
+they send, and makes no transfer wait for a place beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import permutations
 from typing import NamedTuple
 
@@ -24,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
-from ring_attn.comm.stream_barrier import StreamBarrier, flag_bytes
+from ring_attn.comm.stream_flags import Flags, Signals, enqueue, flags_at_first
 from ring_attn.comm.transport import Parts, Pending, check_payloads
 from ring_attn.layout import places, total_rows
 
@@ -66,14 +62,11 @@ def pushed(rank: int, parts: Parts, mine: Tensor) -> Reads:
     return Reads([total_rows(wanted) for wanted in parts], [read for read, _ in found], [home for _, home in found])
 
 
-@dataclass(frozen=True, eq=False)
-class Shared:
-    """Memory of all ranks: `get_buffer(rank, sizes, dtype)` is a rank's from the beginning on; behind `barrier(turn)`, on the
-    current stream, nothing is done before all have come to it; turns are 0, 1, 0, 1, and so on.
-    """
+class Shared(NamedTuple):
+    """Memory of all ranks: `get_buffer(rank, sizes, dtype)` is a rank's from the beginning on; and flags about it."""
 
     get_buffer: Callable[..., Tensor]
-    barrier: Callable[[int], None]
+    flags: Flags
 
 
 class Route(NamedTuple):
@@ -88,6 +81,7 @@ class Route(NamedTuple):
     sizes: list[int]
     order: list[int]
     homes: list[slice]
+    signals: Signals
     memory: Shared
 
 
@@ -113,7 +107,6 @@ class SymmetricTransport(ProcessGroupTransport):
             raise ValueError(f"symmetric memory cannot be had: {reason}")
         self.link = "symmetric"
         self._memory = _Memory(self.group)
-        self._last: _Copies | None = None
         self._stream: torch.cuda.Stream | None = None
         self._beside_this: SymmetricTransport | None = None
 
@@ -165,18 +158,18 @@ class SymmetricTransport(ProcessGroupTransport):
         key, capturing = (of, id(parts), mine.shape, mine.dtype), _capturing(mine.device)
         route, _ = self._memory.routes.get(key, (None, None))
         if route is None:
-            put_up, reads, homes = of(self.process, parts, mine)
-            b, _, e = mine.shape
-            memory = self._memory.of_size(max(put_up) * b * e * mine.element_size(), mine.device)
-            route = self._new_route(put_up, reads, homes, mine, memory)
+            reads, (b, _, e) = of(self.process, parts, mine), mine.shape
+            memory = self._memory.of_size(max(reads.put_up) * b * e * mine.element_size(), mine.device)
+            route = self._new_route(reads, mine, memory)
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
             self._memory.stays(route.memory)
         return route
 
-    def _new_route(self, put_up: list[int], reads: list[Read], homes: list[range], mine: Tensor, memory: Shared) -> Route:
-        b, _, e = mine.shape
+    def _new_route(self, found: Reads, mine: Tensor, memory: Shared) -> Route:
+        (put_up, reads, homes), (b, _, e) = found, mine.shape
+        signals = memory.flags.signals({read.rank for read in reads})
         # From the next rank on, so that not all read the same one's memory at a time.
         order = sorted(range(len(reads)), key=lambda n: (reads[n].rank - self.process) % self.ring_size)
         # A view made in inference mode could not be written to outside of it.
@@ -188,23 +181,26 @@ class SymmetricTransport(ProcessGroupTransport):
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 sources += batch_rows(theirs[:, rows.start : rows.stop])
         sizes, homes = [len(read.rows) for read in reads], [slice(rows.start, rows.stop) for rows in homes]
-        return Route(own, sources, sizes, [n * b + i for n in order for i in range(b)], homes, memory)
+        return Route(own, sources, sizes, [n * b + i for n in order for i in range(b)], homes, signals, memory)
 
     def _transfer(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, Callable[[], None]]:
-        """Puts up `mine` and reads what others put up, see Note [barriers]: what is received, and what waits for it."""
+        """Puts up `mine` and reads what others put up: what is received, and what waits for it."""
         received = mine.new_empty(mine.shape[0], sum(route.sizes), mine.shape[2])
         pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
-        copies = _Copies(received, _capturing(mine.device))
-        # An event of a capture means nothing outside of it, and the other way round.
-        if self._last is not None and self._last.captured == copies.captured:
-            self._last.wait()
-        self._last = copies
+        copies = _Copies(received)
+        enqueue(route.signals.to_write)
         route.own.copy_(mine)
-        with self._beside(mine.device, copies):
-            route.memory.barrier(0)
+        with self._beside(mine.device):
+            enqueue(route.signals.to_read)
             for n, source in zip(route.order, route.sources, strict=True):
                 pieces[n].copy_(source)
-            route.memory.barrier(1)
+            if _capturing(mine.device):
+                # All of a graph's work must be waited for in it.
+                enqueue(route.signals.have_read)
+                copies.end_here()
+            else:
+                copies.end_here()
+                enqueue(route.signals.have_read)
         if self._watch is not None:
             self._watch.add([copies], self._who(what), self._roll)
 
@@ -215,7 +211,7 @@ class SymmetricTransport(ProcessGroupTransport):
         return received, arrive
 
     @contextmanager
-    def _beside(self, device: torch.device, copies: _Copies) -> Iterator[None]:
+    def _beside(self, device: torch.device) -> Iterator[None]:
         """Work on this transport's own stream, after what the current one has got so far; see Note [streams]."""
         if device.type != "cuda":
             yield
@@ -225,16 +221,19 @@ class SymmetricTransport(ProcessGroupTransport):
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-            copies.done = self._stream.record_event()
 
 
 class _Copies:
     """The copies of a transfer. What they write, `received`, lives until that is waited for; `done`: their end on a stream."""
 
-    def __init__(self, received: Tensor, captured: bool) -> None:
+    def __init__(self, received: Tensor) -> None:
         self.received: Tensor | None = received
-        self.captured = captured
         self.done: torch.cuda.Event | None = None
+
+    def end_here(self) -> None:
+        """They are done when the current stream has got so far."""
+        if self.received.is_cuda:
+            self.done = torch.cuda.current_stream().record_event()
 
     def is_completed(self) -> bool:
         return self.done is None or self.done.query()
@@ -316,13 +315,14 @@ def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> Sha
     """`size` bytes on every rank. Raises RuntimeError where they have NVLink multicast."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    ranks, flags = range(group.size()), flag_bytes(group.size())
-    memory = symmetric_memory.empty(size + flags, dtype=torch.uint8, device=device)
-    memory[size:].zero_()
+    at_first = torch.tensor(flags_at_first(group.size()), dtype=torch.int32, device=device).view(torch.uint8)
+    memory = symmetric_memory.empty(size + at_first.numel(), dtype=torch.uint8, device=device)
+    memory[size:] = at_first
     # Others raise their flags here as soon as they know of this memory.
     torch.cuda.synchronize(device)
     handle = symmetric_memory.rendezvous(memory, group)
     if handle.multicast_ptr:
         raise RuntimeError("the symmetric memory came with NVLink multicast; set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 earlier")
-    at = [handle.get_buffer(rank, [flags], torch.uint8, size).data_ptr() for rank in ranks]
-    return Shared(handle.get_buffer, StreamBarrier(at, handle.rank))
+    ranks = range(group.size())
+    at = [handle.get_buffer(rank, [at_first.numel()], torch.uint8, size).data_ptr() for rank in ranks]
+    return Shared(handle.get_buffer, Flags(at, handle.rank))

@@ -3,6 +3,7 @@
 What copy engines, streams and events do is checked on GPUs (tests/gpu/nccl.py); here it is what is written and read when.
 """
 
+import ctypes
 import random
 import re
 import time
@@ -10,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ import torch.distributed as dist
 import ring_attn as ra
 from ring_attn.comm import copy_engines, process_group, symmetric
 from ring_attn.comm.process_group import split_group
+from ring_attn.comm.stream_flags import _EQUAL, _WAIT, _WRITE, Flags, flags_at_first
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
@@ -26,21 +29,31 @@ from tests.test_transport import conform
 
 
 class MappedFiles:
-    """A handle over files that all processes of a group map: `get_buffer` of any rank, and a barrier."""
+    """Memory over files that all processes of a group map: `get_buffer` of any rank, and flags behind it."""
 
     def __init__(self, folder, number, size, group):
-        self.group, ranks = group, dist.get_process_group_ranks(group)
-        path = Path(folder) / f"{number}-{dist.get_rank()}"
-        path.write_bytes(b"\xff" * size)  # NaN in every floating dtype
+        ranks = dist.get_process_group_ranks(group)
+        path, at_first = Path(folder) / f"{number}-{dist.get_rank()}", np.array(flags_at_first(len(ranks)), dtype=np.int32)
+        path.write_bytes(b"\xff" * size + at_first.tobytes())  # NaN in every floating dtype
         dist.barrier(group)
-        self.memory = [torch.from_file(str(Path(folder) / f"{number}-{r}"), True, size, dtype=torch.uint8) for r in ranks]
+        whole = size + at_first.nbytes
+        self.memory = [torch.from_file(str(Path(folder) / f"{number}-{r}"), True, whole, dtype=torch.uint8) for r in ranks]
+        self.flags = Flags([memory.data_ptr() + size for memory in self.memory], dist.get_rank(group))
 
-    def get_buffer(self, rank, sizes, dtype, storage_offset=0):
-        count = torch.Size(sizes).numel()
-        return self.memory[rank].view(dtype)[storage_offset : storage_offset + count].view(sizes)
+    def get_buffer(self, rank, sizes, dtype):
+        return self.memory[rank][: torch.Size(sizes).numel() * dtype.itemsize].view(dtype).view(sizes)
 
-    def barrier(self, turn):
-        dist.barrier(self.group)
+    @classmethod
+    def enqueue(cls, operations):
+        """What the front end of a GPU does, at once."""
+        for operation in operations:
+            flag = ctypes.c_uint32.from_address(operation.address)
+            if operation.operation == _WRITE:
+                flag.value = operation.value
+            else:
+                assert (operation.operation, operation.flags) == (_WAIT, _EQUAL)
+                while flag.value != operation.value:
+                    time.sleep(0)
 
 
 class Dawdling(MappedFiles):
@@ -48,18 +61,20 @@ class Dawdling(MappedFiles):
 
     chance = random.Random()
 
-    def doze(self):
-        if self.chance.random() < 0.2:
-            time.sleep(self.chance.random() * 0.01)
+    @classmethod
+    def doze(cls):
+        if cls.chance.random() < 0.2:
+            time.sleep(cls.chance.random() * 0.01)
 
     def get_buffer(self, *args):
         self.doze()
         return super().get_buffer(*args)
 
-    def barrier(self, turn):
-        self.doze()
-        super().barrier(turn)
-        self.doze()
+    @classmethod
+    def enqueue(cls, operations):
+        cls.doze()
+        super().enqueue(operations)
+        cls.doze()
 
 
 class pretended:
@@ -75,6 +90,7 @@ class pretended:
         size_of = lambda size, device, group: handle(folder, next(made), size, group)  # noqa: E731
         self.patches = [
             patch.object(symmetric, "rendezvous", size_of),
+            patch.object(symmetric, "enqueue", handle.enqueue),
             patch.object(process_group, "_link", link),
             patch.object(symmetric, "_why_not", lambda processes: None),
             patch.object(symmetric, "_on_gpu", lambda x: True),
@@ -133,12 +149,12 @@ def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
 
 
 def _lets_go(rank, folder):
-    with pretended(MappedFiles, folder):
-        transport, shard = SymmetricTransport(), torch.zeros(1, 4, 2)
-        pending = transport.pull([shard], [[Part(1, range(4))], [Part(0, range(4))]])
-        assert transport._last.received is not None
+    made, new = [], symmetric._Copies
+    with pretended(MappedFiles, folder), patch.object(symmetric, "_Copies", lambda x: made.append(new(x)) or made[-1]):
+        pending = SymmetricTransport().pull([torch.zeros(1, 4, 2)], [[Part(1, range(4))], [Part(0, range(4))]])
+        assert made[0].received is not None
         pending.wait()
-        assert transport._last.received is None
+        assert made[0].received is None
 
 
 def test_what_has_come_is_held_no_longer(tmp_path):
@@ -178,18 +194,20 @@ def test_a_shape_met_again_is_worked_out_no_second_time(tmp_path):
     run_processes(_repeats, 2, str(tmp_path))
 
 
-class WithoutOne(Dawdling):
-    """Of every two barriers, only this one."""
+class TooLate(Dawdling):
+    """Of the three times that a transfer is about flags, one comes only with the next."""
 
-    kept = 0
+    late, calls, held = 0, 0, ()
 
-    def barrier(self, turn):
-        if turn == self.kept:
-            super().barrier(turn)
+    @classmethod
+    def enqueue(cls, operations):
+        cls.held, now = (operations, cls.held) if cls.calls % 3 == cls.late else ((), (*cls.held, *operations))
+        cls.calls += 1
+        super().enqueue(now)
 
 
-def _dawdles(rank, folder, handle, kept, expected):
-    Dawdling.chance, WithoutOne.kept = random.Random(rank), kept
+def _dawdles(rank, folder, handle, late, expected):
+    Dawdling.chance, TooLate.late = random.Random(rank), late
     with pretended(handle, folder):
         wrong = torch.tensor(rounds_that_went_wrong(SymmetricTransport(), 300))
         dist.all_reduce(wrong)
@@ -210,11 +228,11 @@ def test_two_rings_at_once_do_not_meet(tmp_path):
     run_processes(_two_rings, 4, str(tmp_path))
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-def test_one_barrier_would_not_do(kept, tmp_path):
-    """The test above can fail: without the first, a fast rank reads what is not written yet; without the second, what a slow
-    one still reads is overwritten."""
-    run_processes(_dawdles, 3, str(tmp_path), WithoutOne, kept, True)
+@pytest.mark.parametrize("late", [0, 1])
+def test_flags_must_be_waited_for_in_time(late, tmp_path):
+    """The test above can fail: flags that are waited for only when a rank has written come too late for what others still read,
+    and those that are waited for only when it has read, for what others have not written yet."""
+    run_processes(_dawdles, 3, str(tmp_path), TooLate, late, True)
 
 
 def _is_refused(rank):
