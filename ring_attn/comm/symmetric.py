@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
+from ring_attn.comm.reading_order import reading_orders
 from ring_attn.comm.stream_flags import Flags, Signals, enqueue, flags_at_first
 from ring_attn.comm.transport import Parts, Pending, check_payloads
 from ring_attn.layout import places, total_rows
@@ -44,6 +45,10 @@ class Reads(NamedTuple):
     put_up: list[int]
     reads: list[Read]
     homes: list[range]
+
+    def rows_of(self, ranks: int) -> list[int]:
+        """How many rows it reads of each rank."""
+        return [sum(len(rows) for source, rows in self.reads if source == rank) for rank in range(ranks)]
 
 
 def pulled(rank: int, parts: Parts, mine: Tensor) -> Reads:
@@ -158,30 +163,30 @@ class SymmetricTransport(ProcessGroupTransport):
         key, capturing = (of, id(parts), mine.shape, mine.dtype), _capturing(mine.device)
         route, _ = self._memory.routes.get(key, (None, None))
         if route is None:
-            reads, (b, _, e) = of(self.process, parts, mine), mine.shape
-            memory = self._memory.of_size(max(reads.put_up) * b * e * mine.element_size(), mine.device)
-            route = self._new_route(reads, mine, memory)
+            by_rank, (b, _, e) = [of(rank, parts, mine) for rank in range(self.ring_size)], mine.shape
+            memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * mine.element_size(), mine.device)
+            route = self._new_route(by_rank, mine, memory)
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
             self._memory.stays(route.memory)
         return route
 
-    def _new_route(self, found: Reads, mine: Tensor, memory: Shared) -> Route:
-        (put_up, reads, homes), (b, _, e) = found, mine.shape
-        signals = memory.flags.signals({read.rank for read in reads})
-        # From the next rank on, so that not all read the same one's memory at a time.
-        order = sorted(range(len(reads)), key=lambda n: (reads[n].rank - self.process) % self.ring_size)
+    def _new_route(self, by_rank: Sequence[Reads], mine: Tensor, memory: Shared) -> Route:
+        (put_up, reads, homes), (b, _, e) = by_rank[self.process], mine.shape
+        sources = reading_orders([found.rows_of(self.ring_size) for found in by_rank])[self.process]
+        order = sorted(range(len(reads)), key=lambda n: sources.index(reads[n].rank))
         # A view made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             own = memory.get_buffer(self.process, list(mine.shape), mine.dtype)
-            sources = []
+            views = []
             for rank, rows in (reads[n] for n in order):
                 theirs = memory.get_buffer(rank, [b, put_up[rank], e], mine.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
-                sources += batch_rows(theirs[:, rows.start : rows.stop])
+                views += batch_rows(theirs[:, rows.start : rows.stop])
         sizes, homes = [len(read.rows) for read in reads], [slice(rows.start, rows.stop) for rows in homes]
-        return Route(own, sources, sizes, [n * b + i for n in order for i in range(b)], homes, signals, memory)
+        signals = memory.flags.signals(sources)
+        return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], homes, signals, memory)
 
     def _transfer(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, Callable[[], None]]:
         """Puts up `mine` and reads what others put up: what is received, and what waits for it."""

@@ -194,6 +194,23 @@ def test_a_shape_met_again_is_worked_out_no_second_time(tmp_path):
     run_processes(_repeats, 2, str(tmp_path))
 
 
+def _reads_in_order(rank, folder):
+    """Whose memory a rank reads first: in a contiguous ring its neighbour's below."""
+    with pretended(MappedFiles, folder):
+        transport, read, plain = SymmetricTransport(), [], MappedFiles.get_buffer
+        noted = lambda self, of, *args: read.append(of) or plain(self, of, *args)  # noqa: E731
+        parts = tuple(tuple(Part(source, range(4)) for source in range(mine)) for mine in range(3))
+        shards = [torch.full((1, 4, 2), float(number)) for number in range(3)]
+        with patch.object(MappedFiles, "get_buffer", noted):
+            (got,) = transport.pull([shards[rank]], parts).wait()
+        assert read == [rank, *reversed(range(rank))]
+        assert torch.equal(got, torch.cat([shards[rank][:, :0], *shards[:rank]], 1))
+
+
+def test_ranks_read_in_an_order_in_which_few_share_a_source(tmp_path):
+    run_processes(_reads_in_order, 3, str(tmp_path))
+
+
 class TooLate(Dawdling):
     """Of the three times that a transfer is about flags, one comes only with the next."""
 
