@@ -1,7 +1,8 @@
 """The skeleton of the adapters: libraries that attend one rectangle a call and hand back normalised output and lse.
 
-A normalised output is a partial with m = lse, so calls merge like any partials; backwards add up because each is given the
-**final** out and lse of its rows. A subclass says which tiles its library can express (`pieces`) and how to call it.
+A normalised output is a partial with m = lse, so calls merge like any partials, two in one pass over memory; backwards add up
+because each is given the **final** out and lse of its rows. A subclass says which tiles its library can express (`pieces`) and
+how to call it.
 
 Note [apart]: an output stays as the library made it until something is merged into it. Where the calls of the last visit have
 no query row in common and leave none out, as those on what a zigzag rank got from all others, each is the last of its own rows
@@ -132,9 +133,10 @@ class Tilewise(ABC):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = to_add_to(into, q, v.shape[-1])
         apart = out is not None and _apart(calls, q) and all(call.fuses(q) for call in calls)
-        for n, call in enumerate(calls, 1):
-            target = out if apart or n == len(calls) else None
-            into = call.merge(into, *call.attend(self, q, k, v, scaling), target, apart)
+        at_once = 1 if apart else 2
+        for n in range(0, len(calls), at_once):
+            done = [(call, *call.attend(self, q, k, v, scaling)) for call in calls[n : n + at_once]]
+            into = _merged(into, done, out if apart or n + at_once >= len(calls) else None, apart)
         return into if out is None else Partial(out, into.m) if calls else finish(into, out)
 
     def backward(
@@ -200,20 +202,14 @@ class Dense:
     def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         return kernel.attend(self._q(q), self._kv(k), self._kv(v), self.tile, scaling)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None, apart: bool) -> Partial:
-        """`into` with a result merged into its rows. With `target`, the normalised output of all rows is there then, or, where
-        calls are `apart`, that of its own, and the final lse in the m of what is returned.
-        """
-        rows, fuses = self.tile.q_rows, self.fuses(out)
-        if target is None or not fuses:
-            into = to_merge_into(into)
-        if fuses:
-            from ring_attn.kernels.triton_merge import merge_call
+    @property
+    def places(self) -> range | Tensor:
+        """Its query rows, as a merge reads them."""
+        return self.tile.q_rows
 
-            merge_call(into, rows, out, lse, target, rows if apart else None)()
-            return into
-        merge_(into.rows(rows, self.tile.batch), Partial(out, lse))
-        return into if target is None else finish(into, target)
+    def merge(self, into: Partial, out: Tensor, lse: Tensor) -> None:
+        """Merges a result into its rows, where no kernel does."""
+        merge_(into.rows(self.tile.q_rows, self.tile.batch), Partial(out, lse))
 
     def differentiate(self, kernel: Tilewise, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         dlse = None if up.dlse is None else self._q(up.dlse, 2).contiguous()
@@ -267,20 +263,15 @@ class Packed:
         out, lse = kernel.attend_packed(self._q(q), self._kv(k), self._kv(v), self.pack, scaling)
         return out.unsqueeze(0), lse.unsqueeze(0)
 
-    def merge(self, into: Partial, out: Tensor, lse: Tensor, target: Tensor | None, apart: bool) -> Partial:
-        rows, fuses = self.pack.q_rows, self.fuses(out)
-        if target is None or not fuses:
-            into = to_merge_into(into)
-        if fuses:
-            from ring_attn.kernels.triton_merge import merge_call
+    @property
+    def places(self) -> range | Tensor:
+        return self.pack.q_places
 
-            merge_call(into, self.pack.q_places, out, lse, target)()
-            return into
-        m_rows, sum_rows = into.m.transpose(1, 2), into.sum.transpose(1, 2)
+    def merge(self, into: Partial, out: Tensor, lse: Tensor) -> None:
+        rows, m_rows, sum_rows = self.pack.q_rows, into.m.transpose(1, 2), into.sum.transpose(1, 2)
         before = Partial(*(x.unsqueeze(0) for x in (into.acc[rows], m_rows[rows].T, sum_rows[rows].T)))
         acc, m, total = (x.squeeze(0) for x in merge(before, Partial(out, lse)))
         into.acc[rows], m_rows[rows], sum_rows[rows] = acc, m.T, total.T
-        return into if target is None else finish(into, target)
 
     def differentiate(self, kernel: Packing, up: Upstream, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> Gradients:
         lse, dlse = (None if x is None else x.transpose(1, 2)[self.pack.q_rows].T.contiguous() for x in (up.lse, up.dlse))
@@ -318,6 +309,26 @@ class Packed:
         from ring_attn.kernels.triton_take import taken
 
         return taken(x, *rows)
+
+
+def _merged(
+    into: Partial, done: Sequence[tuple[Dense | Packed, Tensor, Tensor]], target: Tensor | None, apart: bool
+) -> Partial:
+    """`into` with the (call, out, lse) of one or two calls merged into it. With `target`, the normalised output of all rows is
+    there then, or, where calls are `apart`, that of their own, and the final lse in the m of what is returned.
+    """
+    fuses = all(call.fuses(out) for call, out, _ in done)
+    if target is None or not fuses:
+        into = to_merge_into(into)
+    if fuses:
+        from ring_attn.kernels.triton_merge import Result, merge_call
+
+        results = [Result(call.places, out, lse) for call, out, lse in done]
+        merge_call(into, results, target, results[0].rows if apart else None)()
+        return into
+    for call, out, lse in done:
+        call.merge(into, out, lse)
+    return into if target is None else finish(into, target)
 
 
 def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:

@@ -26,13 +26,13 @@ def rectangle(q_rows, kv_rows):
 
 @pytest.fixture
 def merges(monkeypatch):
-    """What each fused merge reads and finishes: (dtype of acc, whether there is a sum, rows finished or None)."""
+    """What each fused merge reads and finishes: (results, dtype of acc, whether there is a sum, rows finished or None)."""
     made, call = [], triton_merge.merge_call
 
-    def noted(into, rows, out, lse, target, walked=None):
+    def noted(into, results, target, walked=None):
         finished = None if target is None else walked or range(into.acc.shape[1])
-        made.append((into.acc.dtype, into.sum is not None, finished))
-        return call(into, rows, out, lse, target, walked)
+        made.append((len(results), into.acc.dtype, into.sum is not None, finished))
+        return call(into, results, target, walked)
 
     monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
     monkeypatch.setattr(triton_merge, "merge_call", noted)
@@ -45,26 +45,30 @@ HALF, FULL = (torch.float16, False), (torch.float32, True)
 @pytest.mark.parametrize(
     ("visits", "expected"),
     [
-        ([(OWN,), (rectangle(range(37), range(37, 50)),)], [(*HALF, range(37))]),
+        ([(OWN,), (rectangle(range(37), range(37, 50)),)], [(1, *HALF, range(37))]),
         # As from a zigzag ring's other ranks: the later half of the queries meets more.
         (
             [(OWN,), (rectangle(range(20), range(37, 43)), rectangle(range(20, 37), range(37, 50)))],
-            [(*HALF, range(20)), (*HALF, range(20, 37))],
+            [(1, *HALF, range(20)), (1, *HALF, range(20, 37))],
         ),
         # Not all rows, or some of them twice: all are finished by the last.
-        ([(OWN,), (rectangle(range(20, 37), range(37, 50)),)], [(*HALF, range(37))]),
+        ([(OWN,), (rectangle(range(20, 37), range(37, 50)),)], [(1, *HALF, range(37))]),
         (
             [(OWN,), (rectangle(range(20), range(37, 43)), rectangle(range(19, 37), range(43, 50)))],
-            [(*FULL, None), (*FULL, range(37))],
+            [(2, *HALF, range(37))],
+        ),
+        (
+            [(OWN,), tuple(rectangle(range(n, 30 + n), range(37 + n, 38 + n)) for n in range(3))],
+            [(2, *FULL, None), (1, *FULL, range(37))],
         ),
         (
             [(OWN,), (rectangle(range(37), range(37, 43)),), (rectangle(range(37), range(43, 50)),)],
-            [(*FULL, None), (*FULL, range(37))],
+            [(1, *FULL, None), (1, *FULL, range(37))],
         ),
         # A first visit of two calls starts from nothing.
         (
             [(rectangle(range(20), range(9)), rectangle(range(20, 37), range(50)))],
-            [(*FULL, range(20)), (*FULL, range(20, 37))],
+            [(1, *FULL, range(20)), (1, *FULL, range(20, 37))],
         ),
     ],
 )
@@ -80,7 +84,7 @@ def test_packs_come_together(kind, visits, merges, monkeypatch):
 
     packed, call = [], triton_merge.merge_call
     monkeypatch.setattr(
-        triton_merge, "merge_call", lambda *args: packed.append(isinstance(args[1], torch.Tensor)) or call(*args)
+        triton_merge, "merge_call", lambda *args: packed.append(isinstance(args[1][0].rows, torch.Tensor)) or call(*args)
     )
     for installation, kernel in ((flash.installed4, flash.FLASH4), (lambda: flash.installed("2.8.3"), flash.FLASH2)):
         with installation() as calls:
@@ -99,7 +103,7 @@ def test_packs_of_some_rows_end_in_the_result(merges):
     case = inputs, visits, flash.exact(*inputs, visits, scale=0.25), flash.plain(*inputs, visits, scale=0.25)
     with flash.installed4():
         flash.check(case, flash.FLASH4, flash.FLASH4)
-    assert merges[-1] == (torch.float32, True, range(37)) and len(merges) == 2
+    assert merges[-1] == (1, torch.float32, True, range(37)) and len(merges) == 2
 
 
 def test_packs_take_and_write_their_rows(monkeypatch):

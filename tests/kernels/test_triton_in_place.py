@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,13 @@ def merges() -> list[list[str]]:
     import torch
 
     from ring_attn.kernels.triton_ahead import compile_ahead
-    from ring_attn.kernels.triton_merge import merge_call
+    from ring_attn.kernels.triton_merge import Result, merge_call
     from ring_attn.partial import empty
 
     out, lse = torch.zeros(1, 96, 4, 128, dtype=torch.bfloat16), torch.zeros(1, 4, 96)
-    calls = [merge_call(empty(out, 128), range(96), out, lse, target) for target in (None, torch.empty_like(out))]
+    results = [Result(range(96), out, lse)] * 2
+    targets = None, torch.empty_like(out)
+    calls = [merge_call(empty(out, 128), results[:count], target) for target, count in product(targets, (1, 2))]
     return [order(compile_ahead(call, capability)[0].asm["ptx"]) for call in calls for capability in CAPABILITIES]
 
 

@@ -22,7 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 from ring_attn.kernels import Grads, triton_launch
 from ring_attn.kernels.triton_add import add_call
 from ring_attn.kernels.triton_launch import Rows
-from ring_attn.kernels.triton_merge import merge_call
+from ring_attn.kernels.triton_merge import Result, merge_call
 from ring_attn.kernels.triton_rows import Call
 from ring_attn.kernels.triton_scores import Links
 from ring_attn.kernels.triton_take import take_call
@@ -60,9 +60,10 @@ def sample(dtype: torch.dtype = torch.bfloat16, *, rows: int = 40, heads: int = 
     return torch.zeros(start + rows * heads * dim, dtype=dtype)[start:].view(1, rows, heads, dim)
 
 
-def merging(x: Tensor, target: bool) -> Call:
+def merging(x: Tensor, target: bool, count: int = 1) -> Call:
     lse = torch.zeros(x.shape[0], x.shape[2], x.shape[1])
-    return merge_call(empty(x, x.shape[3]), range(3, x.shape[1]), x[:, 3:], lse[..., 3:], x if target else None)
+    results = [Result(range(3, x.shape[1]), x[:, 3:], lse[..., 3:])] * count
+    return merge_call(empty(x, x.shape[3]), results, x if target else None)
 
 
 def adding(x: Tensor, packed: bool = False) -> Call:
@@ -83,7 +84,14 @@ def attending(*of_scores: str) -> Iterator[Call]:
 
 
 def launches() -> list[Call]:
-    ours = merging(sample(), False), merging(sample(), True), adding(sample()), adding(sample(), True), taking(sample())
+    ours = (
+        merging(sample(), False),
+        merging(sample(), True),
+        merging(sample(), True, 2),
+        adding(sample()),
+        adding(sample(), True),
+        taking(sample()),
+    )
     return [*ours, *attending("plain", "function")]
 
 
