@@ -201,7 +201,7 @@ def _of_heads(
     call: Call,
 ) -> _OfPart:
     """Returns dq, dk and dv of some heads, of which each hosted rank has `ups`, and adds the gradients of `of_modifiers` to
-    `totals`. Yields before each visit whether it is the last.
+    `totals`. Yields before each visit whether it is the last, and once more before it waits for what travels home.
     """
     ring, plan, exchange, sums = call.ring, settled.plan_back, settled.back, ups[0].lse.dtype
     kernel = settled.kernel("backward", lse_grad=ups[0].dlse is not None)
@@ -230,18 +230,24 @@ def _of_heads(
             )
         homeward.add(visit)
         del visit, buffers
-    return dq.to(q.dtype), *(_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
+    dq = dq.to(q.dtype)
+    yield True
+    return dq, *(_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
 
 
 def _overlapping(parts: Iterable[_OfPart]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What each of the parts returns; the KV of one travels during the last visit of the one before."""
+    """What each of the parts returns. The KV of one travels during the last visit of the one before, whose dK and dV travel
+    home until the last visit of this one.
+    """
     found, ending = [], None
     for part in parts:
         last = next(part)
         if ending is not None:
-            found.append(_returned(ending))
+            next(ending)
         while not last:
             last = next(part)
+        if ending is not None:
+            found.append(_returned(ending))
         ending = part
     return [*found, _returned(ending)]
 

@@ -169,10 +169,10 @@ class Call:
         """What the call comes to, on two axes that of a part."""
         part, *of_part = self.of_part(q, k, v)
         exchange = back = part.exchange(*of_part)
-        plan, head_parts = part._plan_by(exchange, *of_part), 1
-        if not self.ring.keep_kv:
-            head_parts = part._head_parts(plan, *of_part)
-            row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:]) // head_parts
+        plan = part._plan_by(exchange, *of_part)
+        head_parts = 1 if self.ring.keep_kv else part._head_parts(plan, *of_part)
+        if not self.ring.keep_kv and head_parts == 1:
+            row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
             back = for_backward(exchange, plan, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
         plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
         return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel)

@@ -241,7 +241,7 @@ def test_the_timeline_of_a_backward_by_parts_of_the_heads():
     case = bench.cases[0]
     with way_home_hidden(by_heads=True):
         bars = timeline(bench.rings[0].settled(case), case, bench.everyone).bars
-    assert [bar.step for bar in bars if bar.direction == "backward"] == [0, 1, 2] * 2
+    assert [bar.step for bar in bars if bar.direction == "backward"] == [0, 1] * 2
     times = [at for bar in bars for at in (bar.start, bar.stop)]
     assert times == sorted(times)
 
@@ -254,21 +254,22 @@ def test_what_is_checked_is_what_auto_takes_at_the_length_that_is_timed():
     assert settled.chosen.startswith(settled.ring.exchange)
 
 
-def test_the_gate_checks_the_backward_that_is_timed():
+@pytest.mark.parametrize("by_heads", [False, True])
+def test_the_gate_checks_the_backward_that_is_timed(by_heads):
     bench, seen, backward = small_bench(exchanges=("pull",), layouts=("zigzag",)), [], ReferenceKernel.backward
-    with way_home_hidden(by_heads=True):
+    with way_home_hidden(by_heads):
         settled = bench.rings[0].settled(bench.cases[0])
-    assert settled.chosen.endswith(", halves, 2 parts") and settled.head_parts == 2
+    assert settled.chosen.endswith(", 2 parts" if by_heads else ", halves") and settled.head_parts == 1 + by_heads
 
     def noted(self, up, q, k, v, *rest, **options):
-        seen.append((k.shape[1:3], len(q[0])))
+        seen.append(k.shape[1:3])
         return backward(self, up, q, k, v, *rest, **options)
 
     settled = replace(settled, ring=ra.Ring(settled.ring.transport, exchange="pull", kernel="reference"))
     with patch.object(ReferenceKernel, "backward", noted):
         assert bench.gate.fault(settled, "causal") is None
-    rows = settled.gate_rows
-    assert {heads for (_, heads), _ in seen} == {1} and rows // 2 in {keys for (keys, _), _ in seen}
+    keys, heads = zip(*seen, strict=True)
+    assert ({1} == set(heads)) == by_heads and keys[0] == settled.gate_rows // (1 if by_heads else 2)
 
 
 @pytest.mark.parametrize(
