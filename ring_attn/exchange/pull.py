@@ -1,7 +1,7 @@
 """Every rank pulls what its tiles need of the others while it attends its own shard.
 
-Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many and no
-part of the heads comes after them, the own shard is met in halves of its KV rows: first those that the fewest queries of a
+Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many and
+no part of the heads comes after them, the own shard is met in halves of its KV rows: first those that the fewest queries of a
 causal mask see, while the others' KV comes, and last the rest, while what was gathered for the others goes home.
 """
 
