@@ -4,6 +4,10 @@ Note [streams]: a transport has one piece of memory a rank. What is put up is wr
 that does next; there it waits only until all have read what was put up before. Copies, which need no multiprocessor, and the
 flags about them (`stream_flags.py`) are on a stream of their own: attention waits for slower ranks only where it needs what
 they send, and makes no transfer wait for a place beside it.
+
+Note [host]: the host takes longer over a transfer's copies than the GPU over what it did before. So those of a pull are asked
+for when it is waited for, or another transfer begins, with a visit launched in between: they wait for no more than what was put
+up, and run beside that visit all the same.
 """
 
 from __future__ import annotations
@@ -112,6 +116,7 @@ class SymmetricTransport(ProcessGroupTransport):
             raise ValueError(f"symmetric memory cannot be had: {reason}")
         self.link = "symmetric"
         self._memory = _Memory(self.group)
+        self._last: _Copies | None = None
         self._stream: torch.cuda.Stream | None = None
         self._beside_this: SymmetricTransport | None = None
 
@@ -134,8 +139,9 @@ class SymmetricTransport(ProcessGroupTransport):
         (shard,) = shards
         if not _on_gpu(shard):
             return super().pull(shards, parts, what=what)
-        received, arrive = self._transfer(shard, self._route(pulled, parts, shard), what)
-        return Pending([received], arrive, what)
+        received, copies = self._put_up(shard, self._route(pulled, parts, shard), what)
+        # See Note [host].
+        return Pending([received], copies.wait, what)
 
     def push(
         self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
@@ -144,10 +150,11 @@ class SymmetricTransport(ProcessGroupTransport):
         if not _on_gpu(grad):
             return super().push(grads, parts, into, what=what)
         route = self._route(pushed, parts, grad)
-        received, arrive = self._transfer(grad, route, what)
+        received, copies = self._put_up(grad, route, what)
+        copies.begin()
 
         def add_up() -> None:
-            arrive()
+            copies.wait()
             for home, piece in zip(route.homes, received.split_with_sizes(route.sizes, 1), strict=True):
                 # To add to an index would copy the sums onto themselves.
                 total[:, home].add_(piece)
@@ -157,8 +164,11 @@ class SymmetricTransport(ProcessGroupTransport):
     def _route(self, of: Callable[[int, Parts, Tensor], Reads], parts: Parts, mine: Tensor) -> Route:
         """The route of a transfer like this; kept for parts that are a tuple, as plans have them, while the memory stays.
 
-        Every rank must ask in the same order, see `_Memory.of_size`.
+        Every rank must ask in the same order, see `_Memory.of_size`. Begins what is put off: a stream and flags have one order,
+        and memory may be made anew.
         """
+        if self._last is not None:
+            self._last.begin()
         # What is kept holds the parts, so their number stays theirs; to hash them takes longer.
         key, capturing = (of, id(parts), mine.shape, mine.dtype), _capturing(mine.device)
         route, _ = self._memory.routes.get(key, (None, None))
@@ -188,65 +198,70 @@ class SymmetricTransport(ProcessGroupTransport):
         signals = memory.flags.signals(sources)
         return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], homes, signals, memory)
 
-    def _transfer(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, Callable[[], None]]:
-        """Puts up `mine` and reads what others put up: what is received, and what waits for it."""
+    def _put_up(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, _Copies]:
+        """Puts up `mine` for the others: what is to be received, and the copies that do it."""
         received = mine.new_empty(mine.shape[0], sum(route.sizes), mine.shape[2])
-        pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
-        copies = _Copies(received)
         enqueue(route.signals.to_write)
         route.own.copy_(mine)
-        with self._beside(mine.device):
+        put_up = _event_here(mine)
+        self._last = _Copies(received, lambda copies: self._read(copies, route, put_up, what))
+        return received, self._last
+
+    def _read(self, copies: _Copies, route: Route, put_up: torch.cuda.Event | None, what: str) -> None:
+        """Reads what others put up, beside the current stream."""
+        received = copies.received
+        pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
+        with self._beside(received.device, put_up):
             enqueue(route.signals.to_read)
             for n, source in zip(route.order, route.sources, strict=True):
                 pieces[n].copy_(source)
-            if _capturing(mine.device):
+            if _capturing(received.device):
                 # All of a graph's work must be waited for in it.
                 enqueue(route.signals.have_read)
-                copies.end_here()
+                copies.done = _event_here(received)
             else:
-                copies.end_here()
+                copies.done = _event_here(received)
                 enqueue(route.signals.have_read)
         if self._watch is not None:
             self._watch.add([copies], self._who(what), self._roll)
 
-        def arrive() -> None:
-            copies.wait()
-            copies.received = None
-
-        return received, arrive
-
     @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[None]:
-        """Work on this transport's own stream, after what the current one has got so far; see Note [streams]."""
-        if device.type != "cuda":
+    def _beside(self, device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
+        """Work on this transport's own stream; see Note [streams]."""
+        if after is None:
             yield
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             yield
 
 
 class _Copies:
-    """The copies of a transfer. What they write, `received`, lives until that is waited for; `done`: their end on a stream."""
+    """The copies of a transfer, for which `read` asks. What they write, `received`, lives until they are waited for; `done`:
+    their end on a stream.
+    """
 
-    def __init__(self, received: Tensor) -> None:
+    def __init__(self, received: Tensor, read: Callable[[_Copies], None]) -> None:
         self.received: Tensor | None = received
         self.done: torch.cuda.Event | None = None
+        self._read: Callable[[_Copies], None] | None = read
 
-    def end_here(self) -> None:
-        """They are done when the current stream has got so far."""
-        if self.received.is_cuda:
-            self.done = torch.cuda.current_stream().record_event()
+    def begin(self) -> None:
+        read, self._read = self._read, None
+        if read is not None:
+            read(self)
 
     def is_completed(self) -> bool:
         return self.done is None or self.done.query()
 
     def wait(self) -> None:
         """Lets the current stream wait, not the host."""
+        self.begin()
         if self.done is not None:
             torch.cuda.current_stream().wait_event(self.done)
+        self.received = None
 
 
 class _Memory:
@@ -310,6 +325,11 @@ def _why_not(processes: int) -> str | None:
 def _on_gpu(x: Tensor) -> bool:
     """Others, in a group that carries both kinds, go as messages."""
     return x.is_cuda
+
+
+def _event_here(x: Tensor) -> torch.cuda.Event | None:
+    """When the current stream has got so far; None where x is on no GPU."""
+    return torch.cuda.current_stream().record_event() if x.is_cuda else None
 
 
 def _capturing(device: torch.device) -> bool:

@@ -24,9 +24,9 @@ class Counted:
 
     def __init__(self):
         self.names = Counter()
-        transfer = SymmetricTransport._transfer
+        transfer = SymmetricTransport._put_up
         counted = lambda transport, mine, route, what: self.names.update([what]) or transfer(transport, mine, route, what)  # noqa: E731
-        self.patch = patch.object(SymmetricTransport, "_transfer", counted)
+        self.patch = patch.object(SymmetricTransport, "_put_up", counted)
 
     def __enter__(self):
         self.patch.start()

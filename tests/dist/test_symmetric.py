@@ -150,7 +150,7 @@ def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
 
 def _lets_go(rank, folder):
     made, new = [], symmetric._Copies
-    with pretended(MappedFiles, folder), patch.object(symmetric, "_Copies", lambda x: made.append(new(x)) or made[-1]):
+    with pretended(MappedFiles, folder), patch.object(symmetric, "_Copies", lambda *x: made.append(new(*x)) or made[-1]):
         pending = SymmetricTransport().pull([torch.zeros(1, 4, 2)], [[Part(1, range(4))], [Part(0, range(4))]])
         assert made[0].received is not None
         pending.wait()
@@ -159,6 +159,30 @@ def _lets_go(rank, folder):
 
 def test_what_has_come_is_held_no_longer(tmp_path):
     run_processes(_lets_go, 2, str(tmp_path))
+
+
+def _puts_off(rank, folder):
+    """Copies of a pull come when it is waited for or the next transfer is asked for, those of a push at once."""
+    with pretended(MappedFiles, folder):
+        transport, shard, done = SymmetricTransport(), torch.full((1, 4, 2), float(rank)), []
+        parts = tuple((Part(1 - mine, range(4)),) for mine in range(2))
+        noted = lambda operations: done.append(len(operations)) or MappedFiles.enqueue(operations)  # noqa: E731
+        with patch.object(symmetric, "enqueue", noted):
+            first = transport.pull([shard], parts)
+            assert len(done) == 1, "it is put up"
+            second = transport.pull([shard + 2], parts)
+            assert len(done) == 4, "the first is read, the second put up"
+            assert torch.equal(second.wait()[0], torch.full_like(shard, 3.0 - rank))
+            assert len(done) == 6
+            assert torch.equal(first.wait()[0], torch.full_like(shard, 1.0 - rank))
+            pushed = transport.push([shard], parts, [shard])
+            assert len(done) == 9
+            pushed.wait()
+            assert len(done) == 9
+
+
+def test_copies_of_a_pull_are_put_off(tmp_path):
+    run_processes(_puts_off, 2, str(tmp_path))
 
 
 def _repeats(rank, folder):
