@@ -82,16 +82,31 @@ class Route(NamedTuple):
     """What is the same in all transfers of a shape: views of the memory `own` writes and `sources` reads, one batch row each.
 
     `sizes`: the rows of each read. `order`: to which of the pieces that these cut out of what is received, batch row by batch
-    row, each source goes.
+    row, each source goes. `places`, in a push: int32 [s, k], which rows of it are to be added to each own one, -1 for none.
     """
 
     own: Tensor
     sources: list[Tensor]
     sizes: list[int]
     order: list[int]
-    homes: list[slice]
+    places: Tensor | None
     signals: Signals
     memory: Shared
+
+
+def arrivals(homes: Sequence[range]) -> Tensor:
+    """Of each own row, which of those received are to be added to it, int32 [s, k], -1 for none: they come home by home."""
+    columns: list[Tensor] = []
+    arrived, rows = 0, max(home.stop for home in homes)
+    for home in homes:
+        here = slice(home.start, home.stop)
+        column = next((one for one in columns if (one[here] < 0).all()), None)
+        if column is None:
+            column = torch.full((rows,), -1, dtype=torch.int32)
+            columns.append(column)
+        column[here] = torch.arange(arrived, arrived + len(home), dtype=torch.int32)
+        arrived += len(home)
+    return torch.stack(columns, 1)
 
 
 def batch_rows(x: Tensor) -> Sequence[Tensor]:
@@ -155,9 +170,7 @@ class SymmetricTransport(ProcessGroupTransport):
 
         def add_up() -> None:
             copies.wait()
-            for home, piece in zip(route.homes, received.split_with_sizes(route.sizes, 1), strict=True):
-                # To add to an index would copy the sums onto themselves.
-                total[:, home].add_(piece)
+            _add_rows(total, received, route.places)
 
         return Pending(into, add_up, what)
 
@@ -194,9 +207,9 @@ class SymmetricTransport(ProcessGroupTransport):
                 theirs = memory.get_buffer(rank, [b, put_up[rank], e], mine.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 views += batch_rows(theirs[:, rows.start : rows.stop])
-        sizes, homes = [len(read.rows) for read in reads], [slice(rows.start, rows.stop) for rows in homes]
-        signals = memory.flags.signals(sources)
-        return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], homes, signals, memory)
+            places = arrivals(homes).to(mine.device) if homes else None
+        sizes, signals = [len(read.rows) for read in reads], memory.flags.signals(sources)
+        return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], places, signals, memory)
 
     def _put_up(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, _Copies]:
         """Puts up `mine` for the others: what is to be received, and the copies that do it."""
@@ -325,6 +338,21 @@ def _why_not(processes: int) -> str | None:
 def _on_gpu(x: Tensor) -> bool:
     """Others, in a group that carries both kinds, go as messages."""
     return x.is_cuda
+
+
+def _add_rows(total: Tensor, received: Tensor, places: Tensor | None) -> None:
+    """Adds what was received to the own rows [b, s, e]; of those behind the last that anything is for, places say nothing."""
+    if places is None:
+        return
+    total = total[:, : len(places)]
+    if total.is_cuda:
+        from ring_attn.kernels.triton_add_rows import add_rows
+
+        add_rows(total, received, places)
+        return
+    for column in places.unbind(1):
+        rows = (column >= 0).nonzero().squeeze(1)
+        total[:, rows] += received[:, column[rows]]
 
 
 def _event_here(x: Tensor) -> torch.cuda.Event | None:

@@ -21,6 +21,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from ring_attn.kernels import Grads, triton_launch
 from ring_attn.kernels.triton_add import add_call
+from ring_attn.kernels.triton_add_rows import add_rows_call
 from ring_attn.kernels.triton_launch import Rows
 from ring_attn.kernels.triton_merge import Result, merge_call
 from ring_attn.kernels.triton_rows import Call
@@ -77,6 +78,10 @@ def taking(x: Tensor) -> Call:
     return take_call(x, rows * 0, rows, x[0].contiguous())
 
 
+def arriving(x: Tensor) -> Call:
+    return add_rows_call(x.float().flatten(2), x.flatten(2), torch.zeros(x.shape[1], 3, dtype=torch.int32))
+
+
 def attending(*of_scores: str) -> Iterator[Call]:
     """Forward and backward, with what TMA copies by."""
     for name in of_scores:
@@ -91,6 +96,7 @@ def launches() -> list[Call]:
         adding(sample()),
         adding(sample(), True),
         taking(sample()),
+        arriving(sample()),
     )
     return [*ours, *attending("plain", "function")]
 
@@ -121,7 +127,13 @@ def _same(a: Any, b: Any) -> bool:
 
 def variants() -> Iterator[Call]:
     """Launches that differ in one thing, which Triton may or may not tell apart."""
-    for call in (merging(sample(), True), adding(sample(), True), taking(sample()), next(attending("plain"))):
+    for call in (
+        merging(sample(), True),
+        adding(sample(), True),
+        taking(sample()),
+        arriving(sample()),
+        next(attending("plain")),
+    ):
         yield call
         for name, given in call.arguments.items():
             for other in others_for(given):
