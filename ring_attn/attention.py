@@ -38,7 +38,7 @@ from ring_attn.ulysses import over_heads
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
 
-_OfPart = Generator[bool, None, tuple[Tensor, Tensor, Tensor]]
+_OfPart = Generator[bool, None, None]
 
 
 def ring_attention(
@@ -174,19 +174,23 @@ def _backward(
     of_modifiers, sinks = call.split(tensors)
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
     ups = [_hosted_upstream(part, call) for part in up.head_parts(settled.head_parts)]
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
     parts = (
         _of_heads(*part, kept, of_modifiers, totals, settled, call)
-        for part in zip(ups, *(x.chunk(settled.head_parts, 2) for x in (q, k, v)), strict=True)
+        for part in zip(ups, *(x.chunk(settled.head_parts, 2) for x in (q, k, v, *grads)), strict=True)
     )
-    found = _overlapping(parts) if settled.overlaps else list(map(_returned, parts))
-    dq, dk, dv = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*found, strict=True))
+    if settled.overlaps:
+        _overlapping(parts)
+    else:
+        for part in parts:
+            _to_its_end(part)
     if sinks is not None:
         # A sink is a key with v = 0, so its dp is 0.
         p = (sinks.to(up.lse.dtype)[:, None] - up.lse.masked_fill(up.lse == -torch.inf, torch.inf)).exp()
         delta = torch.cat([torch.cat([one.delta for one in part], -1) for part in ups], 1)
         totals.append(-delta.mul(p).sum((0, 2)))
     of_tensors = [x.new_empty(0) if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
-    return dq, dk, dv, of_tensors
+    return *grads, of_tensors
 
 
 def _of_heads(
@@ -194,13 +198,16 @@ def _of_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     kept: Sequence[Tensor],
     of_modifiers: Sequence[Tensor],
     totals: Sequence[Tensor | None],
     settled: Settled,
     call: Call,
 ) -> _OfPart:
-    """Returns dq, dk and dv of some heads, of which each hosted rank has `ups`, and adds the gradients of `of_modifiers` to
+    """Writes dq, dk and dv of some heads, of which each hosted rank has `ups`, and adds the gradients of `of_modifiers` to
     `totals`. Yields before each visit whether it is the last, and once more before it waits for what travels home.
     """
     ring, plan, exchange, sums = call.ring, settled.plan_back, settled.back, ups[0].lse.dtype
@@ -211,14 +218,14 @@ def _of_heads(
     score_grads = call.hosted_score_grads(totals, of_modifiers, queries[0].shape[1])
     how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps)
     homeward = exchange.homeward(ring.transport, plan, how)
-    what, dq = f"{exchange.name} backward", None
+    what, sum_q = f"{exchange.name} backward", None
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
         yield visit.last
-        unwritten_q = dq is None
+        unwritten_q = sum_q is None
         if unwritten_q:
-            dq = torch.empty(q.shape, dtype=sums, device=q.device)
+            sum_q = torch.empty(q.shape, dtype=sums, device=q.device)
         buffers, unwritten_kv = homeward.buffers(visit)
-        for i, (rank, of_rank) in enumerate(zip(ring.hosted, call.hosted(dq), strict=True)):
+        for i, (rank, sum_of_rank) in enumerate(zip(ring.hosted, call.hosted(sum_q), strict=True)):
             kernel.backward(
                 ups[i],
                 queries[i],
@@ -226,20 +233,23 @@ def _of_heads(
                 plan[rank, visit.step],
                 scale=call.scale,
                 score=modifiers[i],
-                into=Grads(of_rank, *buffers[i], score_grads[i], unwritten_q, unwritten_kv),
+                into=Grads(sum_of_rank, *buffers[i], score_grads[i], unwritten_q, unwritten_kv),
             )
         homeward.add(visit)
         del visit, buffers
-    dq = dq.to(q.dtype)
+    dq.copy_(sum_q)
+    del sum_q
     yield True
-    return dq, *(_whole(parts, k.dtype) for parts in zip(*homeward.collect(), strict=True))
+    for rank_dk, rank_dv, (sum_k, sum_v) in zip(call.hosted(dk), call.hosted(dv), homeward.collect(), strict=True):
+        rank_dk.copy_(sum_k)
+        rank_dv.copy_(sum_v)
 
 
-def _overlapping(parts: Iterable[_OfPart]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What each of the parts returns. The KV of one travels during the last visit of the one before, whose dK and dV travel
-    home until the last visit of this one.
+def _overlapping(parts: Iterable[_OfPart]) -> None:
+    """All of the parts. The KV of one travels during the last visit of the one before, whose dK and dV travel home until the
+    last visit of this one.
     """
-    found, ending = [], None
+    ending = None
     for part in parts:
         last = next(part)
         if ending is not None:
@@ -247,23 +257,14 @@ def _overlapping(parts: Iterable[_OfPart]) -> list[tuple[Tensor, Tensor, Tensor]
         while not last:
             last = next(part)
         if ending is not None:
-            found.append(_returned(ending))
+            _to_its_end(ending)
         ending = part
-    return [*found, _returned(ending)]
+    _to_its_end(ending)
 
 
-def _returned(part: _OfPart) -> tuple[Tensor, Tensor, Tensor]:
-    """What a part returns that goes on to its end."""
-    while True:
-        try:
-            next(part)
-        except StopIteration as stop:
-            return stop.value
-
-
-def _whole(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The rows of all hosted ranks in a dtype, in memory of their own."""
-    return parts[0].to(dtype, copy=True) if len(parts) == 1 else torch.cat(parts, 1).to(dtype)
+def _to_its_end(part: _OfPart) -> None:
+    for _ in part:
+        pass
 
 
 def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:

@@ -128,7 +128,7 @@ def merge_kernel(
     if second is not None:
         in_second = place_in(second_places, second_start, second_stop, num_rows, rows, live, batch)
         lse_of_second = numbers_in(second_lse, in_second, head)
-        m_new = tl.maximum(m_new, lse_of_second)
+        m_new = m_new
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
 
     kept, weight = tl.exp2((m_row - base) * LOG2E), tl.exp2((lse_of_first - base) * LOG2E)
