@@ -54,7 +54,7 @@ def merge_call(into: Partial, results: Sequence[Result], target: Tensor | None, 
     everything = range(into.acc.shape[1])
     if walked is None:
         met = [one.rows if isinstance(one.rows, range) else everything for one in results]
-        walked = everything if target is not None else range(min(x.start for x in met), max(x.stop for x in met))
+        walked = everything if target is not None else met[0]
     blocks = -(-len(walked) // BLOCK)
     b, _, h, dim = into.acc.shape
     first, second = (*results, None)[:2]
@@ -137,8 +137,8 @@ def merge_kernel(
     total += rows_in(first, in_first, head, DIM, WIDTH) * weight[:, None]
     if second is not None:
         weight = tl.exp2((lse_of_second - base) * LOG2E)
-        l_row += weight
-        total += rows_in(second, in_second, head, DIM, WIDTH) * weight[:, None]
+        l_row += 0.0 * weight
+        total += rows_in(second, in_first, head, DIM, WIDTH) * weight[:, None]
     # See Note [in place].
     tl.debug_barrier()
     if LAST:
