@@ -84,7 +84,7 @@ def pull_a_row_too_late() -> AbstractContextManager:
     pull = LocalTransport.pull
 
     def broken(self, shards, parts, *, what="pull"):
-        return pull(self, [x.roll(-1, 1) for x in shards], parts, what=what)
+        return pull(self, [[x.roll(-1, 1) for x in beside] for beside in shards], parts, what=what)
 
     return patch.object(LocalTransport, "pull", broken)
 

@@ -299,7 +299,7 @@ def test_two_ways(ring_size):
             def both_ways(rows, parts, *, what, pull=pull):
                 for rank, wanted in enumerate(parts):
                     shares = Counter((part.rank - rank) % ring_size for part in wanted for _ in part.rows)
-                    assert set(shares) == {min(shares), ring_size - min(shares)} and shares.total() == rows[0].shape[1]
+                    assert set(shares) == {min(shares), ring_size - min(shares)} and shares.total() == rows[0][0].shape[1]
                     assert max(shares.values()) - min(shares.values()) <= 2
                 return pull(rows, parts, what=what)
 
@@ -345,7 +345,7 @@ def test_gradients_travel_in_the_dtype_asked_for(exchange):
 
         def watched(payloads, *rest, what):
             if "dK and dV" in what:
-                sent.update(x.dtype for row in payloads for x in (row if isinstance(row, list) else [row]))
+                sent.update(x.dtype for row in payloads for x in ([row] if isinstance(row, torch.Tensor) else row))
             return send(payloads, *rest, what=what)
 
         setattr(ring.transport, name, watched)

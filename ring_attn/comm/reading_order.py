@@ -13,8 +13,8 @@ from functools import partial
 from itertools import combinations, islice
 
 Orders = list[list[int]]
-# What a rank prefers of its sources, the least first: from (rank, source, how many read from it, rows it is still to send).
-Preference = Callable[[int, int, int, float], tuple]
+# What a rank prefers of its sources, the least first: from (rank, source, how many read from it, rows that it sends in all).
+Preference = Callable[[int, int, int, int], tuple]
 
 _SWAPS = 768  # for a ring of one: by the square of the ranks fewer, so that none plays for more than some milliseconds
 
@@ -55,29 +55,29 @@ def _swapped(orders: Orders) -> Iterator[Orders]:
             yield [*orders[:rank], other, *orders[rank + 1 :]]
 
 
-def _in_order(orders: Orders, rank: int, source: int, *_: float) -> tuple:
+def _in_order(orders: Orders, rank: int, source: int, *_: int) -> tuple:
     return (orders[rank].index(source),)
 
 
-def _in_turn(size: int, direction: int, rank: int, source: int, *_: float) -> tuple:
+def _in_turn(size: int, direction: int, rank: int, source: int, *_: int) -> tuple:
     return ((source - rank) * direction % size,)
 
 
-def _least_asked(size: int, rank: int, source: int, readers: int, to_send: float) -> tuple:
-    """Whom fewest read from, and of these who has most to send."""
-    return readers, -to_send, (rank - source) % size
+def _least_asked(size: int, rank: int, source: int, readers: int, sends: int) -> tuple:
+    """Whom fewest read from, and of these who sends most."""
+    return readers, -sends, (rank - source) % size
 
 
 def played(rows: Sequence[Sequence[int]], prefer: Preference) -> tuple[Orders, list[float]]:
     """The orders in which ranks read that choose by preference, who wants most first, and when each has read, in rows."""
     wanted = [{source: float(count) for source, count in enumerate(of) if count} for of in rows]
-    to_send = [float(sum(column)) for column in zip(*rows, strict=True)]
+    sends = list(map(sum, zip(*rows, strict=True)))
     readers, reading = [0] * len(rows), {}
     orders, ends, now = [[] for _ in rows], [0.0 for _ in rows], 0.0
     while any(wanted):
         free = [rank for rank, sources in enumerate(wanted) if sources and rank not in reading]
         for rank in sorted(free, key=lambda rank: -sum(wanted[rank].values())):
-            source = min(wanted[rank], key=lambda source: prefer(rank, source, readers[source], to_send[source]))
+            source = min(wanted[rank], key=lambda source: prefer(rank, source, readers[source], sends[source]))
             reading[rank] = source
             readers[source] += 1
             orders[rank].append(source)
@@ -85,7 +85,6 @@ def played(rows: Sequence[Sequence[int]], prefer: Preference) -> tuple[Orders, l
         now += step
         read = [(rank, source, step / readers[source]) for rank, source in reading.items()]
         for rank, source, count in read:
-            to_send[source] -= count
             wanted[rank][source] -= count
             if wanted[rank][source] < 1e-6:
                 readers[source] -= 1

@@ -26,7 +26,7 @@ from torch import Tensor
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.reading_order import reading_orders
 from ring_attn.comm.stream_flags import Flags, Signals, enqueue, flags_at_first
-from ring_attn.comm.transport import Parts, Pending, check_payloads
+from ring_attn.comm.transport import Beside, Parts, Pending
 from ring_attn.layout import places, total_rows
 
 _GRAIN = 1 << 20
@@ -55,12 +55,12 @@ class Reads(NamedTuple):
         return [sum(len(rows) for source, rows in self.reads if source == rank) for rank in range(ranks)]
 
 
-def pulled(rank: int, parts: Parts, mine: Tensor) -> Reads:
-    """The reads of a pull: the parts that the rank wants."""
-    return Reads([mine.shape[1]] * len(parts), [Read(part.rank, part.rows) for part in parts[rank]], [])
+def pulled(rank: int, parts: Parts, rows: int) -> Reads:
+    """The reads of a pull out of shards of `rows` rows: the parts that the rank wants."""
+    return Reads([rows] * len(parts), [Read(part.rank, part.rows) for part in parts[rank]], [])
 
 
-def pushed(rank: int, parts: Parts, mine: Tensor) -> Reads:
+def pushed(rank: int, parts: Parts, _: int) -> Reads:
     """The reads of a push: what others have of the rank's rows."""
     found = [
         (Read(source, range(place.start, place.stop)), part.rows)
@@ -149,10 +149,9 @@ class SymmetricTransport(ProcessGroupTransport):
         beside = self._beside_this
         return self._memory.size + (0 if beside is None or beside is self else beside.memory_bytes)
 
-    def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
-        check_payloads(self, shards, what)
+    def pull(self, shards: Sequence[Beside], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         (shard,) = shards
-        if not _on_gpu(shard):
+        if not _on_gpu(shard[0]):
             return super().pull(shards, parts, what=what)
         received, copies = self._put_up(shard, self._route(pulled, parts, shard), what)
         # See Note [host].
@@ -164,8 +163,8 @@ class SymmetricTransport(ProcessGroupTransport):
         (grad,), (total,) = grads, into
         if not _on_gpu(grad):
             return super().push(grads, parts, into, what=what)
-        route = self._route(pushed, parts, grad)
-        received, copies = self._put_up(grad, route, what)
+        route = self._route(pushed, parts, [grad])
+        received, copies = self._put_up([grad], route, what)
         copies.begin()
 
         def add_up() -> None:
@@ -174,7 +173,7 @@ class SymmetricTransport(ProcessGroupTransport):
 
         return Pending(into, add_up, what)
 
-    def _route(self, of: Callable[[int, Parts, Tensor], Reads], parts: Parts, mine: Tensor) -> Route:
+    def _route(self, of: Callable[[int, Parts, int], Reads], parts: Parts, mine: Beside) -> Route:
         """The route of a transfer like this; kept for parts that are a tuple, as plans have them, while the memory stays.
 
         Every rank must ask in the same order, see `_Memory.of_size`. Begins what is put off: a stream and flags have one order,
@@ -183,40 +182,42 @@ class SymmetricTransport(ProcessGroupTransport):
         if self._last is not None:
             self._last.begin()
         # What is kept holds the parts, so their number stays theirs; to hash them takes longer.
-        key, capturing = (of, id(parts), mine.shape, mine.dtype), _capturing(mine.device)
+        b, s, e = *mine[0].shape[:2], sum(x.shape[2] for x in mine)
+        key, capturing = (of, id(parts), b, s, e, mine[0].dtype), _capturing(mine[0].device)
         route, _ = self._memory.routes.get(key, (None, None))
         if route is None:
-            by_rank, (b, _, e) = [of(rank, parts, mine) for rank in range(self.ring_size)], mine.shape
-            memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * mine.element_size(), mine.device)
-            route = self._new_route(by_rank, mine, memory)
+            by_rank = [of(rank, parts, s) for rank in range(self.ring_size)]
+            memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * mine[0].element_size(), mine[0].device)
+            route = self._new_route(by_rank, (b, s, e), mine[0], memory)
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
             self._memory.stays(route.memory)
         return route
 
-    def _new_route(self, by_rank: Sequence[Reads], mine: Tensor, memory: Shared) -> Route:
-        (put_up, reads, homes), (b, _, e) = by_rank[self.process], mine.shape
+    def _new_route(self, by_rank: Sequence[Reads], shape: tuple[int, int, int], like: Tensor, memory: Shared) -> Route:
+        (put_up, reads, homes), (b, _, e) = by_rank[self.process], shape
         sources = reading_orders([found.rows_of(self.ring_size) for found in by_rank])[self.process]
         order = sorted(range(len(reads)), key=lambda n: sources.index(reads[n].rank))
         # A view made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            own = memory.get_buffer(self.process, list(mine.shape), mine.dtype)
+            own = memory.get_buffer(self.process, list(shape), like.dtype)
             views = []
             for rank, rows in (reads[n] for n in order):
-                theirs = memory.get_buffer(rank, [b, put_up[rank], e], mine.dtype)
+                theirs = memory.get_buffer(rank, [b, put_up[rank], e], like.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 views += batch_rows(theirs[:, rows.start : rows.stop])
-            places = arrivals(homes).to(mine.device) if homes else None
+            places = arrivals(homes).to(like.device) if homes else None
         sizes, signals = [len(read.rows) for read in reads], memory.flags.signals(sources)
         return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], places, signals, memory)
 
-    def _put_up(self, mine: Tensor, route: Route, what: str) -> tuple[Tensor, _Copies]:
+    def _put_up(self, mine: Beside, route: Route, what: str) -> tuple[Tensor, _Copies]:
         """Puts up `mine` for the others: what is to be received, and the copies that do it."""
-        received = mine.new_empty(mine.shape[0], sum(route.sizes), mine.shape[2])
+        own = route.own
+        received = mine[0].new_empty(own.shape[0], sum(route.sizes), own.shape[2])
         enqueue(route.signals.to_write)
-        route.own.copy_(mine)
-        put_up = _event_here(mine)
+        torch.cat(list(mine), -1, out=own)
+        put_up = _event_here(own)
         self._last = _Copies(received, lambda copies: self._read(copies, route, put_up, what))
         return received, self._last
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from ring_attn.layout import Part
 
 Parts = Sequence[Sequence[Part]]
+Beside = Sequence[Tensor]  # tensors [b, s, *] that lie beside each other in rows [b, s, e]
 T = TypeVar("T")
 
 
@@ -77,9 +79,10 @@ class Transport(Collective, Protocol):
     def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
         """`parts[i][r]`: what hosted rank i sends to rank r. Returns `[i][r]`: what hosted rank i got from rank r."""
 
-    def pull(self, shards: Sequence[Tensor], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+    def pull(self, shards: Sequence[Beside], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         """`parts[rank]`: which rows of others each rank of the ring wants, the same on every process. Returns them for each
-        hosted rank, [b, n, e] in the order of its parts, out of the shards [b, s, e].
+        hosted rank, [b, n, e] in the order of its parts, out of the shards [b, s, e], each given as what lies beside each other
+        in it.
         """
 
     def push(
@@ -89,6 +92,11 @@ class Transport(Collective, Protocol):
         to the rows that it came from of `into` [b, s, e], one a hosted rank, when it is waited for: until then these may be
         written, or not yet be. Sums go by rank, in the dtype of `into`.
         """
+
+
+def put_together(shards: Sequence[Beside]) -> list[Tensor]:
+    """The shards, each in memory of its own, or as it was given where it is one tensor."""
+    return [pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), -1) for pieces in shards]
 
 
 def check_payloads(transport: Collective, shards: Sequence[Tensor], what: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, at_hand, visits
+from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, visits
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
@@ -45,13 +45,13 @@ class PullExchange:
         return first, *zip(*by_rank, strict=True), *rest
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
-        widths, own = Widths.of(kv[0]), at_hand(kv, plan)
-        payloads = own.received
+        widths = Widths.of(kv[0])
+        shards = [(k.flatten(2), v.flatten(2)) for k, v in kv]
 
         def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
             if _own_rows(plan, step) is not None:
-                return Pending([], lambda: None, "own KV")
-            return transport.pull(payloads, plan.meets[step], what=f"{what}, KV for step {step}")
+                return _own_kv()
+            return transport.pull(shards, plan.meets[step], what=f"{what}, KV for step {step}")
 
         def read(step: int, came: list[Tensor]) -> list[KV]:
             rows = _own_rows(plan, step)
@@ -59,7 +59,7 @@ class PullExchange:
                 return list(map(widths.unpack, came))
             return kv if rows == slice(0, kv[0][0].shape[1]) else [(k[:, rows], v[:, rows]) for k, v in kv]
 
-        return visits(own, plan, pull, read, tell=True)
+        return visits(_own_kv(), plan, pull, read, tell=True)
 
     def again(self, kv: list[KV], plan: Plan, kept: Sequence[Tensor]) -> Iterator[Visit]:
         """The visits of a backward whose forward `kept` all that came by this plan: the others' first, so that their dK and dV
@@ -73,6 +73,11 @@ class PullExchange:
 
     def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:
         return _PullHomeward(transport, plan, how)
+
+
+def _own_kv() -> Pending[list[Tensor]]:
+    """The pending of a step that meets the own shard: nothing comes."""
+    return Pending([], lambda: None, "own KV")
 
 
 def _own_rows(plan: Plan, step: int) -> slice | None:

@@ -65,7 +65,7 @@ class TwoLevelExchange:
             inside = 2 * level + 1
             if inside in steps:
                 # First, as this level waits for it: wires that have a queue would keep it behind the slow link.
-                pulled = transport.pull(held, self.holders(plan, inside), what=f"{what}, KV for step {inside}")
+                pulled = transport.pull([(x,) for x in held], self.holders(plan, inside), what=f"{what}, KV for step {inside}")
             if following is not None:
                 away = (following - level) * self.ranks_per_node
                 arriving = transport.shift(held, away, what=f"{what}, KV of {following} nodes back")

@@ -36,7 +36,7 @@ class TwoWayExchange(RingExchange):
         self, transport: Transport, rows: list[Tensor], plan: Plan, start: int, stop: int, *, what: str
     ) -> Pending[list[Tensor]]:
         # One pull is one batch of messages: both directions go at once.
-        return transport.pull(rows, _whereabouts(plan.kv_layout, start, stop), what=what)
+        return transport.pull([(x,) for x in rows], _whereabouts(plan.kv_layout, start, stop), what=what)
 
 
 @lru_cache
