@@ -1,0 +1,65 @@
+"""What each rank reads of the others in a transfer by copy engines: pure integers, which every rank knows of every other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ring_attn.comm.transport import Parts
+from ring_attn.layout import places, total_rows
+
+
+class Read(NamedTuple):
+    """Rows `rows` of what `rank` has put up."""
+
+    rank: int
+    rows: range
+
+
+class Reads(NamedTuple):
+    """What this rank reads in a transfer, in the order of what it receives, where every rank puts up `put_up[rank]` rows.
+
+    `homes`: to which own rows each read is to be added, in a push.
+    """
+
+    put_up: list[int]
+    reads: list[Read]
+    homes: list[range]
+
+    def rows_of(self, ranks: int) -> list[int]:
+        """How many rows it reads of each rank."""
+        return [sum(len(rows) for source, rows in self.reads if source == rank) for rank in range(ranks)]
+
+
+def pulled(rank: int, parts: Parts, rows: int) -> Reads:
+    """The reads of a pull out of shards of `rows` rows: the parts that the rank wants."""
+    return Reads([rows] * len(parts), [Read(part.rank, part.rows) for part in parts[rank]], [])
+
+
+def pushed(rank: int, parts: Parts, _: int) -> Reads:
+    """The reads of a push: what others have of the rank's rows."""
+    found = [
+        (Read(source, range(place.start, place.stop)), part.rows)
+        for source, wanted in enumerate(parts)
+        for part, place in places(wanted)
+        if part.rank == rank
+    ]
+    return Reads([total_rows(wanted) for wanted in parts], [read for read, _ in found], [home for _, home in found])
+
+
+def arrivals(homes: Sequence[range]) -> Tensor:
+    """Of each own row, which of those received are to be added to it, int32 [s, k], -1 for none: they come home by home."""
+    columns: list[Tensor] = []
+    arrived, rows = 0, max(home.stop for home in homes)
+    for home in homes:
+        here = slice(home.start, home.stop)
+        column = next((one for one in columns if (one[here] < 0).all()), None)
+        if column is None:
+            column = torch.full((rows,), -1, dtype=torch.int32)
+            columns.append(column)
+        column[here] = torch.arange(arrived, arrived + len(home), dtype=torch.int32)
+        arrived += len(home)
+    return torch.stack(columns, 1)
