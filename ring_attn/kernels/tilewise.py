@@ -133,7 +133,7 @@ class Tilewise(ABC):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = to_add_to(into, q, v.shape[-1])
         apart = out is not None and _apart(calls, q) and all(call.fuses(q) for call in calls)
-        at_once = 1
+        at_once = 1 if apart else 2
         for n in range(0, len(calls), at_once):
             done = [(call, *call.attend(self, q, k, v, scaling)) for call in calls[n : n + at_once]]
             into = _merged(into, done, out if apart or n + at_once >= len(calls) else None, apart)

@@ -54,7 +54,7 @@ def merge_call(into: Partial, results: Sequence[Result], target: Tensor | None, 
     everything = range(into.acc.shape[1])
     if walked is None:
         met = [one.rows if isinstance(one.rows, range) else everything for one in results]
-        walked = everything if target is not None else met[0]
+        walked = everything if target is not None else range(min(x.start for x in met), max(x.stop for x in met))
     blocks = -(-len(walked) // BLOCK)
     b, _, h, dim = into.acc.shape
     first, second = (*results, None)[:2]
@@ -128,7 +128,7 @@ def merge_kernel(
     if second is not None:
         in_second = place_in(second_places, second_start, second_stop, num_rows, rows, live, batch)
         lse_of_second = numbers_in(second_lse, in_second, head)
-        m_new = m_new
+        m_new = tl.maximum(m_new, lse_of_second)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
 
     kept, weight = tl.exp2((m_row - base) * LOG2E), tl.exp2((lse_of_first - base) * LOG2E)
@@ -137,8 +137,8 @@ def merge_kernel(
     total += rows_in(first, in_first, head, DIM, WIDTH) * weight[:, None]
     if second is not None:
         weight = tl.exp2((lse_of_second - base) * LOG2E)
-        l_row += 0.0 * weight
-        total += rows_in(second, in_first, head, DIM, WIDTH) * weight[:, None]
+        l_row += weight
+        total += rows_in(second, in_second, head, DIM, WIDTH) * weight[:, None]
     # See Note [in place].
     tl.debug_barrier()
     if LAST:
