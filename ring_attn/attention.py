@@ -11,15 +11,16 @@ what rounding took from it, again in 16 bits. It is 0 where a library hands back
 
 Note [parts of a backward]: sums of dq, and of dK and dV of what a visit meets, take more memory in fp32 than all inputs. Heads
 have nothing to do with each other, so where that is much, a backward goes by parts of the heads, of many rows as few heads as
-still fill a GPU, for the memory of these alone. Where scores or masks tell heads apart or learn, and where a ring keeps KV, all
-go at once.
+still fill a GPU, for the memory of these and of what one part before them has on its way home. Where scores or masks tell heads
+apart or learn, and where a ring keeps KV, all go at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -174,10 +175,9 @@ def _backward(
     of_modifiers, sinks = call.split(tensors)
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
     ups = [_hosted_upstream(part, call) for part in up.head_parts(settled.head_parts)]
-    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    grads = cache(lambda: [x.new_empty(x.shape) for x in (q, k, v)])
     parts = (
-        _of_heads(*part, kept, of_modifiers, totals, settled, call)
-        for part in zip(ups, *(x.chunk(settled.head_parts, 2) for x in (q, k, v, *grads)), strict=True)
+        _of_heads(of_heads, n, (q, k, v), grads, kept, (of_modifiers, totals), settled, call) for n, of_heads in enumerate(ups)
     )
     if settled.overlaps:
         _overlapping(parts)
@@ -190,26 +190,25 @@ def _backward(
         delta = torch.cat([torch.cat([one.delta for one in part], -1) for part in ups], 1)
         totals.append(-delta.mul(p).sum((0, 2)))
     of_tensors = [x.new_empty(0) if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
-    return *grads, of_tensors
+    return *grads(), of_tensors
 
 
 def _of_heads(
     ups: Sequence[Upstream],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    part: int,
+    inputs: Sequence[Tensor],
+    grads: Callable[[], Sequence[Tensor]],
     kept: Sequence[Tensor],
-    of_modifiers: Sequence[Tensor],
-    totals: Sequence[Tensor | None],
+    learning: tuple[Sequence[Tensor], Sequence[Tensor | None]],
     settled: Settled,
     call: Call,
 ) -> _OfPart:
-    """Writes dq, dk and dv of some heads, of which each hosted rank has `ups`, and adds the gradients of `of_modifiers` to
-    `totals`. Yields before each visit whether it is the last, and once more before it waits for what travels home.
+    """Writes the gradients of a part of the heads of q, k and v, of which each hosted rank has `ups`, to that part of `grads`,
+    and adds those of modifiers' tensors to their totals, both `learning`. Yields before each visit whether it is the last, and
+    once more before it waits for what travels home.
     """
+    q, k, v = (x.chunk(settled.head_parts, 2)[part] for x in inputs)
+    of_modifiers, totals = learning
     ring, plan, exchange, sums = call.ring, settled.plan_back, settled.back, ups[0].lse.dtype
     kernel = settled.kernel("backward", lse_grad=ups[0].dlse is not None)
     queries = call.hosted(q)
@@ -236,7 +235,9 @@ def _of_heads(
                 into=Grads(sum_of_rank, *buffers[i], score_grads[i], unwritten_q, unwritten_kv),
             )
         homeward.add(visit)
-        del visit, buffers
+        del visit, buffers, sum_of_rank
+    # Not before: while visits are met, nothing lives but what they need.
+    dq, dk, dv = (x.chunk(settled.head_parts, 2)[part] for x in grads())
     dq.copy_(sum_q)
     del sum_q
     yield True
@@ -246,18 +247,20 @@ def _of_heads(
 
 
 def _overlapping(parts: Iterable[_OfPart]) -> None:
-    """All of the parts. The KV of one travels during the last visit of the one before, whose dK and dV travel home until the
-    last visit of this one.
+    """All of the parts. The KV of one travels during the last visit of the one before, whose dK and dV travel home during the
+    first visit of this one.
     """
     ending = None
     for part in parts:
         last = next(part)
         if ending is not None:
             next(ending)
-        while not last:
+        if not last:
             last = next(part)
         if ending is not None:
             _to_its_end(ending)
+        while not last:
+            last = next(part)
         ending = part
     _to_its_end(ending)
 

@@ -111,7 +111,7 @@ def test_what_is_kept_is_not_pulled_again_and_gradients_go_home_first(size, host
 @pytest.mark.parametrize(
     ("size", "by_heads", "hostile"), [(1, False, True), (2, True, False), (4, False, True), (4, True, True)]
 )
-def test_gradients_go_home_while_the_rest_of_the_own_shard_is_met(size, by_heads, hostile):
+def test_gradients_go_home_once_a_part_of_the_heads(size, by_heads, hostile):
     """Those of each part of the heads leave once, and what they bring home is right."""
     for case in (case for case in cases() if case.exchange == "pull"):
         with way_home_hidden(by_heads):
@@ -154,6 +154,12 @@ class Noting(LocalTransport):
         (False, None, "pull, own, push, visit, own, home"),
         (True, None, "pull, own, pull, push beside, visit, own, home, push beside, visit, home"),
         (False, 15, "pull, own, pull, push beside, visit, home, push beside, visit, own, home"),
+        (
+            True,
+            15,
+            "pull, own, pull, push beside, visit, pull, home, push beside, visit, own, pull, home, "
+            "push beside, visit, home, push beside, visit, home",
+        ),
     ],
 )
 def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, moved):

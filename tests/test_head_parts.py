@@ -1,5 +1,6 @@
 """A backward by parts of the heads: the same gradients as of all at once, where there are many rows, and only where it may."""
 
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -83,3 +84,18 @@ def test_so_many_parts_as_it_takes(rows, heads, kv_heads, parts):
     ring = ra.Ring.simulated(4, exchange="pull")
     ring.transport.hosted = (0,)
     assert Call.make(ring, ra.Causal(), None, 1.0).settle(q, k, v).head_parts == parts
+
+
+def test_sums_of_a_part_are_gone_before_the_next_has_its_own():
+    seen, most, backward = [], [], ReferenceKernel.backward
+
+    def noted(self, up, q, k, v, *rest, into, **options):
+        # A hosted rank has a view of them.
+        seen.append(weakref.ref(into.dq._base))
+        most.append(len({id(sums()) for sums in seen if sums() is not None}))
+        return backward(self, up, q, k, v, *rest, into=into, **options)
+
+    ring = ra.Ring.simulated(2, exchange="pull", kernel="reference")
+    with patch.object(call, "_SUMS", 1), patch.object(ReferenceKernel, "backward", noted):
+        assert max(errors(ring, Sizes(h=6, g=3), ra.Causal(), []).values()) <= FLOAT64_LIMIT
+    assert most == [1] * 3 * 2 * 2, "parts, visits and ranks"

@@ -22,7 +22,7 @@ from ring_attn.by_document import ByDocument
 from ring_attn.call import Call, validate
 from ring_attn.comm.nodes import NodesTransport
 from ring_attn.comm.symmetric import SymmetricTransport
-from ring_attn.comm.transport import Beside, Parts, Pending, Transport
+from ring_attn.comm.transport import Parts, Pending, Pieces, Transport
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import Exchange
 from ring_attn.kernels import resolve
@@ -238,7 +238,7 @@ class Silent:
     def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
         return _at_once([list(row) for row in parts], what)
 
-    def pull(self, shards: Sequence[Beside], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+    def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         return _at_once(
             [self._kept(x, total_rows(parts[rank]), rank) for rank, x in zip(self.hosted, shards, strict=True)], what
         )
@@ -248,8 +248,8 @@ class Silent:
     ) -> Pending[Sequence[Tensor]]:
         return _at_once(into, what)
 
-    def _kept(self, beside: Beside, rows: int, rank: int) -> Tensor:
-        like, width = beside[0], sum(x.shape[2] for x in beside)
+    def _kept(self, pieces: Pieces, rows: int, rank: int) -> Tensor:
+        like, width = pieces[0], sum(x.shape[2] for x in pieces)
         key = rows, width, like.dtype, rank
         if key not in self._rows:
             self._rows[key] = torch.randn(len(like), rows, width, dtype=like.dtype, device=like.device)

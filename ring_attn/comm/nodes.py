@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.symmetric import SymmetricTransport
-from ring_attn.comm.transport import Beside, Parts, Pending
+from ring_attn.comm.transport import Parts, Pending, Pieces
 
 
 class NodesTransport(ProcessGroupTransport):
@@ -35,7 +35,7 @@ class NodesTransport(ProcessGroupTransport):
     def memory_bytes(self) -> int:
         return self._inside.memory_bytes
 
-    def pull(self, shards: Sequence[Beside], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+    def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         inside = self._of_node(parts)
         return super().pull(shards, parts, what=what) if inside is None else self._inside.pull(shards, inside, what=what)
 

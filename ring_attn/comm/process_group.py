@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ring_attn.comm.backend import may_split, over_nccl, split_off, timeout_of
 from ring_attn.comm.second import second_group
-from ring_attn.comm.transport import Beside, Parts, Pending, check_parts, check_payloads, put_together
+from ring_attn.comm.transport import Parts, Pending, Pieces, check_parts, check_payloads, put_together
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import Roll, watch
 from ring_attn.layout import places, total_rows
@@ -105,7 +105,7 @@ class ProcessGroupTransport:
             messages.append(_Message(source, target, send, receive))
         return self._deliver(messages, received, what, keep=shards)
 
-    def pull(self, shards: Sequence[Beside], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+    def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         shards = put_together(shards)
         check_payloads(self, shards, what)
         b, _, e = shards[0].shape

@@ -51,15 +51,19 @@ def pushed(rank: int, parts: Parts, _: int) -> Reads:
 
 
 def arrivals(homes: Sequence[range]) -> Tensor:
-    """Of each own row, which of those received are to be added to it, int32 [s, k], -1 for none: they come home by home."""
+    """Of each own row, which of those received are to be added to it, int32 [s, k], -1 for none; home by home.
+
+    A row's are in the order in which they come.
+    """
     columns: list[Tensor] = []
     arrived, rows = 0, max(home.stop for home in homes)
     for home in homes:
         here = slice(home.start, home.stop)
-        column = next((one for one in columns if (one[here] < 0).all()), None)
-        if column is None:
-            column = torch.full((rows,), -1, dtype=torch.int32)
-            columns.append(column)
-        column[here] = torch.arange(arrived, arrived + len(home), dtype=torch.int32)
+        # Behind all that came for any of its rows before it.
+        met = [n for n, column in enumerate(columns) if (column[here] >= 0).any()]
+        place = max(met, default=-1) + 1
+        if place == len(columns):
+            columns.append(torch.full((rows,), -1, dtype=torch.int32))
+        columns[place][here] = torch.arange(arrived, arrived + len(home), dtype=torch.int32)
         arrived += len(home)
     return torch.stack(columns, 1)

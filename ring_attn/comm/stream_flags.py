@@ -1,11 +1,12 @@
 """Flags by which GPUs of one host tell each other what may be written and read, without a multiprocessor: their front ends
 write flags into each other's memory and wait for those in their own, as stream memory operations of CUDA's driver.
 
-Note [flags]: a rank has two flags for each other one. "There" means that the other has written what it puts up; it is taken
-down when this rank has read. "Read" means that the other has read what it wanted of it, also where that was nothing; it is
-taken down before this rank writes the next. A rank raises "read" only behind "there" of all, and "there" only behind "read" of
-all. So a flag is raised again only when it is down, and between transfers all that is left over is "read", as when the memory
-was made: transfers may be captured in CUDA graphs, replayed, and mixed with others.
+Note [flags]: a rank has two flags for each rank. "There" means that the other has written what it puts up; it is taken down
+when this rank has read. "Read" means that the other, or this rank itself, has read what it wanted, also where that was nothing;
+it is taken down before this rank writes the next. A rank raises "read" only behind "there" of all, and "there" only behind
+"read" of all. So a flag is raised again only when it is down. Between transfers all that is left over is "read", as when the
+memory was made, and what a rank does about the next comes behind its own "read" on whatever stream: transfers may be captured
+in CUDA graphs, replayed, and mixed with others.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ Operations = ctypes.Array  # of Operation
 
 
 class Signals(NamedTuple):
-    """What a rank does about a transfer, each for `enqueue`: before it writes what it puts up, between that and what it reads,
-    and when it has read that.
+    """What a rank does about a transfer, each for `enqueue`: before it writes what it puts up, when that is written, before it
+    reads what others put up, and when it has read that.
     """
 
     to_write: Operations
+    written: Operations
     to_read: Operations
     have_read: Operations
 
@@ -57,13 +59,16 @@ class Flags:
 
     def signals(self, sources: Collection[int]) -> Signals:
         """Of a transfer in which this rank reads from `sources`."""
-        mine, others = self._rank, [rank for rank in range(len(self._at)) if rank != self._rank]
-        free = [_wait(self._read(mine, rank)) for rank in others] + [_write(self._read(mine, rank), 0) for rank in others]
-        there = [_write(self._there(rank, mine), 1) for rank in others]
-        there += [_wait(self._there(mine, rank)) for rank in others if rank in sources]
-        rest = [_wait(self._there(mine, rank)) for rank in others if rank not in sources]
-        down = [_write(self._there(mine, rank), 0) for rank in others]
-        return Signals(*map(_array, (free, there, [*rest, *down, *(_write(self._read(rank, mine), 1) for rank in others)])))
+        mine, ranks = self._rank, range(len(self._at))
+        others = [rank for rank in ranks if rank != mine]
+        to_write = [_wait(self._read(mine, rank)) for rank in ranks] + [_write(self._read(mine, rank), 0) for rank in ranks]
+        written = [_write(self._there(rank, mine), 1) for rank in others]
+        to_read = [_wait(self._there(mine, rank)) for rank in others if rank in sources]
+        have_read = [_wait(self._there(mine, rank)) for rank in others if rank not in sources]
+        have_read += [_write(self._there(mine, rank), 0) for rank in others]
+        # Its own last: behind that it has nothing to do with this transfer any more.
+        have_read += [_write(self._read(rank, mine), 1) for rank in (*others, mine)]
+        return Signals(*map(_array, (to_write, written, to_read, have_read)))
 
     def _there(self, at: int, of: int) -> int:
         return self._at[at] + of * _BYTES

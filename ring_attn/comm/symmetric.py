@@ -2,12 +2,12 @@
 
 Note [streams]: a transport has one piece of memory a rank. What is put up is written there on the current stream, before what
 that does next; there it waits only until all have read what was put up before. Copies, which need no multiprocessor, and the
-flags about them (`stream_flags.py`) are on a stream of their own: attention waits for slower ranks only where it needs what
-they send, and makes no transfer wait for a place beside it.
+flags that they wait for (`stream_flags.py`) are on a stream of their own: attention waits for slower ranks where it needs what
+they send, or would write what they still read, and makes no transfer wait for a place beside it.
 
 Note [host]: the host takes longer over a transfer's copies than the GPU over what it did before. So those of a pull are asked
-for when it is waited for, or another transfer begins, with a visit launched in between: they wait for no more than what was put
-up, and run beside that visit all the same.
+for when it is waited for, or another transfer begins, with a visit launched in between. Others may read what was put up before
+that, and the copies run beside the visit all the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.reading_order import reading_orders
 from ring_attn.comm.reads import Reads, arrivals, pulled, pushed
 from ring_attn.comm.stream_flags import Flags, Signals, enqueue, flags_at_first
-from ring_attn.comm.transport import Beside, Parts, Pending
+from ring_attn.comm.transport import Parts, Pending, Pieces
+from ring_attn.kernels.add_rows import add_rows
 
 _GRAIN = 1 << 20
 _ROUTES = 256
@@ -79,6 +80,7 @@ class SymmetricTransport(ProcessGroupTransport):
         self.link = "symmetric"
         self._memory = _Memory(self.group)
         self._last: _Copies | None = None
+        self._places: dict[tuple, tuple[Tensor, Parts]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._beside_this: SymmetricTransport | None = None
 
@@ -96,7 +98,7 @@ class SymmetricTransport(ProcessGroupTransport):
         beside = self._beside_this
         return self._memory.size + (0 if beside is None or beside is self else beside.memory_bytes)
 
-    def pull(self, shards: Sequence[Beside], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+    def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         (shard,) = shards
         if not _on_gpu(shard[0]):
             return super().pull(shards, parts, what=what)
@@ -116,18 +118,21 @@ class SymmetricTransport(ProcessGroupTransport):
 
         def add_up() -> None:
             copies.wait()
-            _add_rows(total, received, route.places)
+            if route.places is not None:
+                add_rows(total[:, : len(route.places)], received, route.places)
 
         return Pending(into, add_up, what)
 
-    def _route(self, of: Callable[[int, Parts, int], Reads], parts: Parts, mine: Beside) -> Route:
+    def _route(self, of: Callable[[int, Parts, int], Reads], parts: Parts, mine: Pieces) -> Route:
         """The route of a transfer like this; kept for parts that are a tuple, as plans have them, while the memory stays.
 
-        Every rank must ask in the same order, see `_Memory.of_size`. Begins what is put off: a stream and flags have one order,
-        and memory may be made anew.
+        Every rank must ask in the same order, see `_Memory.of_size`. What is put off begins, for a stream and flags have one
+        order and memory may be made anew, and has its end: what it writes may be forgotten by now.
         """
-        if self._last is not None:
-            self._last.begin()
+        last, self._last = self._last, None
+        # An event of a capture means nothing outside of it, and the other way round.
+        if last is not None and last.captured == _capturing(mine[0].device):
+            last.wait()
         # What is kept holds the parts, so their number stays theirs; to hash them takes longer.
         b, s, e = *mine[0].shape[:2], sum(x.shape[2] for x in mine)
         key, capturing = (of, id(parts), b, s, e, mine[0].dtype), _capturing(mine[0].device)
@@ -135,14 +140,16 @@ class SymmetricTransport(ProcessGroupTransport):
         if route is None:
             by_rank = [of(rank, parts, s) for rank in range(self.ring_size)]
             memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * mine[0].element_size(), mine[0].device)
-            route = self._new_route(by_rank, (b, s, e), mine[0], memory)
+            route = self._new_route(by_rank, (b, s, e), mine[0], memory, parts)
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
             self._memory.stays(route.memory)
         return route
 
-    def _new_route(self, by_rank: Sequence[Reads], shape: tuple[int, int, int], like: Tensor, memory: Shared) -> Route:
+    def _new_route(
+        self, by_rank: Sequence[Reads], shape: tuple[int, int, int], like: Tensor, memory: Shared, parts: Parts
+    ) -> Route:
         (put_up, reads, homes), (b, _, e) = by_rank[self.process], shape
         sources = reading_orders([found.rows_of(self.ring_size) for found in by_rank])[self.process]
         order = sorted(range(len(reads)), key=lambda n: sources.index(reads[n].rank))
@@ -154,40 +161,51 @@ class SymmetricTransport(ProcessGroupTransport):
                 theirs = memory.get_buffer(rank, [b, put_up[rank], e], like.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 views += batch_rows(theirs[:, rows.start : rows.stop])
-            places = arrivals(homes).to(like.device) if homes else None
+            places = self._places_of(homes, parts, like.device) if homes else None
         sizes, signals = [len(read.rows) for read in reads], memory.flags.signals(sources)
         return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], places, signals, memory)
 
-    def _put_up(self, mine: Beside, route: Route, what: str) -> tuple[Tensor, _Copies]:
+    def _places_of(self, homes: Sequence[range], parts: Parts, device: torch.device) -> Tensor:
+        """Where what comes home belongs; kept, as a memory that is made anew changes nothing of it."""
+        key = id(parts), device
+        places, _ = self._places.get(key, (None, None))
+        if places is None:
+            if _capturing(device):
+                raise RuntimeError("a push is first made while a CUDA graph is captured; make the same call once before")
+            places = arrivals(homes).to(device)
+            if isinstance(parts, tuple):
+                self._places[key] = places, parts
+            if len(self._places) > _ROUTES:
+                del self._places[next(iter(self._places))]
+        return places
+
+    def _put_up(self, mine: Pieces, route: Route, what: str) -> tuple[Tensor, _Copies]:
         """Puts up `mine` for the others: what is to be received, and the copies that do it."""
         own = route.own
         received = mine[0].new_empty(own.shape[0], sum(route.sizes), own.shape[2])
         enqueue(route.signals.to_write)
         torch.cat(list(mine), -1, out=own)
+        enqueue(route.signals.written)
         put_up = _event_here(own)
-        self._last = _Copies(received, lambda copies: self._read(copies, route, put_up, what))
+        self._last = _Copies(received, _capturing(own.device), lambda copies: self._read(copies, route, put_up, what))
         return received, self._last
 
     def _read(self, copies: _Copies, route: Route, put_up: torch.cuda.Event | None, what: str) -> None:
         """Reads what others put up, beside the current stream."""
         received = copies.received
         pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
-        with self._beside(received.device, put_up):
+        with self._on_own_stream(received.device, put_up):
             enqueue(route.signals.to_read)
             for n, source in zip(route.order, route.sources, strict=True):
                 pieces[n].copy_(source)
-            if _capturing(received.device):
-                # All of a graph's work must be waited for in it.
-                enqueue(route.signals.have_read)
-                copies.done = _event_here(received)
-            else:
-                copies.done = _event_here(received)
-                enqueue(route.signals.have_read)
+            copies.done = _event_here(received)
+            enqueue(route.signals.have_read)
+            copies.over = _event_here(received)
         if self._watch is not None:
             self._watch.add([copies], self._who(what), self._roll)
 
     @contextmanager
-    def _beside(self, device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
+    def _on_own_stream(self, device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
         """Work on this transport's own stream; see Note [streams]."""
         if after is None:
             yield
@@ -201,12 +219,14 @@ class SymmetricTransport(ProcessGroupTransport):
 
 class _Copies:
     """The copies of a transfer, for which `read` asks. What they write, `received`, lives until they are waited for; `done`:
-    their end on a stream.
+    their end on a stream; `over`: that of the flags behind them.
     """
 
-    def __init__(self, received: Tensor, read: Callable[[_Copies], None]) -> None:
+    def __init__(self, received: Tensor, captured: bool, read: Callable[[_Copies], None]) -> None:
         self.received: Tensor | None = received
+        self.captured = captured
         self.done: torch.cuda.Event | None = None
+        self.over: torch.cuda.Event | None = None
         self._read: Callable[[_Copies], None] | None = read
 
     def begin(self) -> None:
@@ -215,13 +235,14 @@ class _Copies:
             read(self)
 
     def is_completed(self) -> bool:
-        return self.done is None or self.done.query()
+        return self.over is None or self.over.query()
 
     def wait(self) -> None:
         """Lets the current stream wait, not the host."""
         self.begin()
         if self.done is not None:
-            torch.cuda.current_stream().wait_event(self.done)
+            # All of a graph's work must be waited for in it.
+            torch.cuda.current_stream().wait_event(self.over if self.captured else self.done)
         self.received = None
 
 
@@ -276,6 +297,8 @@ def _why_not(processes: int) -> str | None:
     """
     if os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") != "1":
         return "set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process, or it is bound to NVLink multicast"
+    if torch.version.hip:
+        return "it goes by stream memory operations of CUDA's driver"
     seen = torch.cuda.device_count()
     if seen < processes:
         return f"each of {processes} processes must see the GPUs of all, but this one sees {seen}"
@@ -286,21 +309,6 @@ def _why_not(processes: int) -> str | None:
 def _on_gpu(x: Tensor) -> bool:
     """Others, in a group that carries both kinds, go as messages."""
     return x.is_cuda
-
-
-def _add_rows(total: Tensor, received: Tensor, places: Tensor | None) -> None:
-    """Adds what was received to the own rows [b, s, e]; of those behind the last that anything is for, places say nothing."""
-    if places is None:
-        return
-    total = total[:, : len(places)]
-    if total.is_cuda:
-        from ring_attn.kernels.triton_add_rows import add_rows
-
-        add_rows(total, received, places)
-        return
-    for column in places.unbind(1):
-        rows = (column >= 0).nonzero().squeeze(1)
-        total[:, rows] += received[:, column[rows]]
 
 
 def _event_here(x: Tensor) -> torch.cuda.Event | None:

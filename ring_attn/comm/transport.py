@@ -1,7 +1,8 @@
 """The `Transport` protocol: the contract every way of moving shards between ranks keeps.
 
 A process hosts one or more ranks of the ring. Real training hosts one; `LocalTransport` hosts all of them in one process; the
-loops above are the same for both. A payload is one contiguous tensor a hosted rank, of equal shape and dtype on all ranks.
+loops above are the same for both. A payload is one contiguous tensor a hosted rank, or for `pull` some that lie side by side,
+of equal shape and dtype on all ranks.
 
 Contract. Every process calls the same operations in the same order with the same offsets. What is sent may be read, and not
 written, from the call until `wait()` has returned; afterwards its content is undefined (it may serve as the next receive
@@ -20,7 +21,7 @@ from torch import Tensor
 from ring_attn.layout import Part
 
 Parts = Sequence[Sequence[Part]]
-Beside = Sequence[Tensor]  # tensors [b, s, *] that lie beside each other in rows [b, s, e]
+Pieces = Sequence[Tensor]  # tensors [b, s, *] that lie beside each other in rows [b, s, e]
 T = TypeVar("T")
 
 
@@ -79,7 +80,7 @@ class Transport(Collective, Protocol):
     def all_to_all(self, parts: Sequence[Sequence[Tensor]], *, what: str = "all-to-all") -> Pending[list[list[Tensor]]]:
         """`parts[i][r]`: what hosted rank i sends to rank r. Returns `[i][r]`: what hosted rank i got from rank r."""
 
-    def pull(self, shards: Sequence[Beside], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
+    def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         """`parts[rank]`: which rows of others each rank of the ring wants, the same on every process. Returns them for each
         hosted rank, [b, n, e] in the order of its parts, out of the shards [b, s, e], each given as what lies beside each other
         in it.
@@ -94,7 +95,7 @@ class Transport(Collective, Protocol):
         """
 
 
-def put_together(shards: Sequence[Beside]) -> list[Tensor]:
+def put_together(shards: Sequence[Pieces]) -> list[Tensor]:
     """The shards, each in memory of its own, or as it was given where it is one tensor."""
     return [pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), -1) for pieces in shards]
 

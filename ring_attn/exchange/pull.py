@@ -1,19 +1,21 @@
 """Every rank pulls what its tiles need of the others while it attends its own shard.
 
-Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many and
-no part of the heads comes after them, the own shard is met in halves of its KV rows: first those that the fewest queries of a
-causal mask see, while the others' KV comes, and last the rest, while what was gathered for the others goes home.
+Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many, the
+own shard is met in halves of its KV rows: first those that the fewest queries of a causal mask see, while the others' KV comes,
+and last the rest, while what was gathered for the others goes home. Where a backward goes by parts of the heads, what one part
+gathered goes home while the next meets its own shard; only the last part's way home is seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, visits
+from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, pack, visits
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
@@ -46,12 +48,14 @@ class PullExchange:
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
         widths = Widths.of(kv[0])
-        shards = [(k.flatten(2), v.flatten(2)) for k, v in kv]
+        # In one piece where it is put up again and again.
+        once = sum(_own_rows(plan, step) is None for step in plan.steps) == 1
+        shards = cache(lambda: [(k.flatten(2), v.flatten(2)) if once else (pack((k, v)),) for k, v in kv])
 
         def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
             if _own_rows(plan, step) is not None:
                 return _own_kv()
-            return transport.pull(shards, plan.meets[step], what=f"{what}, KV for step {step}")
+            return transport.pull(shards(), plan.meets[step], what=f"{what}, KV for step {step}")
 
         def read(step: int, came: list[Tensor]) -> list[KV]:
             rows = _own_rows(plan, step)

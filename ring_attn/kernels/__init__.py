@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -22,6 +23,11 @@ from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
 logger = logging.getLogger("ring_attn")
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @dataclass(frozen=True)

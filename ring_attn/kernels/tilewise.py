@@ -18,13 +18,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
+from ring_attn.kernels import Grads, Problem, Upstream, has_triton, modifier_refusal
 from ring_attn.kernels.packs import Pack, Rows, all_rows, groups, make_pack
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
@@ -137,6 +135,8 @@ class Tilewise(ABC):
         for n in range(0, len(calls), at_once):
             done = [(call, *call.attend(self, q, k, v, scaling)) for call in calls[n : n + at_once]]
             into = _merged(into, done, out if apart or n + at_once >= len(calls) else None, apart)
+            # Before the next are attended.
+            del done
         return into if out is None else Partial(out, into.m) if calls else finish(into, out)
 
     def backward(
@@ -360,9 +360,4 @@ def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
 
 def _can_fuse(out: Tensor) -> bool:
     """Whether the Triton merge runs here: one pass over memory, where plain PyTorch takes about ten."""
-    return out.is_cuda and out.dtype != torch.float64 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return out.is_cuda and out.dtype != torch.float64 and has_triton()

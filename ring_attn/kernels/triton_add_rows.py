@@ -1,4 +1,4 @@
-"""One launch to add rows out of several places to each of a tensor's rows, such as the dK and dV that other ranks pushed."""
+"""One launch to add rows out of several places to each of a tensor's rows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from ring_attn.kernels.triton_rows import Call, at_head, block_at, row_pointers,
 BLOCK, WIDTH = 16, 256
 
 
-def add_rows(total: Tensor, received: Tensor, places: Tensor) -> None:
-    """Adds to each row of total [b, s, e] those of received [b, n, e] that places [s, k] name, int32, -1 for none."""
-    add_rows_call(total, received, places)()
-
-
 def add_rows_call(total: Tensor, received: Tensor, places: Tensor) -> Call:
-    """The launch of it. Sums are in the order of places; a block of rows to which nothing is added is not touched."""
+    """The launch that adds to each row of total [b, s, e] those of received [b, n, e] that places [s, k] name, int32 and
+    contiguous, -1 for none. Sums are in the order of places; a block of rows to which nothing is added is not touched.
+    """
     (b, rows, width), blocks = total.shape, -(-total.shape[1] // BLOCK)
     columns = -(-width // WIDTH)
     arguments = {

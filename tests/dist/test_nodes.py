@@ -24,8 +24,8 @@ class Counted:
 
     def __init__(self):
         self.names = Counter()
-        transfer = SymmetricTransport._put_up
-        counted = lambda transport, mine, route, what: self.names.update([what]) or transfer(transport, mine, route, what)  # noqa: E731
+        put_up = SymmetricTransport._put_up
+        counted = lambda transport, mine, route, what: self.names.update([what]) or put_up(transport, mine, route, what)  # noqa: E731
         self.patch = patch.object(SymmetricTransport, "_put_up", counted)
 
     def __enter__(self):

@@ -6,7 +6,7 @@ import torch
 from tests.support import FLOAT32_LIMIT, rel_error
 
 pytest.importorskip("triton")
-from ring_attn.kernels.triton_add_rows import add_rows
+from ring_attn.kernels.triton_add_rows import add_rows_call
 from ring_attn.kernels.triton_kernel import interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,12 +29,14 @@ def test_rows_are_added_where_they_belong(count, batch, width, dtypes):
         places[rows, column] = torch.randperm(80, generator=gen)[: len(rows)].to(torch.int32)
     alone = (places < 0).all(1)
     total[:, alone], received[:, 80:] = torch.nan, torch.nan
-    want = total.double()
+    want = total.double().clone()
     for batch_row, row, column in ((b, r, c) for b in range(batch) for r in range(70) for c in range(count)):
         if places[row, column] >= 0:
             want[batch_row, row] += received[batch_row, places[row, column]].double()
-    found = total.to(DEVICE)
-    add_rows(found, received.to(DEVICE), places.to(DEVICE))
-    found = found.cpu()
+    # Own rows behind the last that anything is for are not among them.
+    whole = torch.cat([total, torch.full_like(total[:, :3], 7.0)], 1).to(DEVICE)
+    add_rows_call(whole[:, :70], received.to(DEVICE), places.to(DEVICE))()
+    found, behind = whole.cpu().split([70, 3], 1)
+    assert (behind == 7.0).all()
     assert found[:, alone].isnan().all() and alone.sum() >= 30
     assert rel_error(found[:, ~alone], want[:, ~alone]) < (1e-12 if dtypes[0] == torch.float64 else FLOAT32_LIMIT)
