@@ -238,7 +238,9 @@ class _Copies:
         return self.over is None or self.over.query()
 
     def wait(self) -> None:
-        """Lets the current stream wait, not the host."""
+        """Lets the current stream wait, not the host; the first time."""
+        if self.received is None:
+            return
         self.begin()
         if self.done is not None:
             # All of a graph's work must be waited for in it.

@@ -52,7 +52,9 @@ class MappedFiles:
                 flag.value = operation.value
             else:
                 assert (operation.operation, operation.flags) == (_WAIT, _EQUAL)
+                patience = time.monotonic() + 30
                 while flag.value != operation.value:
+                    assert time.monotonic() < patience, "a flag that nobody raises"
                     time.sleep(0)
 
 
