@@ -132,7 +132,7 @@ class Noting(LocalTransport):
 
     def __init__(self, ring_size, seen, where="", beside=None):
         super().__init__(ring_size)
-        self.seen, self.where, self.others = seen, where, beside
+        self.seen, self.where, self.others, self.pieces = seen, where, beside, set()
 
     @property
     def beside(self):
@@ -140,6 +140,7 @@ class Noting(LocalTransport):
 
     def pull(self, *x, **options):
         self.seen.append("pull" + self.where)
+        self.pieces.update(map(len, x[0]))
         return super().pull(*x, **options)
 
     def push(self, *x, **options):
@@ -178,6 +179,7 @@ def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, 
     with way_home_hidden(by_heads), patch.object(pull._PullHomeward, "add", noted):
         check(case, ring)
     assert ", ".join(seen[2 if rows else 1 :]) == moved, "after the pulls of the forward"
+    assert ring.transport.pieces == {1 if rows else 2}, "what is put up again and again is packed once"
 
 
 def test_parts_whose_first_visit_waits_for_others_go_one_by_one():

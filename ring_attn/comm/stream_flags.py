@@ -66,8 +66,7 @@ class Flags:
         to_read = [_wait(self._there(mine, rank)) for rank in others if rank in sources]
         have_read = [_wait(self._there(mine, rank)) for rank in others if rank not in sources]
         have_read += [_write(self._there(mine, rank), 0) for rank in others]
-        # Its own last: behind that it has nothing to do with this transfer any more.
-        have_read += [_write(self._read(rank, mine), 1) for rank in (*others, mine)]
+        have_read += [_write(self._read(rank, mine), 1) for rank in ranks]
         return Signals(*map(_array, (to_write, written, to_read, have_read)))
 
     def _there(self, at: int, of: int) -> int:
