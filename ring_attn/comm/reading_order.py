@@ -1,9 +1,9 @@
 """In which order each rank reads from the others, so that seldom two read from one at a time.
 
 Note [sharing]: a GPU sends no more than its links carry, and copy engines of two that read from it get half of that each (four
-H200s: 380 and 190 GB/s). Ranks want more of some than of others, so turns by rank alone run into each other: in a contiguous
-causal ring of four, beginning with the next rank, the last one waits twice as long as it reads, and in a zigzag ring the first
-one a third longer; what is left of that goes on top of the time of attention.
+H200s: 380 and 190 GB/s). Ranks want more of some than of others, so turns by rank alone run into each other: in a zigzag ring
+of four, beginning with the next rank, the first one was seen to wait a third longer than it reads, and as this file reckons the
+last one of a contiguous ring waits twice as long. What attention does not hide of it goes on top of its time.
 """
 
 from __future__ import annotations

@@ -181,6 +181,10 @@ def _puts_off(rank, folder):
             assert len(done) == 12
             pushed.wait()
             assert len(done) == 12
+        with patch.object(symmetric, "_capturing", lambda device: True):
+            transport.push([shard], parts, [shard]).wait()
+            with pytest.raises(RuntimeError, match="a push is first made while a CUDA graph is captured"):
+                transport.push([shard], tuple(map(tuple, parts[::-1]))[::-1], [shard])
 
 
 def test_copies_of_a_pull_are_put_off(tmp_path):
@@ -287,6 +291,8 @@ def _is_refused(rank):
             _falls_back_by_name("set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
         with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}):
             _falls_back_by_name("each of 2 processes must see the GPUs of all, but this one sees 0")
+            with patch.object(torch.version, "hip", "6.4"):
+                _falls_back_by_name("it goes by stream memory operations of CUDA's driver")
             with patch.object(torch.cuda, "device_count", lambda: 4):
                 with patch.object(torch.cuda, "can_device_access_peer", lambda one, other: {one, other} != {0, 2}):
                     _falls_back_by_name(r"of these pairs of GPUs one does not reach the other: \[\(0, 2\), \(2, 0\)\]")
