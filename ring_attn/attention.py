@@ -30,7 +30,8 @@ from torch.autograd.forward_ad import unpack_dual
 from ring_attn.by_document import LayoutChoice
 from ring_attn.call import Call, Settled, called, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
-from ring_attn.kernels import Grads, Upstream
+from ring_attn.kernels import Upstream
+from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.score import CosineSim, Score, listed, sort_scores
@@ -217,14 +218,10 @@ def _of_heads(
     score_grads = call.hosted_score_grads(totals, of_modifiers, queries[0].shape[1])
     how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps)
     homeward = exchange.homeward(ring.transport, plan, how)
-    what, sum_q = f"{exchange.name} backward", None
+    what, sums_q = f"{exchange.name} backward", [Sum([x.shape], sums, x.device) for x in queries]
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
         yield visit.last
-        unwritten_q = sum_q is None
-        if unwritten_q:
-            sum_q = torch.empty(q.shape, dtype=sums, device=q.device)
-        buffers, unwritten_kv = homeward.buffers(visit)
-        for i, (rank, sum_of_rank) in enumerate(zip(ring.hosted, call.hosted(sum_q), strict=True)):
+        for i, (rank, sum_q, place) in enumerate(zip(ring.hosted, sums_q, homeward.places(visit), strict=True)):
             kernel.backward(
                 ups[i],
                 queries[i],
@@ -232,18 +229,17 @@ def _of_heads(
                 plan[rank, visit.step],
                 scale=call.scale,
                 score=modifiers[i],
-                into=Grads(sum_of_rank, *buffers[i], score_grads[i], unwritten_q, unwritten_kv),
+                into=Grads(sum_q.place, place, score_grads[i]),
             )
         homeward.add(visit)
-        del visit, buffers, sum_of_rank
+        del visit, place
     # Not before: while visits are met, nothing lives but what they need.
     dq, dk, dv = (x.chunk(settled.head_parts, 2)[part] for x in grads())
-    dq.copy_(sum_q)
-    del sum_q
+    for sum_q, rank_dq in zip(sums_q, call.hosted(dq), strict=True):
+        sum_q.write([rank_dq])
     yield True
-    for rank_dk, rank_dv, (sum_k, sum_v) in zip(call.hosted(dk), call.hosted(dv), homeward.collect(), strict=True):
-        rank_dk.copy_(sum_k)
-        rank_dv.copy_(sum_v)
+    for sum_kv, rank_dk, rank_dv in zip(homeward.collect(), call.hosted(dk), call.hosted(dv), strict=True):
+        sum_kv.write([rank_dk, rank_dv])
 
 
 def _overlapping(parts: Iterable[_OfPart]) -> None:

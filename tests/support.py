@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from ring_attn import call, exchange
-from ring_attn.kernels import Grads, Kernel, Upstream
+from ring_attn.kernels import Kernel, Upstream
+from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.layout import Contiguous
 from ring_attn.mask import All, Causal, Documents, Full, KeyPadding, Mask, Window
 from ring_attn.partial import Partial, accumulator_dtype, to_add_to
@@ -154,6 +154,33 @@ def poison_memory(device: str = "cpu") -> None:
     del blocks
 
 
+class Rows:
+    """A tensor [b, s, e] that a transport is given to push, or pushes to."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.shape, self.dtype, self.device = rows, tuple(rows.shape), rows.dtype, rows.device
+
+    def write(self, to: Tensor) -> None:
+        to.copy_(self.rows)
+
+    def packed(self) -> Tensor:
+        return self.rows
+
+    def add(self, x: Tensor, rows: range, places: Tensor | None = None) -> None:
+        own = self.rows[:, rows.start : rows.stop]
+        if places is None:
+            own += x
+            return
+        for column in places.unbind(-1):
+            batch, row = (column >= 0).nonzero(as_tuple=True)
+            own[batch, row] += x[0, column[batch, row]]
+
+
+def adding_to(dq: Tensor, dk: Tensor, dv: Tensor, score: tuple[Tensor | None, ...] = ()) -> Grads:
+    """What a backward adds to these tensors, at the latest when `write` is given them."""
+    return Grads(Sum.over(dq).place, Sum.over(dk, dv).place, score)
+
+
 def run_kernel(
     kernel: Kernel,
     q,
@@ -179,22 +206,19 @@ def run_kernel(
         last = visit == len(tile_lists) - 1
         partial = kernel.forward(q, k, v, tile_list, scale=scale, score=score, into=partial, out=out if last else None)
     dtype = accumulator_dtype(q.dtype)
-    dq, dk, dv = (torch.full(x.shape, torch.nan, dtype=dtype, device=x.device) for x in (q, k, v))
-    of_scores = (torch.zeros_like(x, dtype=dtype) for x in (score.tensors() if score else ()))
-    into = Grads(dq, dk, dv, tuple(of_scores), unwritten_q=True, unwritten_kv=True)
-    up = Upstream(dout, out, partial.lse, dlse)
+    of_scores = tuple(torch.zeros_like(x, dtype=dtype) for x in (score.tensors() if score else ()))
+    into, up = Grads.like(q, k, v, of_scores), Upstream(dout, out, partial.lse, dlse)
     for visit, tile_list in enumerate(tile_lists):
-        own = into
-        if visit % 2:
-            apart = {name: torch.full_like(getattr(into, name), torch.nan) for name in ("dk", "dv")}
-            own = replace(into, **apart, unwritten_kv=True)
+        own = Grads(into.q, Grads.like(q, k, v).kv, of_scores) if visit % 2 else into
         (backward or kernel).backward(up, q, k, v, tile_list, scale=scale, score=score, into=own)
-        into = into.written
-        if own.dk is not into.dk:
-            into.dk.add_(own.dk)
-            into.dv.add_(own.dv)
-    found = {"out": out, "lse": partial.lse, "dq": into.dq, "dk": into.dk, "dv": into.dv}
-    return found | {f"gradient of tensor {n}": x for n, x in enumerate(into.score)}
+        if visit % 2:
+            came = [torch.full(x.shape, torch.nan, dtype=dtype, device=x.device) for x in (k, v)]
+            own.kv.sum.write(came)
+            into.kv.add(came, into.kv.rows)
+    dq, dk, dv = (torch.full(x.shape, torch.nan, dtype=dtype, device=x.device) for x in (q, k, v))
+    into.write(dq, dk, dv)
+    found = {"out": out, "lse": partial.lse, "dq": dq, "dk": dk, "dv": dv}
+    return found | {f"gradient of tensor {n}": x for n, x in enumerate(of_scores)}
 
 
 def truth(q, k, v, dout, tile_lists, *, scale, dlse=None, score=None, partial=None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
+from tests.support import Rows
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
@@ -81,12 +82,11 @@ def parts_of_rows(transport, device):
         for own, x in zip(parts, sent, strict=True):
             for part, piece in zip(own, x.split([len(p.rows) for p in own], 1) if own else (), strict=True):
                 sums[part.rank][:, part.rows.start : part.rows.stop] += piece
-        into = [torch.full_like(sums[0], torch.nan) for _ in hosted]
-        pushed = transport.push([sent[r].clone() for r in hosted], parts, into)
-        for x in into:
-            x.fill_(5)  # they may be written until it is waited for
-        got = pushed.wait()
-        assert all(x is y and torch.equal(x, sums[rank] + 5) for rank, x, y in zip(hosted, got, into, strict=True))
+        into = [Rows(torch.zeros_like(sums[0])) for _ in hosted]
+        pushed = transport.push([Rows(sent[r].clone()) for r in hosted], parts, into)
+        assert not any(x.rows.any() for x in into), "nothing is added before it is waited for"
+        pushed.wait()
+        assert all(torch.equal(x.rows, sums[rank]) for rank, x in zip(hosted, into, strict=True))
 
 
 def several_under_way(transport, payload):

@@ -90,7 +90,7 @@ def test_launches_are_right_with_and_without_a_modifier(score):
     q, k, v, dout = (torch.randn(1, 40, h, 16, generator=gen) for h in (4, 2, 2, 4))
     visit = scored(Visit(q, 8 * k, v, dout, tiles((rows,), [(rows,)], Causal()), 0.5), score)
     up = Upstream(dout, torch.full_like(q, torch.nan), torch.empty(1, 4, 40))
-    into = visit.grads()
+    into = visit.grads().totals()
     for launch in LAUNCHES:
         for call in calls(launch, GOOD, visit, up, into):
             call()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ring_attn.bench.results import Row, append, draw, machine, table, write_order
 from ring_attn.bench.timing import captured, second_of_two, timed
-from ring_attn.kernels import KERNEL_NAMES, Grads, Kernel, Problem, Upstream, get_kernel, resolve
+from ring_attn.kernels import KERNEL_NAMES, Kernel, Problem, Upstream, get_kernel, resolve
+from ring_attn.kernels.sums import Grads
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
 from ring_attn.partial import accumulator_dtype
 from ring_attn.score import Cells, Scores
@@ -175,14 +176,20 @@ class Visit:
     def grads(self) -> Grads:
         dtype = accumulator_dtype(self.q.dtype)
         of_scores = () if self.score is None else tuple(torch.zeros_like(x, dtype=dtype) for x in self.score.tensors())
-        return Grads(*(torch.empty_like(x, dtype=dtype) for x in (self.q, self.k, self.v)), of_scores, True, True)
+        return Grads.like(self.q, self.k, self.v, of_scores)
+
+    def backward(self, kernel: Kernel, up: Upstream, targets: Sequence[Tensor]) -> None:
+        """Writes dq, dk and dv to `targets`."""
+        into = self.grads()
+        kernel.backward(up, self.q, self.k, self.v, self.tiles, scale=self.scale, into=into)
+        into.write(*targets)
 
     def run(self, kernel: Kernel) -> list[Tensor]:
         """out, dq, dk, dv."""
-        out, into = self.forward(kernel), self.grads()
-        up = Upstream(self.dout, out, self.lse)
-        kernel.backward(up, self.q, self.k, self.v, self.tiles, scale=self.scale, into=into)
-        return [out, into.dq, into.dk, into.dv]
+        out, dtype = self.forward(kernel), accumulator_dtype(self.q.dtype)
+        targets = [torch.empty_like(x, dtype=dtype) for x in (self.q, self.k, self.v)]
+        self.backward(kernel, Upstream(self.dout, out, self.lse), targets)
+        return [out, *targets]
 
     def dense(self, dtype: torch.dtype) -> list[Tensor]:
         """out, dq, dk, dv by one plain softmax in `dtype`, with autograd."""
@@ -222,8 +229,8 @@ def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: s
         return []
     visit = Visit.random(mask_name, length, options)
     out = visit.forward(kernels[0])
-    up, into = Upstream(visit.dout, out, visit.lse), visit.grads() if direction == "backward" else None
-    runs = {kernel.name: _run(kernel, visit, up, into) for kernel in kernels}
+    up = Upstream(visit.dout, out, visit.lse)
+    runs = {kernel.name: _run(kernel, visit, up, direction) for kernel in kernels}
     extra = {name: timed(run, 1, visit.q.device)[1] for name, run in runs.items()}
     replays, refused = {}, []
     for name, run in runs.items():
@@ -241,11 +248,12 @@ def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: s
     return [Row(n, direction, mask_name, length, ms[n], flops / ms[n] / 1e9, extra[n] / 2**30) for n in ms] + refused
 
 
-def _run(kernel: Kernel, visit: Visit, up: Upstream, into: Grads | None) -> Callable[[], object]:
-    """What is timed of a kernel: a backward into these gradients, or, where there are none, a forward."""
-    if into is None:
+def _run(kernel: Kernel, visit: Visit, up: Upstream, direction: str) -> Callable[[], object]:
+    """What is timed of a kernel: a forward or a backward, to results in the dtype of the inputs."""
+    if direction == "forward":
         return lambda: visit.forward(kernel, up.out)
-    return lambda: kernel.backward(up, visit.q, visit.k, visit.v, visit.tiles, scale=visit.scale, into=into)
+    targets = [torch.empty_like(x) for x in (visit.q, visit.k, visit.v)]
+    return lambda: visit.backward(kernel, up, targets)
 
 
 def _names(options: KernelBenchOptions) -> list[str]:

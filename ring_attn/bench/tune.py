@@ -24,7 +24,8 @@ from ring_attn.bench.results import append, machine
 from ring_attn.bench.timing import timed
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
 from ring_attn.bench.tune_report import Timed, line, report
-from ring_attn.kernels import Grads, Upstream, get_kernel
+from ring_attn.kernels import Upstream, get_kernel
+from ring_attn.kernels.sums import Totals
 from ring_attn.kernels.triton_blocks import Config, Configs
 from ring_attn.mask import Causal, Documents
 from ring_attn.partial import Partial
@@ -175,10 +176,10 @@ def scored(visit: Visit, score: str) -> Visit:
 def main_call(launch: str, config: Config, visit: Visit) -> Call:
     b, s, h, _ = visit.q.shape
     up = Upstream(visit.dout, visit.dout, torch.zeros(b, h, s))
-    return next(iter(calls(launch, config, visit, up, visit.grads())))
+    return next(iter(calls(launch, config, visit, up, visit.grads().totals())))
 
 
-def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Grads) -> list[Call]:
+def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Totals) -> list[Call]:
     """The launches to time: the forward writes `up.out` and `up.lse`, the others `into`."""
     from ring_attn.kernels.triton_backward import Visited, backward_calls
     from ring_attn.kernels.triton_blocks import query_table
@@ -254,7 +255,7 @@ def _gate_visit(gate: str, options: TuneOptions) -> tuple[Visit, list, list]:
 def _gate(launch: str, config: Config, gate: str, options: TuneOptions) -> str:
     """What is wrong with the launch's results at a small length; empty where nothing is."""
     visit, exact, plain = _gate_visit(gate, options)
-    into, out = visit.grads(), visit.out if launch != "forward" else torch.full_like(visit.dout, torch.nan)
+    into, out = visit.grads().totals(), visit.out if launch != "forward" else torch.full_like(visit.dout, torch.nan)
     for call in calls(launch, config, visit, Upstream(visit.dout, out, visit.lse.clone()), into):
         call()
     for number, name in {"forward": [(0, "out")], "dq": [(1, "dq")], "dkdv": [(2, "dk"), (3, "dv")]}[launch]:
@@ -266,11 +267,11 @@ def _gate(launch: str, config: Config, gate: str, options: TuneOptions) -> str:
 
 
 @cache
-def _case(case: str, options: TuneOptions) -> tuple[Visit, Upstream, Grads]:
+def _case(case: str, options: TuneOptions) -> tuple[Visit, Upstream, Totals]:
     mask, length = case.split(":")
     visit = scored(Visit.random(mask, int(length), options.shape), options.score)
     out = visit.forward(get_kernel("triton"))
-    return visit, Upstream(visit.dout, out, visit.lse), visit.grads()
+    return visit, Upstream(visit.dout, out, visit.lse), visit.grads().totals()
 
 
 def _tflops(launch: str, config: Config, case: str, options: TuneOptions) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, Pieces, check_parts, check_payloads, put_together
+from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Unpacked, check_parts, check_payloads, put_together
 from ring_attn.layout import places, total_rows
 
 
@@ -65,17 +65,17 @@ class LocalTransport:
 
         return self._by(copy, received, (), what)
 
-    def push(
-        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
-    ) -> Pending[Sequence[Tensor]]:
+    def push(self, grads: Sequence[Unpacked], parts: Parts, into: Sequence[Sums], *, what: str = "push") -> Pending[None]:
+        sent = [x.packed() for x in grads]
+
         def add() -> None:
-            for rank, x in enumerate(grads):
+            for rank, x in enumerate(sent):
                 for part, place in places(parts[rank]):
-                    into[part.rank][:, part.rows.start : part.rows.stop].add_(x[:, place])
+                    into[part.rank].add(x[:, place], part.rows)
                 if self.hostile:
                     _poisoned(x)
 
-        return Pending(into, add, what)
+        return Pending(None, add, what)
 
     def _by(
         self, transfer: Callable[[], None], received: list[Tensor], sent: Sequence[Tensor], what: str

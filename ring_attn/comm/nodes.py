@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.symmetric import SymmetricTransport
-from ring_attn.comm.transport import Parts, Pending, Pieces
+from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Unpacked
 
 
 class NodesTransport(ProcessGroupTransport):
@@ -39,9 +39,7 @@ class NodesTransport(ProcessGroupTransport):
         inside = self._of_node(parts)
         return super().pull(shards, parts, what=what) if inside is None else self._inside.pull(shards, inside, what=what)
 
-    def push(
-        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
-    ) -> Pending[Sequence[Tensor]]:
+    def push(self, grads: Sequence[Unpacked], parts: Parts, into: Sequence[Sums], *, what: str = "push") -> Pending[None]:
         inside = self._of_node(parts)
         if inside is None:
             return super().push(grads, parts, into, what=what)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ring_attn.comm.backend import may_split, over_nccl, split_off, timeout_of
 from ring_attn.comm.second import second_group
-from ring_attn.comm.transport import Parts, Pending, Pieces, check_parts, check_payloads, put_together
+from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, T, Unpacked, check_parts, check_payloads, put_together
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import Roll, watch
 from ring_attn.layout import places, total_rows
@@ -119,40 +119,39 @@ class ProcessGroupTransport:
                 messages.append(_Message(part.rank, target, send, None if into is None else into[:, place]))
         return self._deliver(messages, received, what, keep=shards)
 
-    def push(
-        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
-    ) -> Pending[Sequence[Tensor]]:
-        b, _, e = grads[0].shape
+    def push(self, grads: Sequence[Unpacked], parts: Parts, into: Sequence[Sums], *, what: str = "push") -> Pending[None]:
+        sent = [x.packed() for x in grads]
+        b, _, e = sent[0].shape
         messages, arrivals = [], []
         for source in range(self.ring_size):
-            rank_grads = self._own(grads, source)
+            rank_grads = self._own(sent, source)
             for part, place in places(parts[source]):
                 send, receive = None if rank_grads is None else rank_grads[:, place], None
                 total = self._own(into, part.rank)
                 if total is not None:
-                    receive = send if send is not None else grads[0].new_empty(b, len(part.rows), e)
-                    arrivals.append((total[:, part.rows.start : part.rows.stop], receive))
+                    receive = send if send is not None else sent[0].new_empty(b, len(part.rows), e)
+                    arrivals.append((total, receive, part.rows))
                 messages.append(_Message(source, part.rank, send, receive))
 
         def add_up() -> None:
-            for total, arrived in arrivals:
-                total += arrived
+            for total, arrived, rows in arrivals:
+                total.add(arrived, rows)
 
-        return self._deliver(messages, into, what, keep=grads, after=add_up)
+        return self._deliver(messages, None, what, keep=sent, after=add_up)
 
-    def _own(self, tensors: Sequence[Tensor], rank: int) -> Tensor | None:
+    def _own(self, tensors: Sequence[T], rank: int) -> T | None:
         """A hosted rank's tensor, None for a rank that lives elsewhere."""
         return tensors[rank - self.hosted[0]] if rank in self.hosted else None
 
     def _deliver(
         self,
         messages: Sequence[_Message],
-        received: Sequence[Tensor],
+        received: T,
         what: str,
         *,
         keep,
         after: Callable[[], None] | None = None,
-    ) -> Pending[Sequence[Tensor]]:
+    ) -> Pending[T]:
         """Posts the messages that this process sends or receives, out of all the ring's, which every process lists alike."""
         ops, copies = [], []
         peers: dict[str, set[int]] = {"from": set(), "to": set()}

@@ -50,8 +50,9 @@ def pushed(rank: int, parts: Parts, _: int) -> Reads:
     return Reads([total_rows(wanted) for wanted in parts], [read for read, _ in found], [home for _, home in found])
 
 
-def arrivals(homes: Sequence[range]) -> Tensor:
-    """Of each own row, which of those received are to be added to it, int32 [s, k], -1 for none; home by home.
+def arrivals(homes: Sequence[range], batch: int) -> Tensor:
+    """Of each own row, which of those received are to be added to it, int32 [batch, s, k], -1 for none; home by home, and batch
+    row after batch row.
 
     A row's are in the order in which they come.
     """
@@ -66,4 +67,5 @@ def arrivals(homes: Sequence[range]) -> Tensor:
             columns.append(torch.full((rows,), -1, dtype=torch.int32))
         columns[place][here] = torch.arange(arrived, arrived + len(home), dtype=torch.int32)
         arrived += len(home)
-    return torch.stack(columns, 1)
+    places, first = torch.stack(columns, 1), arrived * torch.arange(batch, dtype=torch.int32)
+    return torch.where(places < 0, -1, places + first[:, None, None])

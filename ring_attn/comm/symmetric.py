@@ -27,8 +27,7 @@ from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.reading_order import reading_orders
 from ring_attn.comm.reads import Reads, arrivals, pulled, pushed
 from ring_attn.comm.stream_flags import Flags, Signals, enqueue, flags_at_first
-from ring_attn.comm.transport import Parts, Pending, Pieces
-from ring_attn.kernels.add_rows import add_rows
+from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Unpacked
 
 _GRAIN = 1 << 20
 _ROUTES = 256
@@ -45,7 +44,8 @@ class Route(NamedTuple):
     """What is the same in all transfers of a shape: views of the memory `own` writes and `sources` reads, one batch row each.
 
     `sizes`: the rows of each read. `order`: to which of the pieces that these cut out of what is received, batch row by batch
-    row, each source goes. `places`, in a push: int32 [s, k], which rows of it are to be added to each own one, -1 for none.
+    row, each source goes. `places`, in a push: int32 [b, s, k], which of its rows, batch row after batch row, are to be
+    added to each own one, -1 for none.
     """
 
     own: Tensor
@@ -102,45 +102,48 @@ class SymmetricTransport(ProcessGroupTransport):
         (shard,) = shards
         if not _on_gpu(shard[0]):
             return super().pull(shards, parts, what=what)
-        received, copies = self._put_up(shard, self._route(pulled, parts, shard), what)
+        shape = *shard[0].shape[:2], sum(x.shape[2] for x in shard)
+        route = self._route(pulled, parts, shape, shard[0])
+        received, copies = self._put_up(lambda own: torch.cat(list(shard), -1, out=own), route, what)
         # See Note [host].
         return Pending([received], copies.wait, what)
 
-    def push(
-        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
-    ) -> Pending[Sequence[Tensor]]:
+    def push(self, grads: Sequence[Unpacked], parts: Parts, into: Sequence[Sums], *, what: str = "push") -> Pending[None]:
         (grad,), (total,) = grads, into
         if not _on_gpu(grad):
             return super().push(grads, parts, into, what=what)
-        route = self._route(pushed, parts, [grad])
-        received, copies = self._put_up([grad], route, what)
+        route = self._route(pushed, parts, grad.shape, grad)
+        received, copies = self._put_up(grad.write, route, what)
         copies.begin()
 
         def add_up() -> None:
             copies.wait()
             if route.places is not None:
-                add_rows(total[:, : len(route.places)], received, route.places)
+                total.add(received.flatten(0, 1).unsqueeze(0), range(route.places.shape[1]), route.places)
 
-        return Pending(into, add_up, what)
+        return Pending(None, add_up, what)
 
-    def _route(self, of: Callable[[int, Parts, int], Reads], parts: Parts, mine: Pieces) -> Route:
-        """The route of a transfer like this; kept for parts that are a tuple, as plans have them, while the memory stays.
+    def _route(
+        self, of: Callable[[int, Parts, int], Reads], parts: Parts, shape: tuple[int, int, int], like: Tensor | Unpacked
+    ) -> Route:
+        """The route of a transfer of rows of that shape; kept for parts that are a tuple, as plans have them, while the memory
+        stays. `like` has their dtype and device.
 
         Every rank must ask in the same order, see `_Memory.of_size`. What is put off begins, for a stream and flags have one
         order and memory may be made anew, and has its end: what it writes may be forgotten by now.
         """
         last, self._last = self._last, None
         # An event of a capture means nothing outside of it, and the other way round.
-        if last is not None and last.captured == _capturing(mine[0].device):
+        if last is not None and last.captured == _capturing(like.device):
             last.wait()
         # What is kept holds the parts, so their number stays theirs; to hash them takes longer.
-        b, s, e = *mine[0].shape[:2], sum(x.shape[2] for x in mine)
-        key, capturing = (of, id(parts), b, s, e, mine[0].dtype), _capturing(mine[0].device)
+        key, capturing = (of, id(parts), *shape, like.dtype), _capturing(like.device)
         route, _ = self._memory.routes.get(key, (None, None))
         if route is None:
+            b, s, e = shape
             by_rank = [of(rank, parts, s) for rank in range(self.ring_size)]
-            memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * mine[0].element_size(), mine[0].device)
-            route = self._new_route(by_rank, (b, s, e), mine[0], memory, parts)
+            memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * like.dtype.itemsize, like.device)
+            route = self._new_route(by_rank, shape, like, memory, parts)
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
@@ -148,7 +151,7 @@ class SymmetricTransport(ProcessGroupTransport):
         return route
 
     def _new_route(
-        self, by_rank: Sequence[Reads], shape: tuple[int, int, int], like: Tensor, memory: Shared, parts: Parts
+        self, by_rank: Sequence[Reads], shape: tuple[int, int, int], like: Tensor | Unpacked, memory: Shared, parts: Parts
     ) -> Route:
         (put_up, reads, homes), (b, _, e) = by_rank[self.process], shape
         sources = reading_orders([found.rows_of(self.ring_size) for found in by_rank])[self.process]
@@ -161,30 +164,30 @@ class SymmetricTransport(ProcessGroupTransport):
                 theirs = memory.get_buffer(rank, [b, put_up[rank], e], like.dtype)
                 # Batch row by batch row both ends are contiguous, as copy engines want it.
                 views += batch_rows(theirs[:, rows.start : rows.stop])
-            places = self._places_of(homes, parts, like.device) if homes else None
+            places = self._places_of(homes, b, parts, like.device) if homes else None
         sizes, signals = [len(read.rows) for read in reads], memory.flags.signals(sources)
         return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], places, signals, memory)
 
-    def _places_of(self, homes: Sequence[range], parts: Parts, device: torch.device) -> Tensor:
+    def _places_of(self, homes: Sequence[range], batch: int, parts: Parts, device: torch.device) -> Tensor:
         """Where what comes home belongs; kept, as a memory that is made anew changes nothing of it."""
-        key = id(parts), device
+        key = id(parts), batch, device
         places, _ = self._places.get(key, (None, None))
         if places is None:
             if _capturing(device):
                 raise RuntimeError("a push is first made while a CUDA graph is captured; make the same call once before")
-            places = arrivals(homes).to(device)
+            places = arrivals(homes, batch).to(device)
             if isinstance(parts, tuple):
                 self._places[key] = places, parts
             if len(self._places) > _ROUTES:
                 del self._places[next(iter(self._places))]
         return places
 
-    def _put_up(self, mine: Pieces, route: Route, what: str) -> tuple[Tensor, _Copies]:
-        """Puts up `mine` for the others: what is to be received, and the copies that do it."""
+    def _put_up(self, write: Callable[[Tensor], object], route: Route, what: str) -> tuple[Tensor, _Copies]:
+        """Puts up for the others what `write` writes: what is to be received, and the copies that do it."""
         own = route.own
-        received = mine[0].new_empty(own.shape[0], sum(route.sizes), own.shape[2])
+        received = own.new_empty(own.shape[0], sum(route.sizes), own.shape[2])
         enqueue(route.signals.to_write)
-        torch.cat(list(mine), -1, out=own)
+        write(own)
         enqueue(route.signals.written)
         put_up = _event_here(own)
         self._last = _Copies(received, _capturing(own.device), lambda copies: self._read(copies, route, put_up, what))
@@ -308,9 +311,9 @@ def _why_not(processes: int) -> str | None:
     return f"of these pairs of GPUs one does not reach the other: {apart}" if apart else None
 
 
-def _on_gpu(x: Tensor) -> bool:
+def _on_gpu(x: Tensor | Unpacked) -> bool:
     """Others, in a group that carries both kinds, go as messages."""
-    return x.is_cuda
+    return x.device.type == "cuda"
 
 
 def _event_here(x: Tensor) -> torch.cuda.Event | None:

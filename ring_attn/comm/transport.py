@@ -25,6 +25,29 @@ Pieces = Sequence[Tensor]  # tensors [b, s, *] that lie beside each other in row
 T = TypeVar("T")
 
 
+class Unpacked(Protocol):
+    """Rows [b, n, e], not yet put together."""
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def write(self, to: Tensor) -> None:
+        """Writes them there; once."""
+
+    def packed(self) -> Tensor:
+        """The rows in memory that is the transport's from now on; once, in place of `write`."""
+
+
+class Sums(Protocol):
+    """What received rows are added to."""
+
+    def add(self, x: Tensor, rows: range, places: Tensor | None = None) -> None:
+        """Adds x [b, len(rows), e] to those rows of a shard, or, with `places`, int32 [b, len(rows), k] and contiguous, to each
+        row those of x [1, n, e] that these name, -1 for none. Nobody may write to x afterwards.
+        """
+
+
 class Pending(Generic[T]):
     """An operation under way. `received` may be read only after `wait()`, which returns it, once."""
 
@@ -86,12 +109,9 @@ class Transport(Collective, Protocol):
         in it.
         """
 
-    def push(
-        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
-    ) -> Pending[Sequence[Tensor]]:
+    def push(self, grads: Sequence[Unpacked], parts: Parts, into: Sequence[Sums], *, what: str = "push") -> Pending[None]:
         """The way back of `pull`: every part of `grads[i]`, which is [b, n, e] in the order of hosted rank i's parts, is added
-        to the rows that it came from of `into` [b, s, e], one a hosted rank, when it is waited for: until then these may be
-        written, or not yet be. Sums go by rank, in the dtype of `into`.
+        to the rows that it came from of `into`, one a hosted rank, when it is waited for. Sums go by rank.
         """
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
+from ring_attn.kernels.sums import Place, Sum
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
 from ring_attn.tiles import Meets, Plan
@@ -37,15 +38,15 @@ class HowHome(NamedTuple):
 
 
 class Homeward(Protocol):
-    """Collects dK and dV of a backward tour. Buffers are in the dtype of sums."""
+    """Collects dK and dV of a backward tour."""
 
-    def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
-        """dk and dv for this visit's keys, one pair a hosted rank, and whether they are yet unwritten."""
+    def places(self, visit: Visit) -> list[Place]:
+        """Where dk and dv of this visit's keys are added, one place a hosted rank."""
 
     def add(self, visit: Visit) -> None:
-        """Takes the buffers of this visit, now filled, on their way home."""
+        """Takes what this visit added on its way home."""
 
-    def collect(self) -> list[KV]:
+    def collect(self) -> list[Sum]:
         """dk and dv of each hosted rank's own keys, from all ranks."""
 
 
@@ -91,40 +92,68 @@ def at_hand(kv: list[KV], plan: Plan) -> Pending[list[Tensor]]:
     return Pending([pack(pair) for pair in kv] if len(plan.steps) > 1 else [], lambda: None, "own KV")
 
 
+class PackedSum:
+    """dK and dV of some KV rows as they add up; for transports rows [b, n, g * d + g * dv] that are `Unpacked`, and `Sums`."""
+
+    def __init__(self, pair: KV, rows: int, how: HowHome) -> None:
+        self.widths, self.device, self.dtype = Widths.of(pair), pair[0].device, how.wire
+        b, _, heads, _ = pair[0].shape
+        self.shape = b, rows, heads * (self.widths.d + self.widths.dv)
+        self.sum = Sum([(b, rows, *x.shape[2:]) for x in pair], how.sums, self.device, self._make_total)
+        self._total: Tensor | None = None
+
+    def add(self, x: Tensor, rows: range, places: Tensor | None = None) -> None:
+        self.sum.add(self.widths.unpack(x), rows, places)
+
+    def write(self, to: Tensor) -> None:
+        self.sum.write(self.widths.unpack(to))
+
+    def packed(self) -> Tensor:
+        # A total in the dtype of the wire can go as it is.
+        total, self._total = self._total, None
+        fits = total is not None and total.dtype == self.dtype
+        rows = total if fits else torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        self.write(rows)
+        return rows
+
+    def _make_total(self) -> KV:
+        self._total = torch.empty(self.shape, dtype=self.sum.dtype, device=self.device)
+        return self.widths.unpack(self._total)
+
+
 class PackedHomeward:
-    """What every way home shares: packed buffers of a visit, the own rows to which arrivals are added, and wires beside those
+    """What every way home shares: sums of a visit, those of the own rows, to which arrivals are added, and wires beside those
     that KV travels over.
     """
 
     def __init__(self, transport: Transport, plan: Plan, how: HowHome) -> None:
         self.transport = transport.beside if how.busy or self.meets_traffic(plan) else transport
         self.plan, self.how = plan, how
-        self.rows: list[Tensor] = []
-        self.own: list[Tensor] = []
-        self.pending: list[tuple[slice, Pending[list[Tensor]]]] = []
+        self.of_visit: list[PackedSum] = []
+        self.own: list[PackedSum] = []
+        self.pending: list[tuple[range, Pending[list[Tensor]]]] = []
 
     def meets_traffic(self, plan: Plan) -> bool:
         """Whether KV is still to travel when the first gradients leave; with two steps the second waits for its KV anyway."""
         return len(plan.steps) > 2
 
-    def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
-        self.widths = Widths.of(visit.kv[0])
-        self.rows = [self.widths.unwritten(pair, self.how.sums) for pair in visit.kv]
-        return [self.widths.unpack(rows) for rows in self.rows], True
+    def places(self, visit: Visit) -> list[Place]:
+        self.of_visit = [PackedSum(pair, pair[0].shape[1], self.how) for pair in visit.kv]
+        return [one.sum.place for one in self.of_visit]
 
-    def sent(self, rows: list[Tensor]) -> list[Tensor]:
-        """The rows as they travel."""
-        return [x.to(self.how.wire) for x in rows]
-
-    def collect(self) -> list[KV]:
+    def collect(self) -> list[Sum]:
         self.add_arrived(self.own)
-        return [self.widths.unpack(rows) for rows in self.own]
+        return [one.sum for one in self.own]
 
-    def add_arrived(self, to: list[Tensor]) -> None:
-        for place, pending in self.pending:
-            for rows, arrived in zip(to, pending.wait(), strict=True):
-                rows[:, place].add_(arrived)
+    def add_arrived(self, to: list[PackedSum]) -> None:
+        for rows, pending in self.pending:
+            for one, arrived in zip(to, pending.wait(), strict=True):
+                one.add(arrived, rows)
         self.pending = []
+
+    def of_shards(self, visit: Visit) -> list[PackedSum]:
+        """Sums of whole shards, to which nothing has been added."""
+        return [PackedSum(pair, self.plan.kv_layout.shard_len, self.how) for pair in visit.kv]
 
 
 class Widths(NamedTuple):
@@ -143,10 +172,6 @@ class Widths(NamedTuple):
         k, v = rows.split_with_sizes([self.heads * self.d, self.heads * self.dv], -1)
         b, n, _ = rows.shape
         return k.view(b, n, self.heads, self.d), v.view(b, n, self.heads, self.dv)
-
-    def unwritten(self, pair: KV, dtype: torch.dtype) -> Tensor:
-        """Packed rows that hold nothing yet, as many as the pair has."""
-        return pair[0].new_empty(*pair[0].shape[:2], self.heads * (self.d + self.dv), dtype=dtype)
 
 
 def pack(pair: KV) -> Tensor:

@@ -63,16 +63,14 @@ class GatherExchange:
 
 class _GatherHomeward(PackedHomeward):
     def add(self, visit: Visit) -> None:
-        if not self.own:
-            b, _, e = self.rows[0].shape
-            self.own = [rows.new_zeros(b, self.plan.kv_layout.shard_len, e) for rows in self.rows]
+        self.own = self.own or self.of_shards(visit)
         parts = self.plan.meets[visit.step][0]
-        by_rank = [self._by_rank(rows, parts) for rows in self.sent(self.rows)]
+        by_rank = [self._by_rank(one.packed(), parts) for one in self.of_visit]
         sums = self.transport.reduce_scatter(by_rank, what=f"gather backward, dK and dV home from step {visit.step}")
         # One way home at a time: what is kept is bounded as visits are.
         self.add_arrived(self.own)
-        self.pending = [(_slice(span(parts)), sums)]
-        self.rows = []
+        self.pending = [(span(parts), sums)]
+        self.of_visit = []
 
     def _by_rank(self, rows: Tensor, parts: tuple[Part, ...]) -> list[Tensor]:
         """The rows of each rank, in the order of its shard."""

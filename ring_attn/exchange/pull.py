@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
 from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, pack, visits
+from ring_attn.kernels.sums import Place, Sum
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
@@ -93,63 +94,36 @@ def _own_rows(plan: Plan, step: int) -> slice | None:
 
 
 class _PullHomeward(PackedHomeward):
-    """The own rows are written by the visits that meet them, and what others pushed is added to them when it is waited for."""
+    """What others pushed is added to the own rows when it is waited for."""
 
     def __init__(self, transport: Transport, plan: Plan, how: HowHome) -> None:
         super().__init__(transport, plan, how)
         self.pushed: Pending | None = None
-        self.unwritten: list[slice] = []
 
     def meets_traffic(self, plan: Plan) -> bool:
         # A single pull is done before its visit, and so before anything leaves.
         return sum(_own_rows(plan, step) is None for step in plan.steps) > 1
 
-    def buffers(self, visit: Visit) -> tuple[list[KV], bool]:
+    def places(self, visit: Visit) -> list[Place]:
+        self.own = self.own or self.of_shards(visit)
         rows = _own_rows(self.plan, visit.step)
-        if rows is None:
-            return super().buffers(visit)
-        self._have_own(visit.kv[0])
-        unwritten = rows in self.unwritten
-        if unwritten:
-            self.unwritten.remove(rows)
-        return [self.widths.unpack(own[:, rows]) for own in self.own], unwritten
+        return super().places(visit) if rows is None else [Place(one.sum, range(rows.start, rows.stop)) for one in self.own]
 
     def add(self, visit: Visit) -> None:
-        if not self.rows:
+        if not self.of_visit:
             return
-        self._have_own(visit.kv[0])
         what = f"pull backward, dK and dV home from step {visit.step}"
         # One way home at a time: what is kept is bounded as visits are.
         self._arrive()
-        self.pushed = self.transport.push(self.sent(self.rows), self.plan.meets[visit.step], self.own, what=what)
-        self.rows = []
+        self.pushed = self.transport.push(self.of_visit, self.plan.meets[visit.step], self.own, what=what)
+        self.of_visit = []
 
-    def collect(self) -> list[KV]:
+    def collect(self) -> list[Sum]:
         self._arrive()
-        self._write_rest()
         return super().collect()
-
-    def _have_own(self, pair: KV) -> None:
-        """Makes the own rows, of which nothing is written yet."""
-        if self.own:
-            return
-        k, _ = pair
-        self.widths = Widths.of(pair)
-        width, shape = self.widths.heads * (self.widths.d + self.widths.dv), (k.shape[0], self.plan.kv_layout.shard_len)
-        self.own = [k.new_empty(*shape, width, dtype=self.how.sums) for _ in self.transport.hosted]
-        own_steps = (_own_rows(self.plan, step) for step in range(len(self.plan.meets)))
-        self.unwritten = [rows for rows in own_steps if rows is not None]
 
     def _arrive(self) -> None:
         """Adds what was pushed to the own rows."""
         if self.pushed is not None:
-            self._write_rest()
             self.pushed.wait()
             self.pushed = None
-
-    def _write_rest(self) -> None:
-        """The own rows that no visit has written begin with 0."""
-        for rows in self.unwritten:
-            for own in self.own:
-                own[:, rows].zero_()
-        self.unwritten = []

@@ -49,7 +49,7 @@ class RingExchange:
 class _RingHomeward(PackedHomeward):
     """dK and dV follow the KV they belong to, one visit behind, and go home from the last step in one shift.
 
-    A visit fills buffers of its own, so that what came from the rank before is awaited only after this visit's compute.
+    A visit has sums of its own, so that what came from the rank before is awaited only after this visit's compute.
     """
 
     def __init__(self, transport: Transport, plan: Plan, how: HowHome, exchange: RingExchange) -> None:
@@ -58,11 +58,11 @@ class _RingHomeward(PackedHomeward):
 
     def add(self, visit: Visit) -> None:
         if visit.step == 0:
-            self.own = self.rows
+            self.own = self.of_visit
             return
-        self.add_arrived(self.rows)
+        self.add_arrived(self.of_visit)
         steps = self.plan.steps
         to = 0 if visit.last else steps[steps.index(visit.step) + 1]
         where = f"{self.exchange.name} backward, dK and dV {'home' if visit.last else 'on'} from step {visit.step}"
-        sent = self.sent(self.rows)
-        self.pending = [(slice(None), self.exchange.pass_on(self.transport, sent, self.plan, visit.step, to, what=where))]
+        sent, rows = [one.packed() for one in self.of_visit], range(self.plan.kv_layout.shard_len)
+        self.pending = [(rows, self.exchange.pass_on(self.transport, sent, self.plan, visit.step, to, what=where))]

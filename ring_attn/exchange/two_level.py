@@ -14,7 +14,8 @@ from functools import lru_cache
 from torch import Tensor
 
 from ring_attn.comm.transport import Parts, Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, at_hand
+from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, PackedSum, Visit, Widths, at_hand
+from ring_attn.kernels.sums import Sum
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.parts import needed
@@ -95,7 +96,7 @@ class _TwoLevelHomeward(PackedHomeward):
     def __init__(self, transport: Transport, plan: Plan, how: HowHome, exchange: TwoLevelExchange) -> None:
         super().__init__(transport, plan, how)
         self.exchange, self.level = exchange, 0
-        self.held: list[Tensor] | None = None
+        self.held: list[PackedSum] | None = None
         self.pushed: Pending | None = None
         self.travelling: Pending[list[Tensor]] | None = None
 
@@ -104,17 +105,17 @@ class _TwoLevelHomeward(PackedHomeward):
         if level != self.level:
             self._leave_for(level)
         if not inside:
-            self.held = self.rows
+            self.held = self.of_visit
             return
-        what, shard_len = f"two-level backward, dK and dV of step {visit.step}", self.plan.kv_layout.shard_len
+        what = f"two-level backward, dK and dV of step {visit.step}"
         if self.held is None:
-            self.held = [rows.new_zeros(rows.shape[0], shard_len, rows.shape[2]) for rows in self.rows]
+            self.held = self.of_shards(visit)
         parts = self.exchange.holders(self.plan, visit.step)
-        self.pushed = self.transport.push(self.sent(self.rows), parts, self.held, what=what)
+        self.pushed = self.transport.push(self.of_visit, parts, self.held, what=what)
 
-    def collect(self) -> list[KV]:
+    def collect(self) -> list[Sum]:
         self._leave_for(0)
-        self.pending = [] if self.travelling is None else [(slice(None), self.travelling)]
+        self._arrive(self.own)
         return super().collect()
 
     def _leave_for(self, level: int) -> None:
@@ -124,10 +125,15 @@ class _TwoLevelHomeward(PackedHomeward):
         if self.level == 0:
             self.own = self.held
         else:
-            if self.travelling is not None:
-                self.pending = [(slice(None), self.travelling)]
-                self.add_arrived(self.held)
+            self._arrive(self.held)
             away = (level - self.level) * self.exchange.ranks_per_node
-            where = f"from {self.level} nodes away to {level}"
-            self.travelling = self.transport.shift(self.sent(self.held), away, what=f"two-level backward, dK and dV {where}")
+            sent, where = [one.packed() for one in self.held], f"from {self.level} nodes away to {level}"
+            self.travelling = self.transport.shift(sent, away, what=f"two-level backward, dK and dV {where}")
         self.held, self.pushed, self.level = None, None, level
+
+    def _arrive(self, to: list[PackedSum]) -> None:
+        """Adds what came of the level before."""
+        if self.travelling is not None:
+            self.pending = [(range(self.plan.kv_layout.shard_len), self.travelling)]
+            self.add_arrived(to)
+            self.travelling = None

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from ring_attn.kernels.order import order_for
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile
+
+if TYPE_CHECKING:
+    from ring_attn.kernels.sums import Grads
 
 logger = logging.getLogger("ring_attn")
 
@@ -87,36 +90,6 @@ class Upstream:
         return [Upstream(*part) for part in zip(dout, out, lse, dlse, rest, strict=True)]
 
 
-@dataclass(frozen=True)
-class Grads:
-    """Where a backward adds or writes: `dq` [b, s, h, d], `dk` [b, skv, g, d], `dv` [b, skv, g, dv], in the dtype of lse.
-
-    `score`: the same for the tensors of the score modifiers, in their order and shapes; None where no gradient is wanted.
-    `unwritten_q`, `unwritten_kv`: dq, or dk and dv, hold nothing yet; a kernel writes all of their rows.
-    """
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    score: tuple[Tensor | None, ...] = ()
-    unwritten_q: bool = False
-    unwritten_kv: bool = False
-
-    @property
-    def written(self) -> Grads:
-        """The same, now that everything has been written."""
-        return replace(self, unwritten_q=False, unwritten_kv=False)
-
-    def zeroed(self, *, q: bool = True, kv: bool = True) -> Grads:
-        """The same with zeros in what was unwritten, for a kernel that can only add, of these two."""
-        if q and self.unwritten_q:
-            self.dq.zero_()
-        if kv and self.unwritten_kv:
-            self.dk.zero_()
-            self.dv.zero_()
-        return replace(self, unwritten_q=self.unwritten_q and not q, unwritten_kv=self.unwritten_kv and not kv)
-
-
 class Kernel(Protocol):
     """The local attention of one visit.
 
@@ -160,9 +133,7 @@ class Kernel(Protocol):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        """Adds this visit's gradients into `into`, or writes them there. Exact for a part of the keys because `up.lse` is the
-        final one.
-        """
+        """Adds this visit's gradients to those of `into`. Exact for a part of the keys because `up.lse` is the final one."""
 
 
 def modifier_refusal(problem: Problem, kinds: tuple[str, ...] = ()) -> str | None:

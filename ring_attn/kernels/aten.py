@@ -13,9 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.kernels import Problem, Upstream
 from ring_attn.kernels.packs import Pack
 from ring_attn.kernels.split import squares, strips, windows
+from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.tilewise import Gradients, Packing, Scaling, Tilewise, refusal
 from ring_attn.partial import Partial
 from ring_attn.score import Scores

@@ -18,9 +18,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
+from ring_attn.kernels import Problem, Upstream, modifier_refusal
 from ring_attn.kernels.flex_call import KINDS, Work, compiled, work_of
 from ring_attn.kernels.functions import outside_of_ops
+from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.tilewise import Tilewise, refusal
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
@@ -81,7 +82,6 @@ class FlexKernel(Tilewise):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        into = into.zeroed()
         wanted = tuple(n for n, total in enumerate(into.score) if total is not None)
         scoring = replace(self.scaling(scale, score), wanted=wanted)
         with _compiling():

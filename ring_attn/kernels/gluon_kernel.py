@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream, get_kernel, modifier_refusal
+from ring_attn.kernels import Problem, Upstream, get_kernel, modifier_refusal
+from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.tilewise import ONE_SOFTCAP, Scaling
 from ring_attn.kernels.triton_blocks import query_table
 from ring_attn.kernels.triton_kernel import interpreted, target_of

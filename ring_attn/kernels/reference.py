@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream
+from ring_attn.kernels import Problem, Upstream
+from ring_attn.kernels.sums import Grads, Totals
 from ring_attn.partial import Partial, accumulator_dtype, finish, merge_, to_add_to
 from ring_attn.score import Cells, Scores
 from ring_attn.score_mod import function_transforms, global_positions, over_cells
@@ -59,7 +60,7 @@ class ReferenceKernel:
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        into = into.zeroed()
+        into = into.totals().zeroed()
         for block in self._blocks(q, k, v, tiles, scale, score):
             if block.has_cells:
                 block.backward(up, into)
@@ -99,7 +100,7 @@ class _Block:
         acc = torch.einsum("bgnij,bjgd->bignd", self._dropped(p), self._take(self.v, self.kv_rows))
         return Partial(acc.flatten(2, 3), m.flatten(1, 2), p.sum(-1).flatten(1, 2))
 
-    def backward(self, up: Upstream, into: Grads) -> None:
+    def backward(self, up: Upstream, into: Totals) -> None:
         rows, kv, b = _slice(self.q_rows), _slice(self.kv_rows), self._batch
         lse, delta = (x[b, :, rows].unflatten(1, (self._groups, -1)).unsqueeze(-1) for x in (up.lse, up.delta))
         raw, dout = self._raw(), self._grouped(up.dout)
@@ -148,7 +149,7 @@ class _Block:
     def _apply(self, score: Scores, raw: Tensor) -> Tensor:
         return score.apply(raw.flatten(1, 2), self._cells).unflatten(1, raw.shape[1:3])
 
-    def _before_modifiers(self, raw: Tensor, ds: Tensor, into: Grads) -> Tensor:
+    def _before_modifiers(self, raw: Tensor, ds: Tensor, into: Totals) -> Tensor:
         """The gradient of the scaled products, given that of the modified scores; adds those of the modifiers' tensors."""
         if not (self.score and self.score.steps):
             return ds

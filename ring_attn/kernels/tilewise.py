@@ -6,8 +6,7 @@ how to call it.
 
 Note [apart]: an output stays as the library made it until something is merged into it. Where the calls of the last visit have
 no query row in common and leave none out, as those on what a zigzag rank got from all others, each is the last of its own rows
-and goes straight to the result: nothing is widened on the way. So with the gradient of queries, which each writes where nothing
-was written before.
+and goes straight to the result: nothing is widened on the way.
 
 Note [contiguous lse]: flash-attention and cuDNN read lse through its raw pointer and check neither strides nor shape. A slice
 of rows is strided, and every head after the first would read another head's values. It is copied here, once, for all of them.
@@ -17,13 +16,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream, has_triton, modifier_refusal
+from ring_attn.kernels import Problem, Upstream, has_triton, modifier_refusal
 from ring_attn.kernels.packs import Pack, Rows, all_rows, groups, make_pack
+from ring_attn.kernels.sums import Grads
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
@@ -151,13 +151,9 @@ class Tilewise(ABC):
         score: Scores | None = None,
         into: Grads,
     ) -> None:
-        # What writes all KV rows goes first, and the others add.
-        calls = sorted(self.calls(tiles, q, k), key=lambda call: not call.fills_kv(k))
-        scaling, apart = self.scaling(scale, score), _apart(calls, q)
-        into = into.zeroed(q=not (apart or (calls and calls[0].fills(q))), kv=not (calls and calls[0].fills_kv(k)))
-        for call in calls:
+        scaling = self.scaling(scale, score)
+        for call in self.calls(tiles, q, k):
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
-            into = replace(into, unwritten_q=into.unwritten_q and apart, unwritten_kv=False)
 
 
 class Packing(Tilewise):
@@ -187,16 +183,8 @@ class Dense:
         """Whether it holds every row of q."""
         return len(self.tile.q_rows) == q.shape[1] and self.tile.batch is None
 
-    def fills(self, q: Tensor) -> bool:
-        """Whether it writes the gradient of every row of q where nothing was."""
-        return self.covers(q)
-
-    def fills_kv(self, k: Tensor) -> bool:
-        """The same of every row of k and v."""
-        return len(self.tile.kv_rows) == k.shape[1] and self.tile.batch is None
-
     def fuses(self, x: Tensor) -> bool:
-        """Whether Triton merges and adds its results, in one pass over memory; `x`: any of its tensors."""
+        """Whether Triton merges its results, in one pass over memory; `x`: any of its tensors."""
         return self.tile.batch is None and _can_fuse(x)
 
     def attend(self, kernel: Tilewise, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
@@ -218,15 +206,8 @@ class Dense:
         return kernel.differentiate(up, self._q(q), self._kv(k), self._kv(v), self.tile, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        if self.fuses(dq):
-            from ring_attn.kernels.triton_add import add_call
-
-            add_call(into, self.tile.q_rows, self.tile.kv_rows, dq, dk, dv)()
-            return
-        # To add to an index would copy the sums onto themselves.
-        _take(self._q(into.dq), dq, into.unwritten_q)
-        _take(self._kv(into.dk), dk, into.unwritten_kv)
-        _take(self._kv(into.dv), dv, into.unwritten_kv)
+        into.q.add([dq], self.tile.q_rows, batch=self.tile.batch)
+        into.kv.add([dk, dv], self.tile.kv_rows, batch=self.tile.batch)
 
     def _q(self, x: Tensor, dim: int = 1) -> Tensor:
         return self._part(x, self.tile.q_rows, dim)
@@ -253,12 +234,6 @@ class Packed:
         """Whether it holds every row of q, in order."""
         return all_rows(self.pack.q_rows, q)
 
-    def fills(self, q: Tensor) -> bool:
-        return self.fuses(q) or self.covers(q)
-
-    def fills_kv(self, k: Tensor) -> bool:
-        return self.fuses(k) or all_rows(self.pack.kv_rows, k)
-
     def attend(self, kernel: Packing, q: Tensor, k: Tensor, v: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
         out, lse = kernel.attend_packed(self._q(q), self._kv(k), self._kv(v), self.pack, scaling)
         return out.unsqueeze(0), lse.unsqueeze(0)
@@ -280,21 +255,9 @@ class Packed:
         return kernel.differentiate_packed(up, self._q(q), self._kv(k), self._kv(v), self.pack, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        pack = self.pack
-        if self.fuses(dq):
-            from ring_attn.kernels.triton_add import add_call
-
-            add_call(into, pack.q_places, pack.kv_places, *(x.unsqueeze(0) for x in (dq, dk, dv)))()
-            return
-        for total, rows, grad, unwritten in (
-            (into.dq, pack.q_rows, dq, into.unwritten_q),
-            (into.dk, pack.kv_rows, dk, into.unwritten_kv),
-            (into.dv, pack.kv_rows, dv, into.unwritten_kv),
-        ):
-            if isinstance(rows[1], slice):
-                _take(total[rows], grad, unwritten)
-            else:
-                total[rows] += grad
+        q_places, kv_places = (x.unsqueeze(-1) for x in (self.pack.q_places, self.pack.kv_places))
+        into.q.add([dq.unsqueeze(0)], range(q_places.shape[1]), q_places)
+        into.kv.add([dk.unsqueeze(0), dv.unsqueeze(0)], range(kv_places.shape[1]), kv_places)
 
     def _q(self, x: Tensor) -> Tensor:
         return self._part(x, self.pack.q_rows)
@@ -339,14 +302,6 @@ def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:
         return False
     runs = sorted((call.tile.q_rows.start, call.tile.q_rows.stop) for call in calls)
     return [0, *(stop for _, stop in runs)] == [*(start for start, _ in runs), q.shape[1]]
-
-
-def _take(total: Tensor, grad: Tensor, unwritten: bool) -> None:
-    """Adds a gradient to a sum, or writes it there."""
-    if unwritten:
-        total.copy_(grad)
-    else:
-        total.add_(grad)
 
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Upstream
+from ring_attn.kernels import Upstream
+from ring_attn.kernels.sums import Totals
 from ring_attn.kernels.triton_blocks import Config, Configs, Table, chosen, kv_table, padded, query_table
 from ring_attn.kernels.triton_prepare import prepared
 from ring_attn.kernels.triton_rows import (
@@ -55,7 +56,7 @@ class Visited:
     v: Tensor
     scale: float
     chain: Chain
-    into: Grads
+    into: Totals
 
 
 def backward_calls(x: Visited, tiles: Sequence[Tile], configs: Configs) -> Iterator[Call]:
@@ -68,7 +69,7 @@ def backward_calls(x: Visited, tiles: Sequence[Tile], configs: Configs) -> Itera
     for config, table in passes:
         if table.busy or x.into.unwritten_kv:
             yield dkdv_call(x, table, config)
-        x = replace(x, into=replace(x.into, unwritten_kv=False))
+        x = replace(x, into=x.into._replace(unwritten_kv=False))
     own_q, table = chosen(configs.dq, x.q.shape[2], lambda own: query_table(tiles, x.q, own, placed=placed))
     yield dq_call(x, table, own_q)
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Grads, Problem, Upstream, modifier_refusal
+from ring_attn.kernels import Problem, Upstream, modifier_refusal
 from ring_attn.kernels.cleared import cleared
+from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.triton_blocks import Configs, chosen, configs, device_size, query_table
 from ring_attn.partial import Partial
 from ring_attn.score import Scores
@@ -83,11 +84,12 @@ class TritonKernel:
         from ring_attn.kernels.triton_backward import Visited, backward_calls
         from ring_attn.kernels.triton_scores import chain_of
 
+        totals = into.totals()
         for part in cleared(tiles, q, self.block):
             chain = chain_of(score, part, q.dtype)
-            for call in backward_calls(Visited(up, q, k, v, scale, chain, into), part, self._configs(q, v, chain)):
+            for call in backward_calls(Visited(up, q, k, v, scale, chain, totals), part, self._configs(q, v, chain)):
                 call()
-            into = into.written
+            totals = totals.written
 
     def _forward(self, q, k, v, tiles: Sequence[Tile], scale, score, into: Partial | None, out: Tensor | None) -> Partial:
         """One launch, of tiles with the same predicates."""

@@ -76,7 +76,8 @@ class Call:
     def __call__(self) -> None:
         if not self.grid:
             return
-        device = next(x for x in self.arguments.values() if isinstance(x, Rows)).ptr.get_device()
+        tensors = (x[0] if type(x) is tuple else x for x in self.arguments.values())
+        device = next(x for x in tensors if isinstance(x, Rows)).ptr.get_device()
         if device < 0 or device == torch.cuda.current_device():
             launch(self.kernel, self.grid, self.arguments, device)
         else:

@@ -24,7 +24,7 @@ from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
 from tests.matrix import cases, check
-from tests.support import way_home_hidden
+from tests.support import Rows, way_home_hidden
 from tests.test_transport import conform
 
 
@@ -177,14 +177,14 @@ def _puts_off(rank, folder):
             assert torch.equal(second.wait()[0], torch.full_like(shard, 3.0 - rank))
             assert len(done) == 8
             assert torch.equal(first.wait()[0], torch.full_like(shard, 1.0 - rank))
-            pushed = transport.push([shard], parts, [shard])
+            pushed = transport.push([Rows(shard)], parts, [Rows(shard)])
             assert len(done) == 12
             pushed.wait()
             assert len(done) == 12
         with patch.object(symmetric, "_capturing", lambda device: True):
-            transport.push([shard], parts, [shard]).wait()
+            transport.push([Rows(shard)], parts, [Rows(shard)]).wait()
             with pytest.raises(RuntimeError, match="a push is first made while a CUDA graph is captured"):
-                transport.push([shard], tuple(map(tuple, parts[::-1]))[::-1], [shard])
+                transport.push([Rows(shard)], tuple(map(tuple, parts[::-1]))[::-1], [Rows(shard)])
 
 
 def test_copies_of_a_pull_are_put_off(tmp_path):
@@ -212,7 +212,7 @@ def _repeats(rank, folder):
                     (pulled,) = transport.pull([[shards[rank].clone()]], parts).wait()
                     assert torch.equal(pulled, shards[1 - rank][:, wanted.start : wanted.stop])
                     total = torch.zeros_like(shards[rank])
-                    transport.push([2 * pulled], parts, [total]).wait()
+                    transport.push([Rows(2 * pulled)], parts, [Rows(total)]).wait()
                     # Both ranks want the same rows.
                     assert torch.equal(total[:, wanted.start : wanted.stop], 2 * shards[rank][:, wanted.start : wanted.stop])
                     assert not total[:, : wanted.start].any() and not total[:, wanted.stop :].any()

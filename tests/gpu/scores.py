@@ -94,8 +94,8 @@ class Visit(kernels.Visit):
 
     def backward(self) -> Callable[[], None]:
         """A backward to run again and again."""
-        up, into, inputs = Upstream(self.dout, *self.attend()), self.grads(), (self.q, self.k, self.v, self.tiles)
-        return lambda: get_kernel("triton").backward(up, *inputs, scale=self.scale, score=self.score, into=into)
+        up, inputs = Upstream(self.dout, *self.attend()), (self.q, self.k, self.v, self.tiles)
+        return lambda: get_kernel("triton").backward(up, *inputs, scale=self.scale, score=self.score, into=self.grads())
 
 
 def milliseconds(runs: dict[tuple[str, str], Callable[[], object]], device: str, rounds: int) -> dict[tuple, tuple]:

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
-from ring_attn.kernels import Grads, KernelUnavailable, Problem, Upstream, get_kernel, resolve
+from ring_attn.kernels import KernelUnavailable, Problem, Upstream, get_kernel, resolve
 from ring_attn.kernels.aten import CpuFlash
 from ring_attn.mask import Causal, Window
 from ring_attn.tiles import Band, Tile, tiles
 from tests.kernels.comparison import LIMITS, LargestTensor, check_equal, check_half, exact, plain
-from tests.support import BAND_KINDS, band_tiles, random_qkv, run_kernel, split_tiles
+from tests.support import BAND_KINDS, adding_to, band_tiles, random_qkv, run_kernel, split_tiles
 
 ATEN = get_kernel("aten")
 SHORT_STRIPS = CpuFlash(strip=5)
@@ -109,7 +109,7 @@ def test_no_mask_as_large_as_the_rectangle():
         out = torch.empty_like(q)
         with LargestTensor() as largest:
             partial = ATEN.forward(q, k, v, plan, out=out, scale=0.3)
-            grads = Grads(*(torch.zeros_like(x) for x in (q, k, v)))
+            grads = adding_to(*(torch.zeros_like(x) for x in (q, k, v)))
             ATEN.backward(Upstream(dout, out, partial.lse), q, k, v, plan, scale=0.3, into=grads)
         assert largest.numel == most
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ring_attn.kernels import Grads, Problem, Upstream, get_kernel
+from ring_attn.kernels import Problem, Upstream, get_kernel
 from ring_attn.kernels.reference import ReferenceKernel
 from ring_attn.mask import Full, KeyPadding
 from ring_attn.tiles import Band, Tile, tiles
@@ -13,6 +13,7 @@ from tests.kernels.comparison import LargestTensor, check_equal, exact, plain
 from tests.support import (
     BAND_KINDS,
     FLOAT64_LIMIT,
+    adding_to,
     band_tiles,
     cells_of,
     dense,
@@ -119,10 +120,10 @@ def test_results_are_written_to_what_is_given():
     partial = kernel.forward(q, k, v, second, scale=0.2, into=partial, out=out)
     assert partial.acc is out
     up = Upstream(dout, out, partial.lse)
-    into = Grads(*(torch.full_like(x, 2.0) for x in (q, k, v)))
+    dq, dk, dv = (torch.full_like(x, 2.0) for x in (q, k, v))
     for tile_list in (first, second):
-        kernel.backward(up, q, k, v, tile_list, scale=0.2, into=into)
-    got = {"out": out, "lse": partial.lse, "dq": into.dq - 2, "dk": into.dk - 2, "dv": into.dv - 2}
+        kernel.backward(up, q, k, v, tile_list, scale=0.2, into=adding_to(dq, dk, dv))
+    got = {"out": out, "lse": partial.lse, "dq": dq - 2, "dk": dk - 2, "dv": dv - 2}
     check_equal(got, plain(q, k, v, dout, [first, second], scale=0.2), FLOAT64_LIMIT)
 
 
@@ -149,7 +150,7 @@ def test_memory_is_that_of_one_block():
     out = torch.empty_like(q)
     with LargestTensor() as largest:
         partial = kernel.forward(q, k, v, plan, out=out, scale=0.2)
-        grads = Grads(*(torch.zeros_like(x) for x in (q, k, v)))
+        grads = adding_to(*(torch.zeros_like(x) for x in (q, k, v)))
         kernel.backward(Upstream(dout, out, partial.lse), q, k, v, plan, scale=0.2, into=grads)
     assert largest.numel == 32 * 64
 

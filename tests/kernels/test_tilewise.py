@@ -13,7 +13,7 @@ from tests.kernels.test_aten_cpu import check
 from tests.support import random_qkv
 
 triton_merge = pytest.importorskip("ring_attn.kernels.triton_merge")
-from ring_attn.kernels import triton_add  # noqa: E402
+from ring_attn.kernels import sums, triton_sum  # noqa: E402
 from ring_attn.kernels.triton_kernel import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -35,6 +35,7 @@ def merges(monkeypatch):
         return call(into, results, target, walked)
 
     monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
+    monkeypatch.setattr(sums, "fused", lambda device: True)
     monkeypatch.setattr(triton_merge, "merge_call", noted)
     return made
 
@@ -106,14 +107,27 @@ def test_packs_of_some_rows_end_in_the_result(merges):
     assert merges[-1] == (1, torch.float32, True, range(37)) and len(merges) == 2
 
 
-def test_packs_take_and_write_their_rows(monkeypatch):
-    """Rows that do not follow each other are taken and added by launches of ours, of which the first writes all rows."""
+@pytest.fixture
+def passes(monkeypatch):
+    """Of each pass that sums up gradients: (dims of a row, whether each addend goes by places)."""
+    made, call = [], triton_sum.sum_call
+    monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
+    monkeypatch.setattr(sums, "fused", lambda device: True)
+
+    def noted(targets, addends, rows):
+        made.append((len(targets), [one.places is not None for one in addends]))
+        return call(targets, addends, rows)
+
+    monkeypatch.setattr(triton_sum, "sum_call", noted)
+    return made
+
+
+def test_packs_take_their_rows(passes, monkeypatch):
+    """Rows that do not follow each other are taken by launches of ours, and all that came is summed up by one more."""
     from ring_attn.kernels import triton_take
     from tests.kernels import test_flash_versions as flash
 
-    made, call, took, take = [], triton_add.add_call, [], triton_take.taken
-    monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
-    monkeypatch.setattr(triton_add, "add_call", lambda into, *parts: made.append(flags(into)) or call(into, *parts))
+    took, take = [], triton_take.taken
     monkeypatch.setattr(triton_take, "taken", lambda x, *rows: took.append(len(rows[0])) or take(x, *rows))
     early = [rectangle(range(4), range(37, 39)), rectangle(range(20, 24), range(43, 45))]
     late = [rectangle(range(4, 12), range(37, 42)), rectangle(range(24, 32), range(43, 49))]
@@ -121,7 +135,7 @@ def test_packs_take_and_write_their_rows(monkeypatch):
     case = inputs, visits, flash.exact(*inputs, visits, scale=0.25), flash.plain(*inputs, visits, scale=0.25)
     with flash.installed4():
         flash.check(case, flash.FLASH4, flash.FLASH4)
-    assert made == [(True, True), (False, False), (False, False)]
+    assert passes == [(1, [False, True, True]), (2, [False, True, True])]
     # q, k and v forward, and out and dout backward.
     assert sorted(took) == sorted([8, 4, 4, 16, 11, 11, *[8] * 3, 4, 4, *[16] * 3, 11, 11])
 
@@ -129,21 +143,12 @@ def test_packs_take_and_write_their_rows(monkeypatch):
 @pytest.mark.parametrize(
     ("visits", "expected"),
     [
-        # The one that holds all KV rows goes first and writes; queries are apart, so each writes its own.
-        ([(rectangle(range(20), range(9)), rectangle(range(20, 37), range(50)))], [(True, True), (True, False)]),
-        ([(rectangle(range(20), range(9)), rectangle(range(20, 37), range(49)))], [(True, False), (True, False)]),
-        ([(rectangle(range(20), range(9)), rectangle(range(19, 37), range(9, 50)))], [(False, False), (False, False)]),
-        ([(rectangle(range(37), range(37, 50)),), (OWN,)], [(True, False), (False, False)]),
+        ([(rectangle(range(20), range(9)), rectangle(range(19, 37), range(9, 50)))], [(1, 2), (2, 2)]),
+        # Of every second visit dk and dv are written apart and come as others' do.
+        ([(rectangle(range(37), range(37, 50)),), (OWN,)], [(2, 1), (1, 2), (2, 2)]),
+        ([tuple(rectangle(range(n, 30 + n), range(37 + n, 38 + n)) for n in range(6))], [(1, 4), (2, 4), (1, 3), (2, 3)]),
     ],
 )
-def test_what_is_unwritten_is_written_once(visits, expected, monkeypatch):
-    made, call = [], triton_add.add_call
-    monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
-    monkeypatch.setattr(triton_add, "add_call", lambda into, *parts: made.append(flags(into)) or call(into, *parts))
-    inputs = random_qkv(2, 37, 50, 4, 2, 16, dtype=torch.float16, seed=4)
-    check(visits, *inputs, kernel=get_kernel("aten"))
-    assert made == expected
-
-
-def flags(into):
-    return into.unwritten_q, into.unwritten_kv
+def test_gradients_are_summed_up_once(visits, expected, passes):
+    check(visits, *random_qkv(2, 37, 50, 4, 2, 16, dtype=torch.float16, seed=4), kernel=get_kernel("aten"))
+    assert [(tensors, len(addends)) for tensors, addends in passes] == expected

@@ -7,14 +7,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ring_attn.kernels import Grads, Upstream
+from ring_attn.kernels import Upstream
+from ring_attn.kernels.sums import Totals
 from ring_attn.kernels.triton_blocks import Config, Configs, kv_table
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
 from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.partial import empty
 from ring_attn.tiles import Band, Tile, tiles
 from tests.kernels.test_triton import check, cut
-from tests.support import BAND_KINDS, FLOAT32_LIMIT, band_tiles, random_qkv, rel_error, run_kernel, split_tiles, truth
+from tests.support import (
+    BAND_KINDS,
+    FLOAT32_LIMIT,
+    adding_to,
+    band_tiles,
+    random_qkv,
+    rel_error,
+    run_kernel,
+    split_tiles,
+    truth,
+)
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,10 +107,10 @@ def test_a_row_whose_lse_is_minus_infinity_has_no_gradient():
     tile_list = band_tiles("full", 37, 44)
     partial = KERNEL.forward(q, k, v, tile_list, scale=0.2, out=torch.empty_like(q))
     partial.lse[..., 20:] = -torch.inf
-    into = Grads(*(torch.zeros_like(x) for x in (q, k, v)))
-    KERNEL.backward(Upstream(dout, dout, partial.lse), q, k, v, tile_list, scale=0.2, into=into)
-    assert (into.dq[:, 20:] == 0).all()
-    assert (into.dq[:, :20] != 0).any()
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    KERNEL.backward(Upstream(dout, dout, partial.lse), q, k, v, tile_list, scale=0.2, into=adding_to(dq, dk, dv))
+    assert (dq[:, 20:] == 0).all()
+    assert (dq[:, :20] != 0).any()
 
 
 def test_tma_is_used_where_it_can_be():
@@ -110,7 +121,7 @@ def test_tma_is_used_where_it_can_be():
     # Rows of 17 numbers are no multiple of 16 bytes apart.
     for width, wanted in ((16, True), (17, False)):
         q, k, v, dout = (x.to(DEVICE)[..., :16] for x in random_qkv(1, 37, 44, 2, 1, width, seed=8))
-        up, into = Upstream(dout, dout, empty(q, 16).lse), Grads(*(torch.zeros_like(x) for x in (q, k, v)))
+        up, into = Upstream(dout, dout, empty(q, 16).lse), Totals(*(torch.zeros_like(x) for x in (q, k, v)))
         calls = list(backward_calls(Visited(up, q, k, v, 0.2, PLAIN, into), tile_list, KERNEL.configs))
         assert [call.arguments["TMA"] for call in calls] == [wanted, wanted]
 

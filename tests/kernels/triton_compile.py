@@ -15,7 +15,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ring_attn.kernels import Grads, Upstream
+from ring_attn.kernels import Upstream
+from ring_attn.kernels.sums import Totals
 from ring_attn.kernels.triton_ahead import resources
 from ring_attn.kernels.triton_blocks import configs, kv_table, query_table
 from ring_attn.kernels.triton_rows import Call
@@ -55,7 +56,7 @@ def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterat
     q = torch.zeros(1, ROWS, 2 * GROUP, head_dim, dtype=dtype)
     k = torch.zeros(1, ROWS, 2, head_dim, dtype=dtype)
     partial = empty(q, head_dim)
-    grads = Grads(q.float(), k.float(), k.float(), score.tensors(), unwritten_q=True, unwritten_kv=True)
+    grads = Totals(q.float(), k.float(), k.float(), score.tensors(), unwritten_q=True, unwritten_kv=True)
     up = Upstream(q, q, partial.lse)
     chain = chain_of(score, plan, dtype)
     config = configs(dtype, head_dim, head_dim, size, chain.kind)

@@ -19,13 +19,13 @@ from triton.compiler import make_backend
 from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import create_function_from_signature
 
-from ring_attn.kernels import Grads, triton_launch
-from ring_attn.kernels.triton_add import add_call
-from ring_attn.kernels.triton_add_rows import add_rows_call
+from ring_attn.kernels import triton_launch
+from ring_attn.kernels.sums import Addend
 from ring_attn.kernels.triton_launch import Rows
 from ring_attn.kernels.triton_merge import Result, merge_call
 from ring_attn.kernels.triton_rows import Call
 from ring_attn.kernels.triton_scores import Links
+from ring_attn.kernels.triton_sum import sum_call
 from ring_attn.kernels.triton_take import take_call
 from ring_attn.partial import empty
 from tests.kernels.triton_compile import calls, scores
@@ -67,19 +67,16 @@ def merging(x: Tensor, target: bool, count: int = 1) -> Call:
     return merge_call(empty(x, x.shape[3]), results, x if target else None)
 
 
-def adding(x: Tensor, packed: bool = False) -> Call:
-    sums, rows = x.float(), range(x.shape[1])
-    places = torch.zeros(x.shape[:2], dtype=torch.int32)
-    return add_call(Grads(sums, sums, sums), *([places, places] if packed else [rows, rows]), x, x, x)
+def adding(x: Tensor, count: int, *, places: int = 0) -> Call:
+    """Of so many addends, the last of which has so many rows for each."""
+    rows = range(x.shape[1])
+    last = Addend([x, x], rows, torch.zeros(*x.shape[:2], places, dtype=torch.int32) if places else None)
+    return sum_call([x, x.float()], [*[Addend([x.float(), x], rows[3:])] * (count - 1), last], rows)
 
 
 def taking(x: Tensor) -> Call:
     rows = torch.arange(x.shape[1])
     return take_call(x, rows * 0, rows, x[0].contiguous())
-
-
-def arriving(x: Tensor) -> Call:
-    return add_rows_call(x.float().flatten(2), x.flatten(2), torch.zeros(x.shape[1], 3, dtype=torch.int32))
 
 
 def attending(*of_scores: str) -> Iterator[Call]:
@@ -93,10 +90,10 @@ def launches() -> list[Call]:
         merging(sample(), False),
         merging(sample(), True),
         merging(sample(), True, 2),
-        adding(sample()),
-        adding(sample(), True),
+        adding(sample(), 1),
+        adding(sample(), 2, places=1),
+        adding(sample(), 5, places=3),
         taking(sample()),
-        arriving(sample()),
     )
     return [*ours, *attending("plain", "function")]
 
@@ -129,9 +126,8 @@ def variants() -> Iterator[Call]:
     """Launches that differ in one thing, which Triton may or may not tell apart."""
     for call in (
         merging(sample(), True),
-        adding(sample(), True),
+        adding(sample(), 2, places=3),
         taking(sample()),
-        arriving(sample()),
         next(attending("plain")),
     ):
         yield call

@@ -1,0 +1,224 @@
+"""Gradients as they add up over the visits of a backward, and what a kernel is told of them.
+
+Note [late]: what a library hands back, and what other ranks send, stays as it came until the sum is wanted. Then one pass over
+memory reads all of it and writes the sum, rounded, to where it is wanted: to an input's gradient, or to what a peer reads. To
+add each to a sum in fp32 as it comes would read and write that every time, and once more in the end. Where more comes than one
+pass takes, it is put together in between. Without Triton all is added as it comes. Kernels that add by themselves get a total
+in fp32, which is then one more of the things that are summed up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ring_attn.kernels import has_triton
+from ring_attn.partial import accumulator_dtype
+
+MOST = 4
+"""So much is kept; one pass takes as many and a total."""
+
+
+class Addend(NamedTuple):
+    """What is added to rows `rows` of a sum's tensors: tensors [b, len(rows), h, d].
+
+    With `places`, int32 [b, len(rows), k] and contiguous: tensors [1, n, h, d], of which these are the rows that are added to
+    each of the sum's, -1 for none.
+    """
+
+    tensors: Sequence[Tensor]
+    rows: range
+    places: Tensor | None = None
+
+
+class Sum:
+    """The sums of tensors [b, s, h, d] with the same rows, in `dtype`; see Note [late]. `make`: makes the total, unwritten."""
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[[], Sequence[Tensor]] | None = None,
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self.rows = range(shapes[0][1])
+        self._make = make or (lambda: [torch.empty(shape, dtype=dtype, device=device) for shape in shapes])
+        self._total: Sequence[Tensor] | None = None
+        self._unwritten = [self.rows]
+        self._late: list[Addend] = []
+
+    @classmethod
+    def over(cls, *total: Tensor) -> Sum:
+        """Of tensors that hold something to which is added."""
+        found = cls([x.shape for x in total], total[0].dtype, total[0].device, lambda: total)
+        found.total(found.rows)
+        return found
+
+    @property
+    def place(self) -> Place:
+        """All of its rows."""
+        return Place(self, self.rows)
+
+    def total(self, rows: range) -> tuple[list[Tensor], bool]:
+        """Those rows of the total for a kernel that adds to them, or, where True is beside them, writes all of them."""
+        if self._late:
+            self._put_together()
+        return self._of_total(rows), self._claim(rows)
+
+    def add(self, tensors: Sequence[Tensor], rows: range, places: Tensor | None = None, batch: int | None = None) -> None:
+        """Adds an `Addend`, or what is [1, len(rows), h, d] for one `batch` row; its tensors are not to be written to."""
+        if batch is None and fused(self.device):
+            if len(self._late) == MOST:
+                self._put_together()
+            self._late.append(Addend(tensors, rows, places))
+            return
+        total, unwritten = self.total(rows)
+        if unwritten and not (places is None and batch is None):
+            for x in total:
+                x.zero_()
+        for x, addend in zip(total, tensors, strict=True):
+            if places is not None:
+                _add_at(x, addend, places)
+            elif batch is not None:
+                x[batch : batch + 1] += addend
+            elif unwritten:
+                x.copy_(addend)
+            else:
+                x += addend
+
+    def write(self, targets: Sequence[Tensor]) -> None:
+        """Writes the sums to `targets`, in their dtype; nothing is left of them here."""
+        late, self._late = self._late, []
+        total, self._total = self._total, None
+        if total is not None:
+            self._write_rest(total)
+        base = [] if total is None else [Addend(total, self.rows)]
+        self._unwritten = [self.rows]
+        if not (base or late):
+            for x in targets:
+                x.zero_()
+        elif late or total[0].data_ptr() != targets[0].data_ptr():
+            if fused(self.device):
+                _sum(targets, [*base, *late], self.rows)
+            else:
+                for x, y in zip(targets, total, strict=True):
+                    x.copy_(y)
+
+    def _put_together(self) -> None:
+        """Adds to the total what was kept."""
+        late, self._late = self._late, []
+        span = range(min(one.rows.start for one in late), max(one.rows.stop for one in late))
+        total = self._of_total(span)
+        base = [] if self._claim(span) else [Addend(total, span)]
+        _sum(total, [*base, *late], span)
+
+    def _of_total(self, rows: range) -> list[Tensor]:
+        if self._total is None:
+            self._total = self._make()
+        return [x[:, rows.start : rows.stop] for x in self._total]
+
+    def _claim(self, rows: range) -> bool:
+        """Whether those rows of the total hold nothing at all; otherwise what of them holds nothing is made 0."""
+        met = [range(max(rows.start, x.start), min(rows.stop, x.stop)) for x in self._unwritten]
+        before = [range(x.start, min(x.stop, rows.start)) for x in self._unwritten]
+        behind = [range(max(x.start, rows.stop), x.stop) for x in self._unwritten]
+        self._unwritten = [x for x in (*before, *behind) if x]
+        if sum(map(len, met)) == len(rows):
+            return True
+        for piece in met:
+            for x in self._total if piece else ():
+                x[:, piece.start : piece.stop].zero_()
+        return False
+
+    def _write_rest(self, total: Sequence[Tensor]) -> None:
+        """What no visit has written of the total is 0."""
+        for rows in self._unwritten:
+            for x in total:
+                x[:, rows.start : rows.stop].zero_()
+
+
+class Place(NamedTuple):
+    """Those rows of a sum that a visit adds to, from 0 on."""
+
+    sum: Sum
+    rows: range
+
+    def add(self, tensors: Sequence[Tensor], rows: range, places: Tensor | None = None, batch: int | None = None) -> None:
+        first = self.rows.start
+        self.sum.add(tensors, range(first + rows.start, first + rows.stop), places, batch)
+
+    def total(self) -> tuple[list[Tensor], bool]:
+        return self.sum.total(self.rows)
+
+
+class Grads(NamedTuple):
+    """Where a visit's gradients are added: `q` has dq [b, s, h, d], `kv` dk [b, skv, g, d] and dv [b, skv, g, dv].
+
+    `score`: where those of the score modifiers' tensors are, in their order and shapes; None where no gradient is wanted.
+    """
+
+    q: Place
+    kv: Place
+    score: tuple[Tensor | None, ...] = ()
+
+    @classmethod
+    def like(cls, q: Tensor, k: Tensor, v: Tensor, score: tuple[Tensor | None, ...] = ()) -> Grads:
+        """For these inputs, and nothing added yet."""
+        sums = (Sum([x.shape for x in of], accumulator_dtype(q.dtype), q.device) for of in ([q], [k, v]))
+        return cls(*(one.place for one in sums), score)
+
+    def write(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        self.q.sum.write([dq])
+        self.kv.sum.write([dk, dv])
+
+    def totals(self) -> Totals:
+        """For a kernel that adds by itself."""
+        (dq,), unwritten_q = self.q.total()
+        (dk, dv), unwritten_kv = self.kv.total()
+        return Totals(dq, dk, dv, self.score, unwritten_q, unwritten_kv)
+
+
+class Totals(NamedTuple):
+    """The same as tensors in the dtype of lse. `unwritten_q`, `unwritten_kv`: dq, or dk and dv, hold nothing yet; a kernel
+    writes all of their rows.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    score: tuple[Tensor | None, ...] = ()
+    unwritten_q: bool = False
+    unwritten_kv: bool = False
+
+    @property
+    def written(self) -> Totals:
+        """The same, now that everything has been written."""
+        return self._replace(unwritten_q=False, unwritten_kv=False)
+
+    def zeroed(self) -> Totals:
+        """The same with zeros in what was unwritten, for a kernel that can only add."""
+        for x in (*((self.dq,) if self.unwritten_q else ()), *((self.dk, self.dv) if self.unwritten_kv else ())):
+            x.zero_()
+        return self.written
+
+
+def fused(device: torch.device) -> bool:
+    """Whether sums are made by Triton."""
+    return device.type == "cuda" and has_triton()
+
+
+def _sum(targets: Sequence[Tensor], addends: Sequence[Addend], rows: range) -> None:
+    from ring_attn.kernels.triton_sum import sum_call
+
+    sum_call(targets, addends, rows)()
+
+
+def _add_at(total: Tensor, x: Tensor, places: Tensor) -> None:
+    """Adds by places as those of an `Addend`; on a GPU it synchronises with the host."""
+    for column in places.unbind(-1):
+        batch, row = (column >= 0).nonzero(as_tuple=True)
+        total[batch, row] += x[0, column[batch, row]]
