@@ -179,7 +179,7 @@ def forward_kernel(
     l_lanes = tl.zeros((BLOCK_M, LANES), tl.float32)
     m2 = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if CARRIED:
-        m2 = load_numbers(at_head(m, batch, head), rows, live, float("-inf")) * LOG2E
+        m2 = in_base_2(load_numbers(at_head(m, batch, head), rows, live, float("-inf")))
     m2_carried = m2
 
     for entry in range(first, last, ENTRY):
@@ -215,6 +215,14 @@ def forward_kernel(
         store_rows(at_head(out, batch, head), total / divisor[:, None], rows, live, V_DIM, V_WIDTH)
     else:
         # See Note [base 2].
-        to_read_back = tl.where(m2 == float("-inf"), 1.0, tl.exp2(m2 - m_row * LOG2E))
+        to_read_back = tl.where(m2 == float("-inf"), 1.0, tl.exp2(m2 - in_base_2(m_row)))
         store_numbers(at_head(sums, batch, head), l_row * to_read_back, rows, live)
         store_rows(at_head(acc, batch, head), total * to_read_back[:, None], rows, live, V_DIM, V_WIDTH)
+
+
+@triton.jit
+def in_base_2(m_row):
+    """A natural log in base 2, rounded: a compiler that fused the product into a difference would make another number of it
+    than the next visit does.
+    """
+    return tl.fma(m_row, tl.full(m_row.shape, LOG2E, tl.float32), tl.zeros_like(m_row))
