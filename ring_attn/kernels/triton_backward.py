@@ -166,10 +166,12 @@ def scores_gradient(
         cells = block_cells(cells, place, BLOCK, False)
         score = modified(st, cells, chain, len(chain.forward))
     pt = tl.exp2(score * scale_log2 - lse2[None, :])
-    if partly:
-        pt = tl.where(met_by(place, i, low, high, BLOCK), pt, 0.0)
-    # A gradient is linear in what comes in: what multiplies it is worked out first, and no score waits for dp.
+    # A gradient is linear in what comes in: what multiplies it is worked out first, and no score waits for dp. It is before the
+    # branch, too, as only that runs beside dp's product.
     weight = pt if chain is None else pulled_back(pt, st, cells, chain, 0)
+    if partly:
+        met = met_by(place, i, low, high, BLOCK)
+        pt, weight = tl.where(met, pt, 0.0), tl.where(met, weight, 0.0)
     dv_rows = tl.dot(pt.to(dout_rows.dtype), dout_rows, dv_rows, input_precision="ieee")
     if not EARLY:
         dpt = tl.dot(v_rows, tl.trans(dout_rows), input_precision="ieee")
