@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,14 +26,16 @@ OUT_FACTOR, GRAD_FACTOR = 2.0, 3.0  # 16-bit limits, as multiples of plain singl
 
 
 def rel_error(x: Tensor, ref: Tensor) -> float:
-    """‖x - ref‖ / ‖ref‖ in float64; rows that hold -inf must hold it in both. NaN never passes as small."""
+    """‖x - ref‖ / ‖ref‖ in float64; rows that hold -inf must hold it in both. Infinite where anything is NaN: of several errors
+    the largest would be another one, as NaN compares with nothing.
+    """
     x, ref = x.detach().double(), ref.detach().double()
     assert x.shape == ref.shape, f"shape {tuple(x.shape)} is not {tuple(ref.shape)}"
     both = (x == -torch.inf) & (ref == -torch.inf)
     x, ref = x.masked_fill(both, 0), ref.masked_fill(both, 0)
     norm = ref.norm().item()
     error = (x - ref).norm().item()
-    return error if norm == 0 else error / norm
+    return math.inf if math.isnan(error) else error if norm == 0 else error / norm
 
 
 def allowed(mask: Mask, seq_len: int, batch: int, device="cpu", kv_len: int | None = None) -> Tensor:

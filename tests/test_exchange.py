@@ -11,7 +11,7 @@ import ring_attn as ra
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
 from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull
-from ring_attn.exchange.base import PackedSum
+from ring_attn.exchange.base import HowHome, PackedSum
 from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
 from ring_attn.parts import needed
@@ -367,6 +367,18 @@ def test_gradients_travel_in_the_dtype_asked_for(exchange):
     assert max(found.values()) <= FLOAT64_LIMIT
     with pytest.raises(ValueError, match=r"grad_dtype must be a floating dtype, .*, got torch\.int32"):
         ra.Ring.simulated(4, grad_dtype=torch.int32)
+
+
+@pytest.mark.parametrize("wire", [torch.float64, torch.float32])
+def test_a_total_in_the_dtype_of_the_wire_travels_as_it_is(wire):
+    k, v = (torch.zeros(2, 5, 3, d, dtype=torch.float64) for d in (4, 2))
+    one = PackedSum((k, v), 5, HowHome(torch.float64, wire))
+    (dk, dv), _ = one.sum.total(range(5))
+    for number, x in enumerate((dk, dv)):
+        x.fill_(number + 1.0)
+    rows = one.packed()
+    assert (rows.data_ptr() == dk.data_ptr()) == (wire == torch.float64)
+    assert rows.dtype == wire and torch.equal(rows, torch.tensor([1.0] * 12 + [2.0] * 6, dtype=wire).expand(2, 5, 18))
 
 
 class Living:

@@ -1,8 +1,18 @@
 """The matrix on a simulated ring, over a hostile transport."""
 
+import math
+
 import pytest
+import torch
 
 from tests.matrix import Case, cases, check, simulated
+from tests.support import rel_error
+
+
+def test_an_error_that_is_no_number_is_the_largest():
+    ones, broken = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    assert max(rel_error(x, ones) for x in (ones + 0.5, broken)) == math.inf
+    assert rel_error(ones, broken) == math.inf
 
 
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 5])

@@ -71,7 +71,8 @@ class LocalTransport:
         def add() -> None:
             for rank, x in enumerate(sent):
                 for part, place in places(parts[rank]):
-                    into[part.rank].add(x[:, place], part.rows)
+                    came = x[:, place].clone() if self.hostile else x[:, place]
+                    into[part.rank].add(came, part.rows)
                 if self.hostile:
                     _poisoned(x)
 

@@ -136,4 +136,3 @@ class _TwoLevelHomeward(PackedHomeward):
         if self.travelling is not None:
             self.pending = [(range(self.plan.kv_layout.shard_len), self.travelling)]
             self.add_arrived(to)
-            self.travelling = None

@@ -65,8 +65,6 @@ class Sum:
 
     def total(self, rows: range) -> tuple[list[Tensor], bool]:
         """Those rows of the total for a kernel that adds to them, or, where True is beside them, writes all of them."""
-        if self._late:
-            self._put_together()
         return self._of_total(rows), self._claim(rows)
 
     def add(self, tensors: Sequence[Tensor], rows: range, places: Tensor | None = None, batch: int | None = None) -> None:
