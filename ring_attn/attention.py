@@ -9,7 +9,7 @@ rounding, but the gradient of slopes adds it up times the keys' distances, and e
 PyTorch, whose softmax takes delta from its own products. So where tensors of score modifiers learn, `rest` is kept beside out:
 what rounding took from it, again in 16 bits. It is 0 where a library hands back out in 16 bits in one call, as flex may.
 
-Note [parts of a backward]: sums of dq, and of dK and dV of what a visit meets, take more memory in fp32 than all inputs. Heads
+Note [parts of a backward]: sums of dq, and of dK and dV of what a visit meets, take more memory than all inputs. Heads
 have nothing to do with each other, so where that is much, a backward goes by parts of the heads, of many rows as few heads as
 still fill a GPU, for the memory of these and of what one part before them has on its way home. Where scores or masks tell heads
 apart or learn, and where a ring keeps KV, all go at once.
@@ -39,6 +39,9 @@ from ring_attn.ulysses import over_heads
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
+
+_KEPT = 3
+"""So many visits' dq is kept until it is summed up, see Note [late] of `ring_attn.kernels.sums`."""
 
 _OfPart = Generator[bool, None, None]
 
@@ -221,7 +224,7 @@ def _of_heads(
     what, sums_q = f"{exchange.name} backward", [Sum([x.shape], sums, x.device) for x in queries]
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
         yield visit.last
-        for i, (rank, sum_q, place) in enumerate(zip(ring.hosted, sums_q, homeward.places(visit), strict=True)):
+        for i, (rank, sum_q, sum_kv) in enumerate(zip(ring.hosted, sums_q, homeward.sums(visit), strict=True)):
             kernel.backward(
                 ups[i],
                 queries[i],
@@ -229,10 +232,13 @@ def _of_heads(
                 plan[rank, visit.step],
                 scale=call.scale,
                 score=modifiers[i],
-                into=Grads(sum_q.place, place, score_grads[i]),
+                into=Grads(sum_q.all_rows, sum_kv, score_grads[i]),
             )
         homeward.add(visit)
-        del visit, place
+        if len(plan.steps) > _KEPT:
+            for sum_q in sums_q:
+                sum_q.settle()
+        del visit, sum_kv
     # Not before: while visits are met, nothing lives but what they need.
     dq, dk, dv = (x.chunk(settled.head_parts, 2)[part] for x in grads())
     for sum_q, rank_dq in zip(sums_q, call.hosted(dq), strict=True):

@@ -181,7 +181,10 @@ class Rows:
 
 def adding_to(dq: Tensor, dk: Tensor, dv: Tensor, score: tuple[Tensor | None, ...] = ()) -> Grads:
     """What a backward adds to these tensors, at the latest when `write` is given them."""
-    return Grads(Sum.over(dq).place, Sum.over(dk, dv).place, score)
+    sums = [Sum([x.shape for x in total], dq.dtype, dq.device, lambda total=total: total) for total in ([dq], [dk, dv])]
+    for one in sums:
+        one.claim(one.rows)
+    return Grads(*(one.all_rows for one in sums), score)
 
 
 def run_kernel(

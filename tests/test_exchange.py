@@ -373,7 +373,7 @@ def test_gradients_travel_in_the_dtype_asked_for(exchange):
 def test_a_total_in_the_dtype_of_the_wire_travels_as_it_is(wire):
     k, v = (torch.zeros(2, 5, 3, d, dtype=torch.float64) for d in (4, 2))
     one = PackedSum((k, v), 5, HowHome(torch.float64, wire))
-    (dk, dv), _ = one.sum.total(range(5))
+    (dk, dv), _ = one.sum.claim(range(5))
     for number, x in enumerate((dk, dv)):
         x.fill_(number + 1.0)
     rows = one.packed()

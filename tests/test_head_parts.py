@@ -91,7 +91,7 @@ def test_sums_of_a_part_are_gone_before_the_next_has_its_own():
 
     def noted(self, up, q, k, v, *rest, into, **options):
         backward(self, up, q, k, v, *rest, into=into, **options)
-        (dq,), _ = into.q.total()
+        (dq,), _ = into.q.claim()
         # It has a view of them.
         seen.append(weakref.ref(dq._base))
         most.append(len({id(sums()) for sums in seen if sums() is not None}))

@@ -243,14 +243,12 @@ class ProcessGroupTransport:
         if self._watch is not None:
             self._watch.add(works, self._who(what), self._roll)
 
-        def finish() -> None:
+        def finish(_sent=keep) -> None:  # sent buffers live until the transfer is done
             for work in works:
                 self._guarded(work.wait, what)
             if after is not None:
                 after()
-            finish.keep = None
 
-        finish.keep = keep  # sent buffers live until the transfer is done
         return Pending(received, finish, what)
 
 

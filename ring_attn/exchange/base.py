@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.kernels.sums import Place, Sum
+from ring_attn.kernels.sums import RowsOfSum, Sum
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
 from ring_attn.tiles import Meets, Plan
@@ -40,8 +41,8 @@ class HowHome(NamedTuple):
 class Homeward(Protocol):
     """Collects dK and dV of a backward tour."""
 
-    def places(self, visit: Visit) -> list[Place]:
-        """Where dk and dv of this visit's keys are added, one place a hosted rank."""
+    def sums(self, visit: Visit) -> list[RowsOfSum]:
+        """What dk and dv of this visit's keys are added to, one a hosted rank."""
 
     def add(self, visit: Visit) -> None:
         """Takes what this visit added on its way home."""
@@ -99,8 +100,9 @@ class PackedSum:
         self.widths, self.device, self.dtype = Widths.of(pair), pair[0].device, how.wire
         b, _, heads, _ = pair[0].shape
         self.shape = b, rows, heads * (self.widths.d + self.widths.dv)
-        self.sum = Sum([(b, rows, *x.shape[2:]) for x in pair], how.sums, self.device, self._make_total)
-        self._total: Tensor | None = None
+        # Not a method of this: a sum that held what holds it would keep its memory until Python looks for such cycles.
+        make = partial(_unwritten, self.widths, self.shape, how.sums, self.device)
+        self.sum = Sum([(b, rows, *x.shape[2:]) for x in pair], how.sums, self.device, make)
 
     def add(self, x: Tensor, rows: range, places: Tensor | None = None) -> None:
         self.sum.add(self.widths.unpack(x), rows, places)
@@ -110,15 +112,18 @@ class PackedSum:
 
     def packed(self) -> Tensor:
         # A total in the dtype of the wire can go as it is.
-        total, self._total = self._total, None
-        fits = total is not None and total.dtype == self.dtype
-        rows = total if fits else torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        _, n, e = self.shape
+        if self.sum.total is not None and self.sum.dtype == self.dtype:
+            rows = self.sum.total[0].as_strided(self.shape, (n * e, e, 1))
+        else:
+            rows = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         self.write(rows)
         return rows
 
-    def _make_total(self) -> KV:
-        self._total = torch.empty(self.shape, dtype=self.sum.dtype, device=self.device)
-        return self.widths.unpack(self._total)
+
+def _unwritten(widths: Widths, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> KV:
+    """A total of dK and dV whose rows lie side by side."""
+    return widths.unpack(torch.empty(shape, dtype=dtype, device=device))
 
 
 class PackedHomeward:
@@ -137,9 +142,9 @@ class PackedHomeward:
         """Whether KV is still to travel when the first gradients leave; with two steps the second waits for its KV anyway."""
         return len(plan.steps) > 2
 
-    def places(self, visit: Visit) -> list[Place]:
+    def sums(self, visit: Visit) -> list[RowsOfSum]:
         self.of_visit = [PackedSum(pair, pair[0].shape[1], self.how) for pair in visit.kv]
-        return [one.sum.place for one in self.of_visit]
+        return [one.sum.all_rows for one in self.of_visit]
 
     def collect(self) -> list[Sum]:
         self.add_arrived(self.own)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
 from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, pack, visits
-from ring_attn.kernels.sums import Place, Sum
+from ring_attn.kernels.sums import RowsOfSum, Sum
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, needed, steps_for, within
@@ -104,17 +104,20 @@ class _PullHomeward(PackedHomeward):
         # A single pull is done before its visit, and so before anything leaves.
         return sum(_own_rows(plan, step) is None for step in plan.steps) > 1
 
-    def places(self, visit: Visit) -> list[Place]:
+    def sums(self, visit: Visit) -> list[RowsOfSum]:
         self.own = self.own or self.of_shards(visit)
         rows = _own_rows(self.plan, visit.step)
-        return super().places(visit) if rows is None else [Place(one.sum, range(rows.start, rows.stop)) for one in self.own]
+        return super().sums(visit) if rows is None else [RowsOfSum(one.sum, range(rows.start, rows.stop)) for one in self.own]
 
     def add(self, visit: Visit) -> None:
         if not self.of_visit:
             return
         what = f"pull backward, dK and dV home from step {visit.step}"
-        # One way home at a time: what is kept is bounded as visits are.
-        self._arrive()
+        if self.pushed is not None:
+            # One way home at a time: what is kept is bounded as visits are.
+            self._arrive()
+            for one in self.own:
+                one.sum.settle()
         self.pushed = self.transport.push(self.of_visit, self.plan.meets[visit.step], self.own, what=what)
         self.of_visit = []
 

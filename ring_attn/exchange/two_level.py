@@ -112,6 +112,7 @@ class _TwoLevelHomeward(PackedHomeward):
             self.held = self.of_shards(visit)
         parts = self.exchange.holders(self.plan, visit.step)
         self.pushed = self.transport.push(self.of_visit, parts, self.held, what=what)
+        self.of_visit = []
 
     def collect(self) -> list[Sum]:
         self._leave_for(0)

@@ -2,14 +2,16 @@
 
 Note [late]: what a library hands back, and what other ranks send, stays as it came until the sum is wanted. Then one pass over
 memory reads all of it and writes the sum, rounded, to where it is wanted: to an input's gradient, or to what a peer reads. To
-add each to a sum in fp32 as it comes would read and write that every time, and once more in the end. Where more comes than one
-pass takes, it is put together in between. Without Triton all is added as it comes. Kernels that add by themselves get a total
-in fp32, which is then one more of the things that are summed up.
+add each to a total in fp32 as it comes would read and write that every time, and once more in the end. What is kept takes
+memory: three results in 16 bits as much as a total and a result that is added to it. So where more is to come, users `settle`,
+as does a sum of which more has come than one pass takes. Without Triton all is added as it comes. Kernels that add by
+themselves get the total, which is then one more of the things that are summed up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -46,35 +48,27 @@ class Sum:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.rows = range(shapes[0][1])
-        self._make = make or (lambda: [torch.empty(shape, dtype=dtype, device=device) for shape in shapes])
-        self._total: Sequence[Tensor] | None = None
+        self.total: Sequence[Tensor] | None = None
+        self._make = make or partial(_unwritten, shapes, dtype, device)
         self._unwritten = [self.rows]
         self._late: list[Addend] = []
 
-    @classmethod
-    def over(cls, *total: Tensor) -> Sum:
-        """Of tensors that hold something to which is added."""
-        found = cls([x.shape for x in total], total[0].dtype, total[0].device, lambda: total)
-        found.total(found.rows)
-        return found
-
     @property
-    def place(self) -> Place:
-        """All of its rows."""
-        return Place(self, self.rows)
+    def all_rows(self) -> RowsOfSum:
+        return RowsOfSum(self, self.rows)
 
-    def total(self, rows: range) -> tuple[list[Tensor], bool]:
+    def claim(self, rows: range) -> tuple[list[Tensor], bool]:
         """Those rows of the total for a kernel that adds to them, or, where True is beside them, writes all of them."""
-        return self._of_total(rows), self._claim(rows)
+        return self._of_total(rows), self._mark(rows)
 
     def add(self, tensors: Sequence[Tensor], rows: range, places: Tensor | None = None, batch: int | None = None) -> None:
         """Adds an `Addend`, or what is [1, len(rows), h, d] for one `batch` row; its tensors are not to be written to."""
         if batch is None and fused(self.device):
             if len(self._late) == MOST:
-                self._put_together()
+                self.settle()
             self._late.append(Addend(tensors, rows, places))
             return
-        total, unwritten = self.total(rows)
+        total, unwritten = self.claim(rows)
         if unwritten and not (places is None and batch is None):
             for x in total:
                 x.zero_()
@@ -88,10 +82,20 @@ class Sum:
             else:
                 x += addend
 
+    def settle(self) -> None:
+        """Adds to the total what was kept, which then takes no memory any more."""
+        late, self._late = self._late, []
+        if not late:
+            return
+        span = range(min(one.rows.start for one in late), max(one.rows.stop for one in late))
+        total = self._of_total(span)
+        base = [] if self._mark(span) else [Addend(total, span)]
+        self._launch(total, [*base, *late], span)
+
     def write(self, targets: Sequence[Tensor]) -> None:
         """Writes the sums to `targets`, in their dtype; nothing is left of them here."""
         late, self._late = self._late, []
-        total, self._total = self._total, None
+        total, self.total = self.total, None
         if total is not None:
             self._write_rest(total)
         base = [] if total is None else [Addend(total, self.rows)]
@@ -101,26 +105,25 @@ class Sum:
                 x.zero_()
         elif late or total[0].data_ptr() != targets[0].data_ptr():
             if fused(self.device):
-                _sum(targets, [*base, *late], self.rows)
+                self._launch(targets, [*base, *late], self.rows)
             else:
                 for x, y in zip(targets, total, strict=True):
                     x.copy_(y)
 
-    def _put_together(self) -> None:
-        """Adds to the total what was kept."""
-        late, self._late = self._late, []
-        span = range(min(one.rows.start for one in late), max(one.rows.stop for one in late))
-        total = self._of_total(span)
-        base = [] if self._claim(span) else [Addend(total, span)]
-        _sum(total, [*base, *late], span)
+    def _launch(self, targets: Sequence[Tensor], addends: Sequence[Addend], rows: range) -> None:
+        from ring_attn.kernels.triton_sum import sum_call
+
+        # Sorted, there are fewer kinds of launches, each of which is compiled.
+        addends = sorted(addends, key=lambda one: 0 if one.places is None else one.places.shape[2])
+        sum_call(targets, addends, rows, self.dtype)()
 
     def _of_total(self, rows: range) -> list[Tensor]:
-        if self._total is None:
-            self._total = self._make()
-        return [x[:, rows.start : rows.stop] for x in self._total]
+        if self.total is None:
+            self.total = self._make()
+        return [x[:, rows.start : rows.stop] for x in self.total]
 
-    def _claim(self, rows: range) -> bool:
-        """Whether those rows of the total hold nothing at all; otherwise what of them holds nothing is made 0."""
+    def _mark(self, rows: range) -> bool:
+        """Whether those rows of the total held nothing at all; otherwise what of them holds nothing is made 0."""
         met = [range(max(rows.start, x.start), min(rows.stop, x.stop)) for x in self._unwritten]
         before = [range(x.start, min(x.stop, rows.start)) for x in self._unwritten]
         behind = [range(max(x.start, rows.stop), x.stop) for x in self._unwritten]
@@ -128,7 +131,7 @@ class Sum:
         if sum(map(len, met)) == len(rows):
             return True
         for piece in met:
-            for x in self._total if piece else ():
+            for x in self.total if piece else ():
                 x[:, piece.start : piece.stop].zero_()
         return False
 
@@ -139,7 +142,7 @@ class Sum:
                 x[:, rows.start : rows.stop].zero_()
 
 
-class Place(NamedTuple):
+class RowsOfSum(NamedTuple):
     """Those rows of a sum that a visit adds to, from 0 on."""
 
     sum: Sum
@@ -149,8 +152,8 @@ class Place(NamedTuple):
         first = self.rows.start
         self.sum.add(tensors, range(first + rows.start, first + rows.stop), places, batch)
 
-    def total(self) -> tuple[list[Tensor], bool]:
-        return self.sum.total(self.rows)
+    def claim(self) -> tuple[list[Tensor], bool]:
+        return self.sum.claim(self.rows)
 
 
 class Grads(NamedTuple):
@@ -159,15 +162,15 @@ class Grads(NamedTuple):
     `score`: where those of the score modifiers' tensors are, in their order and shapes; None where no gradient is wanted.
     """
 
-    q: Place
-    kv: Place
+    q: RowsOfSum
+    kv: RowsOfSum
     score: tuple[Tensor | None, ...] = ()
 
     @classmethod
     def like(cls, q: Tensor, k: Tensor, v: Tensor, score: tuple[Tensor | None, ...] = ()) -> Grads:
         """For these inputs, and nothing added yet."""
         sums = (Sum([x.shape for x in of], accumulator_dtype(q.dtype), q.device) for of in ([q], [k, v]))
-        return cls(*(one.place for one in sums), score)
+        return cls(*(one.all_rows for one in sums), score)
 
     def write(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         self.q.sum.write([dq])
@@ -175,8 +178,8 @@ class Grads(NamedTuple):
 
     def totals(self) -> Totals:
         """For a kernel that adds by itself."""
-        (dq,), unwritten_q = self.q.total()
-        (dk, dv), unwritten_kv = self.kv.total()
+        (dq,), unwritten_q = self.q.claim()
+        (dk, dv), unwritten_kv = self.kv.claim()
         return Totals(dq, dk, dv, self.score, unwritten_q, unwritten_kv)
 
 
@@ -209,14 +212,12 @@ def fused(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()
 
 
-def _sum(targets: Sequence[Tensor], addends: Sequence[Addend], rows: range) -> None:
-    from ring_attn.kernels.triton_sum import sum_call
-
-    sum_call(targets, addends, rows)()
+def _unwritten(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 
 
 def _add_at(total: Tensor, x: Tensor, places: Tensor) -> None:
-    """Adds by places as those of an `Addend`; on a GPU it synchronises with the host."""
+    """Adds by places as those of an `Addend`."""
     for column in places.unbind(-1):
-        batch, row = (column >= 0).nonzero(as_tuple=True)
-        total[batch, row] += x[0, column[batch, row]]
+        met = (column >= 0)[..., None, None]
+        total += torch.where(met, x[0, column.clamp(min=0)], 0)

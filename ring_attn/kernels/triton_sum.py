@@ -16,9 +16,9 @@ from ring_attn.kernels.triton_rows import Call, at_head, block_at, load_rows, ro
 BLOCK = 32
 
 
-def sum_call(targets: Sequence[Tensor], addends: Sequence[Addend], rows: range) -> Call:
+def sum_call(targets: Sequence[Tensor], addends: Sequence[Addend], rows: range, dtype: torch.dtype) -> Call:
     """The launch that writes the rows `rows` of sums to `targets` [b, len(rows), h, *], one tensor or two; sums are made in the
-    order of the addends, in fp32, or in float64 where the first is. A target may be an addend of the same rows.
+    order of the addends, in `dtype`, fp32 or float64. A target may be an addend of the same rows.
     """
     b, _, h, _ = targets[0].shape
     blocks = -(-len(rows) // BLOCK)
@@ -35,7 +35,7 @@ def sum_call(targets: Sequence[Tensor], addends: Sequence[Addend], rows: range) 
         "COUNTS": tuple(0 if one.places is None else one.places.shape[2] for one in addends),
         "DIMS": dims,
         "WIDTHS": tuple(map(padded, dims)),
-        "DOUBLE": addends[0].tensors[0].dtype == torch.float64,
+        "DOUBLE": dtype == torch.float64,
         "BLOCK": BLOCK,
         "num_warps": 4,
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ring_attn.kernels import sums
-from ring_attn.kernels.sums import MOST, Addend, Grads, Place, Sum
+from ring_attn.kernels.sums import MOST, Addend, Grads, RowsOfSum, Sum
 from ring_attn.kernels.triton_kernel import interpreted
 from tests.support import FLOAT32_LIMIT, rel_error
 
@@ -78,7 +78,7 @@ def test_one_pass(kinds, dims, dtype):
         for one in addends:
             plainly(want, one)
         targets = [x[:, 3 : 3 + len(rows)] for x in whole]
-        sum_call(targets, addends, rows)()
+        sum_call(targets, addends, rows, sums_in)()
         for found, x, beside in zip(targets, want, whole, strict=True):
             limit = 1e-12 if dtype == torch.float64 else FLOAT32_LIMIT
             assert rel_error(found, x[:, rows.start : rows.stop]) < limit
@@ -102,9 +102,9 @@ def a_history(seed, late):
     for _ in range(chance.randrange(9)):
         start, stop = sorted(chance.sample(range(S + 1), 2))
         rows, kind = range(start, stop), chance.choice(["rows", "places", "batch", "total"])
-        place = Place(found, rows)
+        place = RowsOfSum(found, rows)
         if kind == "total":
-            total, unwritten = place.total()
+            total, unwritten = place.claim()
             for x, y in zip(total, want, strict=True):
                 value = normal(gen, *x.shape)
                 if unwritten:
@@ -138,7 +138,7 @@ def test_whatever_comes_adds_up(passes, dtype):
         found.write(targets)
         for x, y in zip(targets, want, strict=True):
             assert rel_error(x, y) < (FLOAT32_LIMIT if dtype == torch.float32 else 2**-11) or not (x.any() or y.any()), seed
-        assert found.total(found.rows)[1], "nothing is left"
+        assert found.claim(found.rows)[1], "nothing is left"
 
 
 @pytest.mark.parametrize("passes", [LATE], indirect=True)
@@ -163,7 +163,7 @@ def test_a_total_is_written_where_it_lies(passes):
     for late in (False, True):
         total = poisoned(torch.float32)
         found = Sum([x.shape for x in total], torch.float32, DEVICE, lambda total=total: total)
-        (x, _), unwritten = found.total(range(S))
+        (x, _), unwritten = found.claim(range(S))
         assert unwritten
         for x in total:
             x.fill_(2.0)

@@ -71,7 +71,7 @@ def adding(x: Tensor, count: int, *, places: int = 0) -> Call:
     """Of so many addends, the last of which has so many rows for each."""
     rows = range(x.shape[1])
     last = Addend([x, x], rows, torch.zeros(*x.shape[:2], places, dtype=torch.int32) if places else None)
-    return sum_call([x, x.float()], [*[Addend([x.float(), x], rows[3:])] * (count - 1), last], rows)
+    return sum_call([x, x.float()], [*[Addend([x.float(), x], rows[3:])] * (count - 1), last], rows, torch.float32)
 
 
 def taking(x: Tensor) -> Call:
@@ -145,6 +145,8 @@ def others_for(x: Any) -> list:
         pointers = [ptr.clone(), ptr.double(), moved[4 : 4 + ptr.numel()], moved[1 : 1 + ptr.numel()]]
         numbers = [x._replace(**{side: value}) for side in "bsh" for value in (1, 2, 16, 48, 2**31, 2**33 + 1)]
         return [None, *(x._replace(ptr=pointer) for pointer in pointers), *numbers]
+    if type(x) is tuple:
+        return [(*x[:n], other, *x[n + 1 :]) for n, one in enumerate(x) for other in others_for(one)]
     if isinstance(x, Tensor):
         return [x.clone(), x.long(), torch.zeros(99, dtype=x.dtype)[1:]]
     if isinstance(x, bool | int):
