@@ -100,7 +100,6 @@ class PackedSum:
         self.widths, self.device, self.dtype = Widths.of(pair), pair[0].device, how.wire
         b, _, heads, _ = pair[0].shape
         self.shape = b, rows, heads * (self.widths.d + self.widths.dv)
-        # Not a method of this: a sum that held what holds it would keep its memory until Python looks for such cycles.
         make = partial(_unwritten, self.widths, self.shape, how.sums, self.device)
         self.sum = Sum([(b, rows, *x.shape[2:]) for x in pair], how.sums, self.device, make)
 
