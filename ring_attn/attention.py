@@ -109,7 +109,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str
     """(out, lse) of the call of that name; differentiable."""
     if not torch.compiler.is_compiling() and wants_gradients(q, k, v, *tensors):
         return _Attend.apply(call, q, k, v, *tensors)
-    return _forward_op(q, k, v, tensors, call)[:2]
+    return (_forward_op if _watched(q, k, v, *tensors) else _forward_of)(q, k, v, tensors, call)[:2]
 
 
 def wants_gradients(*tensors: Tensor) -> bool:
@@ -280,10 +280,29 @@ def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:
     return [Upstream(*of_rank) for of_rank in zip(call.hosted(up.dout), call.hosted(up.out), lse, dlse, rest, strict=True)]
 
 
-@torch.library.custom_op("ring_attn::forward", mutates_args=())
-def _forward_op(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _watched(*tensors: Tensor) -> bool:
+    """Whether anything would see the difference between an operator and what it runs: a compiler, a profiler, a mode or a
+    transform of operators, such as a policy of activation checkpointing, or a tensor with operators of its own. To make one takes
+    the host as long as the rest of a call.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _forward_of(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     with as_given(q):
         return _forward(*unit_stride(q, k, v), tensors, called(call))
+
+
+_forward_op = torch.library.custom_op("ring_attn::forward", _forward_of, mutates_args=())
 
 
 @_forward_op.register_fake
@@ -295,8 +314,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> 
     return q.new_empty(b, s, h, v.shape[3]), q.new_empty(b, h, s, dtype=accumulator_dtype(q.dtype)), kept
 
 
-@torch.library.custom_op("ring_attn::backward", mutates_args=())
-def _backward_op(
+def _backward_of(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -313,6 +331,9 @@ def _backward_op(
     with as_given(q):
         *kept, rest = kept if called(call).keeps_rest(q) else (*kept, None)
         return _backward(Upstream(dout, out, lse, dlse, rest), q, k, v, tensors, kept, wanted, called(call))
+
+
+_backward_op = torch.library.custom_op("ring_attn::backward", _backward_of, mutates_args=())
 
 
 def as_given(q: Tensor) -> AbstractContextManager:
@@ -352,7 +373,9 @@ def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[b
     if dout is None and dlse is None:
         return None, None, None, [None] * len(tensors)
     dout = torch.zeros_like(out) if dout is None else dout
-    *grads, of_tensors = _backward_op(dout, dlse, q, k, v, out, lse, tensors, kept, wanted, ctx.name)
+    # Where a gradient is to be differentiated, which the operator refuses.
+    backward = _backward_op if torch.is_grad_enabled() or _watched(dout, q, k, v, *tensors) else _backward_of
+    *grads, of_tensors = backward(dout, dlse, q, k, v, out, lse, tensors, kept, wanted, ctx.name)
     return *grads, [grad if want else None for grad, want in zip(of_tensors, wanted, strict=True)]
 
 
@@ -364,7 +387,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: str, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        output = _forward_op(q, k, v, tensors, call)
+        output = (_forward_op if _watched(q, k, v, *tensors) else _forward_of)(q, k, v, tensors, call)
         _setup_context(ctx, (q, k, v, tensors, call), output)
         return output[:2]
 
