@@ -282,8 +282,8 @@ def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:
 
 def _watched(*tensors: Tensor) -> bool:
     """Whether anything would see the difference between an operator and what it runs: a compiler, a profiler, a mode or a
-    transform of operators, such as a policy of activation checkpointing, or a tensor with operators of its own. To make one takes
-    the host as long as the rest of a call.
+    transform of operators, such as a policy of activation checkpointing, or a tensor with operators of its own. To make one
+    takes the host as long as the rest of a call.
     """
     return (
         torch.compiler.is_compiling()
