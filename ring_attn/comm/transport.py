@@ -1,8 +1,8 @@
 """The `Transport` protocol: the contract every way of moving shards between ranks keeps.
 
 A process hosts one or more ranks of the ring. Real training hosts one; `LocalTransport` hosts all of them in one process; the
-loops above are the same for both. A payload is one contiguous tensor a hosted rank, or for `pull` some that lie side by side,
-of equal shape and dtype on all ranks.
+loops above are the same for both. A payload is one contiguous tensor a hosted rank, for `pull` some that lie side by side, for
+`push` rows that are yet to be written, of equal shape and dtype on all ranks.
 
 Contract. Every process calls the same operations in the same order with the same offsets. What is sent may be read, and not
 written, from the call until `wait()` has returned; afterwards its content is undefined (it may serve as the next receive
