@@ -200,7 +200,7 @@ def check_one(kernel: str, exchange: str, problems: Sequence[Problem], options: 
         row.cases += 1
         for name in NAMES:
             error, limit = problem.error(name, got[name])
-            row.errors[name] = max(row.errors[name], error)
+            row.errors[name] = max(row.errors[name], error, key=lambda x: (x != x, x))  # NaN is the largest
             if not error <= limit:
                 row.wrong.append(f"{name} off by {error:.1e} > {limit:.1e} for {layout}, {problem.mask}")
     return row
