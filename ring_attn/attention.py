@@ -36,6 +36,7 @@ from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.score import CosineSim, Score, listed, sort_scores
 from ring_attn.ulysses import over_heads
+from ring_attn.watched import watched
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
@@ -109,7 +110,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str
     """(out, lse) of the call of that name; differentiable."""
     if not torch.compiler.is_compiling() and wants_gradients(q, k, v, *tensors):
         return _Attend.apply(call, q, k, v, *tensors)
-    return (_forward_op if _watched(q, k, v, *tensors) else _forward_of)(q, k, v, tensors, call)[:2]
+    return (_forward_op if watched(q, k, v, *tensors) else _forward_of)(q, k, v, tensors, call)[:2]
 
 
 def wants_gradients(*tensors: Tensor) -> bool:
@@ -140,18 +141,23 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=accumulator_dtype(q.dtype) if with_rest else q.dtype)
     queries, outs = call.hosted(q), call.hosted(out)
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
-    partials = [None if sinks is None else only_sinks(query, sinks) for query in queries]
+    partials = [[None if sinks is None else only_sinks(query, sinks)] for query in queries]
     kv, kept = list(zip(call.hosted(k), call.hosted(v), strict=True)), []
-    for visit in exchange.tour(ring.transport, kv, plan, what=f"{exchange.name} forward"):
+    what, parts = f"{exchange.name} forward", settled.forward_parts
+    where = ring.transport, kv, plan
+    for visit in exchange.by_heads(*where, parts, what=what) if parts > 1 else exchange.tour(*where, what=what):
+        part, count = visit.heads
         for i, rank in enumerate(ring.hosted):
-            partials[i] = kernel.forward(
-                queries[i],
+            if len(partials[i]) < count:
+                partials[i] = partials[i][0].head_parts(count)
+            partials[i][part] = kernel.forward(
+                _of_part(queries[i], visit.heads),
                 *visit.kv[i],
                 plan[rank, visit.step],
                 scale=call.scale,
                 score=modifiers[i],
-                into=partials[i],
-                out=outs[i] if visit.last else None,
+                into=partials[i][part],
+                out=_of_part(outs[i], visit.heads) if visit.last else None,
             )
         if ring.keep_kv and visit.step:
             kept += visit.came
@@ -160,8 +166,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     if with_rest:
         whole, out = out, out.to(q.dtype)
         kept.append((whole - out).to(q.dtype))
-    lse = [partial.lse for partial in partials]
+    lse = [torch.cat([x.lse for x in one], 1) if len(one) > 1 else one[0].lse for one in partials]
     return out, torch.cat(lse, -1) if len(lse) > 1 else lse[0].contiguous(), kept
+
+
+def _of_part(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """That part of the heads of x [b, s, h, d]; heads: its number, and how many there are."""
+    part, count = heads
+    return x if count == 1 else x.chunk(count, 2)[part]
 
 
 def _backward(
@@ -280,23 +292,6 @@ def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:
     return [Upstream(*of_rank) for of_rank in zip(call.hosted(up.dout), call.hosted(up.out), lse, dlse, rest, strict=True)]
 
 
-def _watched(*tensors: Tensor) -> bool:
-    """Whether anything would see the difference between an operator and what it runs: a compiler, a profiler, a mode or a
-    transform of operators, such as a policy of activation checkpointing, or a tensor with operators of its own. To make one
-    takes the host as long as the rest of a call.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd._profiler_enabled()
-        or not _PLAIN.issuperset(map(type, tensors))
-    )
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
 def _forward_of(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     with as_given(q):
         return _forward(*unit_stride(q, k, v), tensors, called(call))
@@ -374,7 +369,7 @@ def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[b
         return None, None, None, [None] * len(tensors)
     dout = torch.zeros_like(out) if dout is None else dout
     # Where a gradient is to be differentiated, which the operator refuses.
-    backward = _backward_op if torch.is_grad_enabled() or _watched(dout, q, k, v, *tensors) else _backward_of
+    backward = _backward_op if torch.is_grad_enabled() or watched(dout, q, k, v, *tensors) else _backward_of
     *grads, of_tensors = backward(dout, dlse, q, k, v, out, lse, tensors, kept, wanted, ctx.name)
     return *grads, [grad if want else None for grad, want in zip(of_tensors, wanted, strict=True)]
 
@@ -387,7 +382,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: str, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        output = (_forward_op if _watched(q, k, v, *tensors) else _forward_of)(q, k, v, tensors, call)
+        output = (_forward_op if watched(q, k, v, *tensors) else _forward_of)(q, k, v, tensors, call)
         _setup_context(ctx, (q, k, v, tensors, call), output)
         return output[:2]
 

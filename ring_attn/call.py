@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ring_attn.by_document import LayoutChoice
-from ring_attn.cost import MACHINES, Question, Work, fastest
-from ring_attn.exchange import Exchange, for_backward, get_exchange, make_plan
+from ring_attn.cost import MACHINES, Question, Work, fastest, longest_wait
+from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
 from ring_attn.kernels import Kernel, Problem, resolve
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
@@ -30,6 +30,7 @@ from ring_attn.tiles import Plan
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
 
+_WAIT = 80.0  # us that it takes to launch for two parts of the heads
 _SUMS = 350 << 20  # bytes of dq, dK and dV in fp32 from which on parts of the heads still fill a GPU
 
 
@@ -91,11 +92,13 @@ class Call:
         """The one that the ring names, or under auto the fastest by formula."""
         if self.ring.exchange != "auto":
             return get_exchange(self.ring.exchange, self.ring.ranks_per_node)
-        grad_dtype = self.ring.grad_dtype or accumulator_dtype(q.dtype)
-        sizes = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-        work = Work(*sizes, q.element_size(), grad_dtype.itemsize)
         machine, rows = MACHINES[self.ring.transport.link], self._max_rows(k, v)
+        work = self._work(q, k, v)
         return fastest(Question(self.mask, *self.layouts(q, k), work, machine, rows, self.ring.ranks_per_node))
+
+    def _work(self, q: Tensor, k: Tensor, v: Tensor) -> Work:
+        grad_dtype = self.ring.grad_dtype or accumulator_dtype(q.dtype)
+        return Work(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.element_size(), grad_dtype.itemsize)
 
     def _max_rows(self, k: Tensor, v: Tensor) -> int | None:
         """How many KV rows a visit may hold while as many for the next are under way."""
@@ -175,11 +178,24 @@ class Call:
             row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
             back = for_backward(exchange, plan, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
         plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
-        return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel)
+        forward_parts = part._forward_parts(exchange, plan, *of_part)
+        return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel, forward_parts)
+
+    @cached_property
+    def _heads_are_alike(self) -> bool:
+        """No score or mask tells heads apart or learns."""
+        return not self.modifiers.tensors() and all(x.from_head(1) == x for x in (self.modifiers, self.mask))
+
+    def _forward_parts(self, exchange: Exchange, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> int:
+        """For how many parts of the heads a forward meets what it pulls; see Note [by heads] of `ring_attn.exchange.pull`."""
+        pulls_once = isinstance(exchange, PullExchange) and len(plan.steps) == 2 and not self.ring.keep_kv
+        if not pulls_once or k.shape[2] % 2 or not self._heads_are_alike:
+            return 1
+        return 2 if longest_wait(plan, self._work(q, k, v), MACHINES[self.ring.transport.link]) > _WAIT else 1
 
     def _head_parts(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> int:
         """In how many parts of the heads a backward goes, see Note [parts of a backward] of `ring_attn.attention`."""
-        if self.modifiers.tensors() or any(x.from_head(1) != x for x in (self.modifiers, self.mask)):
+        if not self._heads_are_alike:
             return 1
         rows = len(self.ring.hosted) * max(total_rows(parts) for step in plan.meets for parts in step)
         sums = q.numel() + rows * sum(x.shape[0] * x.shape[2] * x.shape[3] for x in (k, v))
@@ -240,6 +256,7 @@ class Settled:
     """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward.
 
     `back`, `plan_back`, `head_parts`: exchange and plan of the backward, and in how many parts of the heads it goes.
+    `forward_parts`: for how many the forward meets others' KV.
     """
 
     exchange: Exchange
@@ -249,6 +266,7 @@ class Settled:
     head_parts: int
     problem: Problem
     kernel_name: str
+    forward_parts: int
 
     def kernel(self, direction: str, *, lse_grad: bool = False) -> Kernel:
         """The kernel for a direction. Raises KernelUnavailable where there is none."""

@@ -159,6 +159,15 @@ def estimates(question: Question) -> tuple[Estimate, ...]:
     return tuple(sorted(found, key=_total))
 
 
+def longest_wait(plan: Plan, work: Work, machine: Machine) -> float:
+    """Microseconds that the slowest rank asked waits for what is pulled for a second visit, when the first is done."""
+    waits = []
+    for rank in asked(plan.layout.ring_size):
+        own, others = _visits("pull", plan, rank, work, machine, 1.0)
+        waits.append(others.link.us(others.rows * work.row * work.itemsize) - own.us - own.calls_us)
+    return max(waits)
+
+
 def asked(ring_size: int) -> tuple[int, ...]:
     """The ranks of which the slowest counts: of a ring of more than four its first, its last and two between.
 

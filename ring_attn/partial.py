@@ -42,6 +42,11 @@ class Partial(NamedTuple):
         s = slice(rows.start, rows.stop)
         return Partial(self.acc[b, s], self.m[b, :, s], None if self.sum is None else self.sum[b, :, s])
 
+    def head_parts(self, count: int) -> list[Partial]:
+        """Views of so many parts of the heads."""
+        acc, m, total = ([None] * count if x is None else x.chunk(count, dim) for x, dim in zip(self, (2, 1, 1), strict=True))
+        return [Partial(*part) for part in zip(acc, m, total, strict=True)]
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 inputs, float32 for everything else."""

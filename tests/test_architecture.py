@@ -26,7 +26,7 @@ LEVELS = [
     {"exchange"},
     {"cost"},
     {"call"},
-    {"ulysses"},
+    {"ulysses", "watched"},
     {"attention"},
     {"sharding"},
     {"ring"},

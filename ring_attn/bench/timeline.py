@@ -84,6 +84,9 @@ class _Watched:
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
         return self._noted(self.inner.tour(transport, kv, plan, what=what), what.split()[-1])
 
+    def by_heads(self, transport: Transport, kv: list[KV], plan: Plan, count: int, *, what: str) -> Iterator[Visit]:
+        return self._noted(self.inner.by_heads(transport, kv, plan, count, what=what), what.split()[-1])
+
     def again(self, kv: list[KV], plan: Plan, kept: Sequence[torch.Tensor]) -> Iterator[Visit]:
         return self._noted(self.inner.again(kv, plan, kept), "backward")
 

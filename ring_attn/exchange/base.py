@@ -21,13 +21,15 @@ KV = tuple[Tensor, Tensor]
 class Visit(NamedTuple):
     """What the hosted ranks see at one step: `kv[i]` is hosted rank i's k [b, skv, g, d] and v [b, skv, g, dv].
 
-    `came`: the packed rows that these are views of; only an exchange whose ring may keep them tells.
+    `came`: the packed rows that these are views of; only an exchange whose ring may keep them tells. `heads`: which part of the
+    heads this is and of how many; `last` is then meant of that part.
     """
 
     step: int
     kv: list[KV]
     last: bool
     came: Sequence[Tensor] = ()
+    heads: tuple[int, int] = (0, 1)
 
 
 class HowHome(NamedTuple):
@@ -52,7 +54,9 @@ class Homeward(Protocol):
 
 
 class Exchange(Protocol):
-    """`PullExchange.again` is beside these: the visits of a backward where the ring keeps KV, which no other exchange can."""
+    """`PullExchange` has two more tours, which no other exchange can: `again`, of a backward where the ring keeps KV, and
+    `by_heads`, of a forward.
+    """
 
     name: str
 

@@ -4,6 +4,10 @@ Note [way home]: of a backward, the last dK and dV to leave would travel while n
 own shard is met in halves of its KV rows: first those that the fewest queries of a causal mask see, while the others' KV comes,
 and last the rest, while what was gathered for the others goes home. Where a backward goes by parts of the heads, what one part
 gathered goes home while the next meets its own shard; only the last part's way home is seen.
+
+Note [by heads]: with many KV heads what the others' rows take to come is longer than what the own ones take to be attended. So
+they may come and be attended for one part of the heads after the other: only the first part can be waited for, and nothing more
+is merged, for heads have nothing to do with each other.
 """
 
 from __future__ import annotations
@@ -65,6 +69,24 @@ class PullExchange:
             return kv if rows == slice(0, kv[0][0].shape[1]) else [(k[:, rows], v[:, rows]) for k, v in kv]
 
         return visits(_own_kv(), plan, pull, read, tell=True)
+
+    def by_heads(self, transport: Transport, kv: list[KV], plan: Plan, count: int, *, what: str) -> Iterator[Visit]:
+        """A tour of two steps whose second is made for so many parts of the heads, one after another; see Note [by heads]."""
+        _, step = plan.steps
+        parts = [[(k.chunk(count, 2)[n], v.chunk(count, 2)[n]) for k, v in kv] for n in range(count)]
+
+        def pull(n: int) -> Pending[list[Tensor]]:
+            shards = [(k.flatten(2), v.flatten(2)) for k, v in parts[n]]
+            return transport.pull(shards, plan.meets[step], what=f"{what}, KV for step {step}, part {n} of the heads")
+
+        pending = pull(0)
+        yield Visit(0, kv, False)
+        for n in range(count):
+            came = pending.wait()
+            if n + 1 < count:
+                pending = pull(n + 1)
+            yield Visit(step, list(map(Widths.of(parts[n][0]).unpack, came)), True, heads=(n, count))
+            del came
 
     def again(self, kv: list[KV], plan: Plan, kept: Sequence[Tensor]) -> Iterator[Visit]:
         """The visits of a backward whose forward `kept` all that came by this plan: the others' first, so that their dK and dV
