@@ -247,7 +247,7 @@ def split_tiles(tile_list: Sequence[Tile], visits: int) -> list[tuple[Tile, ...]
 
 @contextmanager
 def way_home_hidden(by_heads: bool) -> Iterator[None]:
-    """Inside, a backward by pull meets its own shard in halves; `by_heads`: and any goes KV head by KV head, where it may, while
+    """Inside, a backward by pull meets its own shard in halves; `by_heads`: any goes KV head by KV head, where it may, while
     a forward by pull meets others' KV for one half of the heads after the other.
     """
     sums, wait = (1, -math.inf) if by_heads else (1 << 60, math.inf)
