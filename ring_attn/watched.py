@@ -19,8 +19,12 @@ def watched(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd._profiler_enabled()
+        # A compiler that has left this frame to Python would look into those that it calls.
+        or _callback() is not None
         or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+# Where PyTorch is too old to tell, something may be there.
+_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: "unknown")

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ring_attn as ra
-from ring_attn import attention
+from ring_attn import attention, watched
 from tests.support import random_qkv
 
 RING = ra.Ring.simulated(2)
@@ -75,6 +75,27 @@ def test_a_profiler_sees_them_by_name(made):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         gradients(*inputs())
     assert {"ring_attn::forward", "ring_attn::backward"} <= {event.name for event in profile.events()}
+
+
+def test_a_compiler_that_has_left_the_frame_to_python(made, monkeypatch):
+    monkeypatch.setattr(watched, "_callback", lambda: "of Dynamo")
+    gradients(*inputs())
+    assert made == ["_forward_op", "_backward_op"]
+
+
+def test_a_compiler_s_callback_is_seen():
+    """Between its graphs."""
+    seen = []
+
+    @torch.compile(backend="eager")
+    def broken(x):
+        torch._dynamo.graph_break()
+        seen.append(watched._callback())
+        return x + 1
+
+    broken(torch.ones(2))
+    assert watched._callback() is None
+    assert seen and None not in seen
 
 
 def test_a_tensor_of_another_class(made):
