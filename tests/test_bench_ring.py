@@ -236,12 +236,13 @@ def test_the_timeline_shows_every_visit_in_order(exchange):
     assert call.get_exchange is get_exchange
 
 
-def test_the_timeline_of_a_backward_by_parts_of_the_heads():
+def test_the_timeline_by_parts_of_the_heads():
     bench = small_bench(exchanges=("pull",), layouts=("zigzag",))
     case = bench.cases[0]
     with way_home_hidden(by_heads=True):
         bars = timeline(bench.rings[0].settled(case), case, bench.everyone).bars
     assert [bar.step for bar in bars if bar.direction == "backward"] == [0, 1] * 2
+    assert [bar.step for bar in bars if bar.direction == "forward"] == [0, 1, 1]
     times = [at for bar in bars for at in (bar.start, bar.stop)]
     assert times == sorted(times)
 
@@ -255,19 +256,26 @@ def test_what_is_checked_is_what_auto_takes_at_the_length_that_is_timed():
 
 
 @pytest.mark.parametrize("by_heads", [False, True])
-def test_the_gate_checks_the_backward_that_is_timed(by_heads):
+def test_the_gate_checks_what_is_timed(by_heads):
     bench, seen, backward = small_bench(exchanges=("pull",), layouts=("zigzag",)), [], ReferenceKernel.backward
+    forwards, forward = set(), ReferenceKernel.forward
     with way_home_hidden(by_heads):
         settled = bench.rings[0].settled(bench.cases[0])
-    assert settled.chosen.endswith(", 2 parts" if by_heads else ", halves") and settled.head_parts == 1 + by_heads
+    assert settled.chosen.endswith(", 2 parts forward, 2 parts" if by_heads else ", halves")
+    assert settled.head_parts == settled.forward_parts == 1 + by_heads
 
     def noted(self, up, q, k, v, *rest, **options):
         seen.append(k.shape[1:3])
         return backward(self, up, q, k, v, *rest, **options)
 
+    def noted_forward(self, q, k, *rest, **options):
+        forwards.add(k.shape[2])
+        return forward(self, q, k, *rest, **options)
+
     settled = replace(settled, ring=ra.Ring(settled.ring.transport, exchange="pull", kernel="reference"))
-    with patch.object(ReferenceKernel, "backward", noted):
+    with patch.object(ReferenceKernel, "backward", noted), patch.object(ReferenceKernel, "forward", noted_forward):
         assert bench.gate.fault(settled, "causal") is None
+    assert forwards == ({1, 2} if by_heads else {2})
     keys, heads = zip(*seen, strict=True)
     assert ({1} == set(heads)) == by_heads and keys[0] == settled.gate_rows // (1 if by_heads else 2)
 

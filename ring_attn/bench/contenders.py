@@ -6,6 +6,7 @@ and copies, and no communication. What it computes is nonsense, how long it take
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -104,13 +105,14 @@ class Contender(Protocol):
 @dataclass(frozen=True)
 class OnRing:
     """Ring attention. Once `settled`, `chosen` is its exchange and kernels, and how the backward goes where that differs: in
-    `head_parts`, and `back` with its own shard in halves.
+    `head_parts`, and `back` with its own shard in halves. `forward_parts`: for how many parts of the heads others' KV comes.
     """
 
     name: str
     ring: Ring
     chosen: str = ""
     head_parts: int = 1
+    forward_parts: int = 1
     back: Exchange | None = None
     captured: bool = False
 
@@ -139,7 +141,7 @@ class OnRing:
         return None
 
     def settled(self, case: Case) -> OnRing:
-        """The same with exchange and kernels by name, as "auto" takes them for this case, and its backward as at this length.
+        """The same with exchange and kernels by name, as "auto" takes them for this case, and its parts as at this length.
 
         So what is checked at one length is what is timed at another. Raises ValueError where the ring cannot do the case.
         """
@@ -149,10 +151,12 @@ class OnRing:
         one, *inputs = asked.of_part(*whole)
         kernels = [resolve(ring.kernel, one.problem(*inputs, direction)).name for direction in ("forward", "backward")]
         halves = [] if found.back == found.exchange else ["halves"]
-        parts = [f"{found.head_parts} parts"] if found.head_parts > 1 else []
+        parts = [f"{found.forward_parts} parts forward"] if found.forward_parts > 1 else []
+        parts += [f"{found.head_parts} parts"] if found.head_parts > 1 else []
         chosen = ", ".join([found.exchange.name, " + ".join(dict.fromkeys(kernels)), *halves, *parts])
         settled = self._ring(ring.transport, found.exchange.name, "+".join(kernels))
-        return replace(self, ring=settled, chosen=chosen, head_parts=found.head_parts, back=found.back)
+        as_here = {"forward_parts": found.forward_parts, "head_parts": found.head_parts, "back": found.back}
+        return replace(self, ring=settled, chosen=chosen, **as_here)
 
     def keeping(self) -> OnRing:
         """The same with what it pulls kept for the backward."""
@@ -185,6 +189,8 @@ class OnRing:
             if self.back is not None:
                 stack.enter_context(patch.object(call, "for_backward", lambda *given: self.back))
                 stack.enter_context(patch.object(call.Call, "_head_parts", lambda *given: self.head_parts))
+                waits = math.inf if self.forward_parts > 1 else -math.inf
+                stack.enter_context(patch.object(call, "longest_wait", lambda *given: waits))
             yield partial(ring_attention, ring=self.at(case), mask=case.mask)
 
 

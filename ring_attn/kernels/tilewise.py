@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Problem, Upstream, has_triton, modifier_refusal
+from ring_attn.kernels import Problem, Upstream, modifier_refusal
 from ring_attn.kernels.packs import Pack, Rows, all_rows, groups, make_pack
-from ring_attn.kernels.sums import Grads
+from ring_attn.kernels.sums import Grads, fused
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
@@ -315,4 +315,4 @@ def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
 
 def _can_fuse(out: Tensor) -> bool:
     """Whether the Triton merge runs here: one pass over memory, where plain PyTorch takes about ten."""
-    return out.is_cuda and out.dtype != torch.float64 and has_triton()
+    return fused(out.device) and out.dtype != torch.float64

@@ -166,8 +166,7 @@ def scores_gradient(
         cells = block_cells(cells, place, BLOCK, False)
         score = modified(st, cells, chain, len(chain.forward))
     pt = tl.exp2(score * scale_log2 - lse2[None, :])
-    # A gradient is linear in what comes in: what multiplies it is worked out first, and no score waits for dp. It is before the
-    # branch, too, as only that runs beside dp's product.
+    # What multiplies a gradient is worked out first, and before the branch: only that runs beside dp's product.
     weight = pt if chain is None else pulled_back(pt, st, cells, chain, 0)
     if partly:
         met = met_by(place, i, low, high, BLOCK)
