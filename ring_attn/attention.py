@@ -234,9 +234,16 @@ def _of_heads(
     how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps)
     homeward = exchange.homeward(ring.transport, plan, how)
     what, sums_q = f"{exchange.name} backward", [Sum([x.shape], sums, x.device) for x in queries]
+    of_ranks = cache(lambda: list(zip(*(call.hosted(x.chunk(settled.head_parts, 2)[part]) for x in grads()), strict=True)))
+    if len(plan.steps) == 1:
+        for sum_q, (dq, _, _) in zip(sums_q, of_ranks(), strict=True):
+            sum_q.aim = [dq]
     for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
         yield visit.last
-        for i, (rank, sum_q, sum_kv) in enumerate(zip(ring.hosted, sums_q, homeward.sums(visit), strict=True)):
+        sums_kv = homeward.sums(visit)
+        if ring.size == 1:
+            sums_kv[0].sum.aim = of_ranks()[0][1:]
+        for i, (rank, sum_q, sum_kv) in enumerate(zip(ring.hosted, sums_q, sums_kv, strict=True)):
             kernel.backward(
                 ups[i],
                 queries[i],
@@ -250,14 +257,13 @@ def _of_heads(
         if len(plan.steps) > _KEPT:
             for sum_q in sums_q:
                 sum_q.settle()
-        del visit, sum_kv
-    # Not before: while visits are met, nothing lives but what they need.
-    dq, dk, dv = (x.chunk(settled.head_parts, 2)[part] for x in grads())
-    for sum_q, rank_dq in zip(sums_q, call.hosted(dq), strict=True):
-        sum_q.write([rank_dq])
+        del visit, sum_kv, sums_kv
+    # Where more than one visit adds, not before: while visits are met, nothing lives but what they need.
+    for sum_q, (dq, _, _) in zip(sums_q, of_ranks(), strict=True):
+        sum_q.write([dq])
     yield True
-    for sum_kv, rank_dk, rank_dv in zip(homeward.collect(), call.hosted(dk), call.hosted(dv), strict=True):
-        sum_kv.write([rank_dk, rank_dv])
+    for sum_kv, (_, *of_kv) in zip(homeward.collect(), of_ranks(), strict=True):
+        sum_kv.write(of_kv)
 
 
 def _overlapping(parts: Iterable[_OfPart]) -> None:

@@ -80,8 +80,8 @@ def kept_of(tensors):
         living.note(given if len(given) == tensors else [])
         add(self, given, *rest, **options)
 
-    def claimed(self, rows):
-        total, unwritten = claim(self, rows)
+    def claimed(self, rows, once=False):
+        total, unwritten = claim(self, rows, once)
         living.note(total if len(total) == tensors else [])
         return total, unwritten
 

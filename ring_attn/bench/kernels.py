@@ -173,14 +173,18 @@ class Visit:
         self.lse = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, score=self.score, out=out).lse
         return out
 
-    def grads(self) -> Grads:
+    def grads(self, targets: Sequence[Tensor] = ()) -> Grads:
+        """Where a backward adds; `targets`: where dq, dk and dv will be written."""
         dtype = accumulator_dtype(self.q.dtype)
         of_scores = () if self.score is None else tuple(torch.zeros_like(x, dtype=dtype) for x in self.score.tensors())
-        return Grads.like(self.q, self.k, self.v, of_scores)
+        found = Grads.like(self.q, self.k, self.v, of_scores)
+        if targets:
+            found.q.sum.aim, found.kv.sum.aim = targets[:1], targets[1:]
+        return found
 
     def backward(self, kernel: Kernel, up: Upstream, targets: Sequence[Tensor]) -> None:
         """Writes dq, dk and dv to `targets`."""
-        into = self.grads()
+        into = self.grads(targets)
         kernel.backward(up, self.q, self.k, self.v, self.tiles, scale=self.scale, into=into)
         into.write(*targets)
 

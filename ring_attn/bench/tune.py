@@ -25,7 +25,7 @@ from ring_attn.bench.timing import timed
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
 from ring_attn.bench.tune_report import Timed, line, report
 from ring_attn.kernels import Upstream, get_kernel
-from ring_attn.kernels.sums import Totals
+from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.triton_blocks import Config, Configs
 from ring_attn.mask import Causal, Documents
 from ring_attn.partial import Partial
@@ -176,11 +176,11 @@ def scored(visit: Visit, score: str) -> Visit:
 def main_call(launch: str, config: Config, visit: Visit) -> Call:
     b, s, h, _ = visit.q.shape
     up = Upstream(visit.dout, visit.dout, torch.zeros(b, h, s))
-    return next(iter(calls(launch, config, visit, up, visit.grads().totals())))
+    return next(iter(calls(launch, config, visit, up, visit.grads())))
 
 
-def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Totals) -> list[Call]:
-    """The launches to time: the forward writes `up.out` and `up.lse`, the others `into`."""
+def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Grads) -> list[Call]:
+    """The launches to time: the forward writes `up.out` and `up.lse`, the others add to `into`."""
     from ring_attn.kernels.triton_backward import Visited, backward_calls
     from ring_attn.kernels.triton_blocks import query_table
     from ring_attn.kernels.triton_forward import forward_call
@@ -190,8 +190,8 @@ def calls(launch: str, config: Config, visit: Visit, up: Upstream, into: Totals)
     if launch == "forward":
         target, table = Partial(up.out, up.lse), query_table(visit.tiles, visit.q, config.own, placed=chain.placed)
         return [forward_call(*tensors, table, config, scale=visit.scale, chain=chain, carried=None, target=target, out=up.out)]
-    visited = Visited(up, *tensors, visit.scale, chain, into)
-    found = list(backward_calls(visited, visit.tiles, Configs(config, config, config)))
+    visited = Visited(up, *tensors, visit.scale, chain)
+    found = list(backward_calls(visited, into, visit.tiles, Configs(config, config, config), once=False))
     return found[:-1] if launch == "dkdv" else found[-1:]
 
 
@@ -255,11 +255,13 @@ def _gate_visit(gate: str, options: TuneOptions) -> tuple[Visit, list, list]:
 def _gate(launch: str, config: Config, gate: str, options: TuneOptions) -> str:
     """What is wrong with the launch's results at a small length; empty where nothing is."""
     visit, exact, plain = _gate_visit(gate, options)
-    into, out = visit.grads().totals(), visit.out if launch != "forward" else torch.full_like(visit.dout, torch.nan)
+    into, out = visit.grads(), visit.out if launch != "forward" else torch.full_like(visit.dout, torch.nan)
     for call in calls(launch, config, visit, Upstream(visit.dout, out, visit.lse.clone()), into):
         call()
+    grads = [torch.empty_like(x, dtype=torch.float32) for x in (visit.q, visit.k, visit.v)]
+    into.write(*grads)
     for number, name in {"forward": [(0, "out")], "dq": [(1, "dq")], "dkdv": [(2, "dk"), (3, "dv")]}[launch]:
-        found = (out, into.dq, into.dk, into.dv)[number]
+        found = (out, *grads)[number]
         ratio = error(found, exact[number]) / error(plain[number], exact[number])
         if not ratio <= (OUT_LIMIT if name == "out" else GRAD_LIMIT):
             return f"wrong under {gate}: {name} has {ratio:.3g} times the error of plain PyTorch"
@@ -267,16 +269,16 @@ def _gate(launch: str, config: Config, gate: str, options: TuneOptions) -> str:
 
 
 @cache
-def _case(case: str, options: TuneOptions) -> tuple[Visit, Upstream, Totals]:
+def _case(case: str, options: TuneOptions) -> tuple[Visit, Upstream]:
     mask, length = case.split(":")
     visit = scored(Visit.random(mask, int(length), options.shape), options.score)
     out = visit.forward(get_kernel("triton"))
-    return visit, Upstream(visit.dout, out, visit.lse), visit.grads().totals()
+    return visit, Upstream(visit.dout, out, visit.lse)
 
 
 def _tflops(launch: str, config: Config, case: str, options: TuneOptions) -> float:
-    visit, up, into = _case(case, options)
-    found = calls(launch, config, visit, up, into)
+    visit, up = _case(case, options)
+    found = calls(launch, config, visit, up, visit.grads())
     flops = FLOPS[launch] * options.head_dim * options.heads * visit.cells
     # So many that what the host takes to begin does not count.
     times = max(1, round(_AT_A_TIME / flops))

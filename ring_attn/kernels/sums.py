@@ -37,7 +37,10 @@ class Addend(NamedTuple):
 
 
 class Sum:
-    """The sums of tensors [b, s, h, d] with the same rows, in `dtype`; see Note [late]. `make`: makes the total, unwritten."""
+    """The sums of tensors [b, s, h, d] with the same rows, in `dtype`; see Note [late]. `make`: makes the total, unwritten.
+
+    `aim`: set where a single visit makes all of the sums, what they will be written to; a kernel may write it itself, rounded.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class Sum:
         self.dtype, self.device = dtype, device
         self.rows = range(shapes[0][1])
         self.total: Sequence[Tensor] | None = None
+        self.aim: Sequence[Tensor] | None = None
         self._make = make or partial(_unwritten, shapes, dtype, device)
         self._unwritten = [self.rows]
         self._late: list[Addend] = []
@@ -57,8 +61,13 @@ class Sum:
     def all_rows(self) -> RowsOfSum:
         return RowsOfSum(self, self.rows)
 
-    def claim(self, rows: range) -> tuple[list[Tensor], bool]:
-        """Those rows of the total for a kernel that adds to them, or, where True is beside them, writes all of them."""
+    def claim(self, rows: range, once: bool = False) -> tuple[list[Tensor], bool]:
+        """Those rows of the total for a kernel that adds to them, or, where True is beside them, writes all of them.
+
+        `once`: it does nothing but write them, once, so that they may be in another dtype.
+        """
+        if once and self.aim is not None:
+            self.total = self.aim
         return self._of_total(rows), self._mark(rows)
 
     def add(self, tensors: Sequence[Tensor], rows: range, places: Tensor | None = None, batch: int | None = None) -> None:
@@ -152,8 +161,8 @@ class RowsOfSum(NamedTuple):
         first = self.rows.start
         self.sum.add(tensors, range(first + rows.start, first + rows.stop), places, batch)
 
-    def claim(self) -> tuple[list[Tensor], bool]:
-        return self.sum.claim(self.rows)
+    def claim(self, once: bool = False) -> tuple[list[Tensor], bool]:
+        return self.sum.claim(self.rows, once)
 
 
 class Grads(NamedTuple):
@@ -176,16 +185,16 @@ class Grads(NamedTuple):
         self.q.sum.write([dq])
         self.kv.sum.write([dk, dv])
 
-    def totals(self) -> Totals:
-        """For a kernel that adds by itself."""
-        (dq,), unwritten_q = self.q.claim()
-        (dk, dv), unwritten_kv = self.kv.claim()
+    def totals(self, once_q: bool = False, once_kv: bool = False) -> Totals:
+        """For a kernel that adds by itself; `once_q`, `once_kv`: that writes dq, or dk and dv, once."""
+        (dq,), unwritten_q = self.q.claim(once_q)
+        (dk, dv), unwritten_kv = self.kv.claim(once_kv)
         return Totals(dq, dk, dv, self.score, unwritten_q, unwritten_kv)
 
 
 class Totals(NamedTuple):
-    """The same as tensors in the dtype of lse. `unwritten_q`, `unwritten_kv`: dq, or dk and dv, hold nothing yet; a kernel
-    writes all of their rows.
+    """The same as tensors, in the dtype of lse where they are added to. `unwritten_q`, `unwritten_kv`: dq, or dk and dv, hold
+    nothing yet; a kernel writes all of their rows.
     """
 
     dq: Tensor

@@ -11,7 +11,7 @@ arXiv 2307.08691): dv = p^T dout, ds = p * (dout v^T - delta), dq = scale * ds k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ring_attn.kernels import Upstream
-from ring_attn.kernels.sums import Totals
+from ring_attn.kernels.sums import Grads, Totals
 from ring_attn.kernels.triton_blocks import Config, Configs, Table, chosen, kv_table, padded, query_table
 from ring_attn.kernels.triton_prepare import prepared
 from ring_attn.kernels.triton_rows import (
@@ -48,7 +48,7 @@ from ring_attn.tiles import Tile
 
 @dataclass(frozen=True)
 class Visited:
-    """The tensors of a visit's backward, what makes scores of their products, and where the gradients go."""
+    """The tensors of a visit's backward, and what makes scores of their products."""
 
     up: Upstream
     q: Tensor
@@ -56,54 +56,55 @@ class Visited:
     v: Tensor
     scale: float
     chain: Chain
-    into: Totals
 
 
-def backward_calls(x: Visited, tiles: Sequence[Tile], configs: Configs) -> Iterator[Call]:
-    """The launches of one visit."""
+def backward_calls(x: Visited, into: Grads, tiles: Sequence[Tile], configs: Configs, *, once: bool) -> Iterator[Call]:
+    """The launches of one visit; `once`: no others add to its gradients."""
     own_kv, placed = configs.dkdv, x.chain.placed
     by_tma = None not in _walked_queries(x, own_kv).values()
     passes = [(own_kv, kv_table(tiles, x.k, own_kv.own, least=own_kv.walk if by_tma else 0, placed=placed))]
     if by_tma:
         passes.append((configs.short, kv_table(tiles, x.k, configs.short.own, most=own_kv.walk - 1, placed=placed)))
+    passes = [one for one in passes if one[1].busy] or passes[:1]
+    to = into.totals(once_q=once, once_kv=once and len(passes) == 1)
     for config, table in passes:
-        if table.busy or x.into.unwritten_kv:
-            yield dkdv_call(x, table, config)
-        x = replace(x, into=x.into._replace(unwritten_kv=False))
+        if table.busy or to.unwritten_kv:
+            yield dkdv_call(x, to, table, config)
+        to = to._replace(unwritten_kv=False)
     own_q, table = chosen(configs.dq, x.q.shape[2], lambda own: query_table(tiles, x.q, own, placed=placed))
-    yield dq_call(x, table, own_q)
+    yield dq_call(x, to, table, own_q)
 
 
-def dkdv_call(x: Visited, table: Table, config: Config) -> Call:
+def dkdv_call(x: Visited, to: Totals, table: Table, config: Config) -> Call:
     """The launch that adds into dk and dv, or writes all of their rows; `table` lists blocks of KV rows."""
     blocks = _walked_queries(x, config)
-    arguments = _shared(x, table, config, x.into.unwritten_kv) | blocks | {"dk": rows_of(x.into.dk), "dv": rows_of(x.into.dv)}
+    arguments = _shared(x, table, config, to.unwritten_kv) | blocks | {"dk": rows_of(to.dk), "dv": rows_of(to.dv)}
     arguments |= {"num_kv": x.k.shape[1], "batches": x.q.shape[0], "BLOCK_N": config.own, "BLOCK_M": config.walk}
     arguments |= {"TMA": None not in blocks.values(), "EARLY": config.early}
     return Call(dkdv_kernel, arguments["programs"] * x.k.shape[2], arguments)
 
 
-def dq_call(x: Visited, table: Table, config: Config) -> Call:
+def dq_call(x: Visited, to: Totals, table: Table, config: Config) -> Call:
     """The launch that adds into dq, or writes all of its rows; `table` lists blocks of query rows."""
     blocks = (blocks_of(x.k, config.walk), blocks_of(x.v, config.walk)) if config.tma else (None, None)
-    slopes, add_slopes = _slopes(x)
-    arguments = _shared(x, table, config, x.into.unwritten_q) | {"dq": rows_of(x.into.dq), "num_q": x.q.shape[1]}
+    slopes, add_slopes = _slopes(x, to)
+    arguments = _shared(x, table, config, to.unwritten_q) | {"dq": rows_of(to.dq), "num_q": x.q.shape[1]}
     arguments |= {"k_blocks": blocks[0], "v_blocks": blocks[1], "TMA": None not in blocks}
     arguments |= {"BLOCK_M": config.own, "BLOCK_N": config.walk, "EARLY": config.early, "MIXED": config.mixed}
     arguments |= {"slopes": slopes, "ALIBI": None if slopes is None else x.chain.alibi}
     return Call(dq_kernel, arguments["programs"] * x.q.shape[2], arguments, add_slopes)
 
 
-def _slopes(x: Visited) -> tuple[Rows | None, Callable[[], None] | None]:
+def _slopes(x: Visited, to: Totals) -> tuple[Rows | None, Callable[[], None] | None]:
     """Where the dq kernel writes what each query row adds to -d slopes, and what then adds it up.
 
     None without Alibi, and where the slopes want no gradient.
     """
-    total = None if x.chain.alibi is None else x.into.score[x.chain.slopes]
+    total = None if x.chain.alibi is None else to.score[x.chain.slopes]
     if total is None:
         return None, None
     # Where dq is unwritten, programs write all of their rows.
-    make = torch.empty if x.into.unwritten_q else torch.zeros
+    make = torch.empty if to.unwritten_q else torch.zeros
     parts = make(x.q.shape[0], x.q.shape[2], x.q.shape[1], dtype=torch.float32, device=x.q.device)
     return numbers_of(parts), lambda: total.sub_(parts.sum((0, 2)))
 

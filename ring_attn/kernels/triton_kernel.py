@@ -84,12 +84,12 @@ class TritonKernel:
         from ring_attn.kernels.triton_backward import Visited, backward_calls
         from ring_attn.kernels.triton_scores import chain_of
 
-        totals = into.totals()
-        for part in cleared(tiles, q, self.block):
+        parts = cleared(tiles, q, self.block)
+        for part in parts:
             chain = chain_of(score, part, q.dtype)
-            for call in backward_calls(Visited(up, q, k, v, scale, chain, totals), part, self._configs(q, v, chain)):
+            visited, once = Visited(up, q, k, v, scale, chain), len(parts) == 1
+            for call in backward_calls(visited, into, part, self._configs(q, v, chain), once=once):
                 call()
-            totals = totals.written
 
     def _forward(self, q, k, v, tiles: Sequence[Tile], scale, score, into: Partial | None, out: Tensor | None) -> Partial:
         """One launch, of tiles with the same predicates."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ring_attn.kernels import Upstream
-from ring_attn.kernels.sums import Totals
+from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.triton_blocks import Config, Configs, kv_table
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
 from ring_attn.mask import Causal, Documents, Full, Window
@@ -121,8 +121,8 @@ def test_tma_is_used_where_it_can_be():
     # Rows of 17 numbers are no multiple of 16 bytes apart.
     for width, wanted in ((16, True), (17, False)):
         q, k, v, dout = (x.to(DEVICE)[..., :16] for x in random_qkv(1, 37, 44, 2, 1, width, seed=8))
-        up, into = Upstream(dout, dout, empty(q, 16).lse), Totals(*(torch.zeros_like(x) for x in (q, k, v)))
-        calls = list(backward_calls(Visited(up, q, k, v, 0.2, PLAIN, into), tile_list, KERNEL.configs))
+        visited = Visited(Upstream(dout, dout, empty(q, 16).lse), q, k, v, 0.2, PLAIN)
+        calls = list(backward_calls(visited, Grads.like(q, k, v), tile_list, KERNEL.configs, once=True))
         assert [call.arguments["TMA"] for call in calls] == [wanted, wanted]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -62,19 +62,21 @@ def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterat
     config = configs(dtype, head_dim, head_dim, size, chain.kind)
     yield from forward_calls(q, k, partial, plan, config, chain)
     yield "prepare", prepare_call(up, prepared(up))
-    visited = Visited(up, q, k, k, 0.1, chain, grads)
+    visited = Visited(up, q, k, k, 0.1, chain)
     kv, queries = (
         kv_table(plan, k, config.dkdv.own, placed=chain.placed),
         query_table(plan, q, config.dq.own, placed=chain.placed),
     )
-    yield "dkdv", dkdv_call(visited, kv, config.dkdv)
-    yield "dq", dq_call(visited, queries, config.dq)
-    added = replace(visited, into=grads.written)
-    yield "dkdv adding", dkdv_call(added, kv, config.dkdv)
-    yield "dq adding", dq_call(added, queries, config.dq)
+    yield "dkdv", dkdv_call(visited, grads, kv, config.dkdv)
+    yield "dq", dq_call(visited, grads, queries, config.dq)
+    yield "dkdv adding", dkdv_call(visited, grads.written, kv, config.dkdv)
+    yield "dq adding", dq_call(visited, grads.written, queries, config.dq)
+    rounded = grads._replace(dq=q, dk=k, dv=k)
+    yield "dkdv rounded", dkdv_call(visited, rounded, kv, config.dkdv)
+    yield "dq rounded", dq_call(visited, rounded, queries, config.dq)
     if config.dq.narrow is not None:
         narrow = query_table(plan, q, config.dq.narrow.own, placed=chain.placed)
-        yield "dq narrow", dq_call(visited, narrow, config.dq.narrow)
+        yield "dq narrow", dq_call(visited, grads, narrow, config.dq.narrow)
 
 
 def forward_calls(q, k, partial, plan, config, chain) -> Iterator[tuple[str, Call]]:
