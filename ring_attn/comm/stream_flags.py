@@ -81,11 +81,11 @@ def flags_at_first(ranks: int) -> list[int]:
     return [0] * ranks + [1] * ranks
 
 
-def enqueue(operations: Operations) -> None:
-    """Puts them on the current stream, in order. Raises RuntimeError where the driver refuses."""
+def enqueue(operations: Operations, stream: torch.cuda.Stream) -> None:
+    """Puts them on the stream, in order. Raises RuntimeError where the driver refuses."""
     if not len(operations):
         return
-    status = _driver()(torch.cuda.current_stream().cuda_stream, len(operations), operations, 0)
+    status = _driver()(stream.cuda_stream, len(operations), operations, 0)
     if status:
         raise RuntimeError(f"CUDA's driver refused stream memory operations: cuStreamBatchMemOp gave {status}")
 

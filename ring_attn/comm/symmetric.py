@@ -186,10 +186,11 @@ class SymmetricTransport(ProcessGroupTransport):
         """Puts up for the others what `write` writes: what is to be received, and the copies that do it."""
         own = route.own
         received = own.new_empty(own.shape[0], sum(route.sizes), own.shape[2])
-        enqueue(route.signals.to_write)
+        here = _stream_here(own)
+        enqueue(route.signals.to_write, here)
         write(own)
-        enqueue(route.signals.written)
-        put_up = _event_here(own)
+        enqueue(route.signals.written, here)
+        put_up = _event_on(here)
         self._last = _Copies(received, _capturing(own.device), lambda copies: self._read(copies, route, put_up, what))
         return received, self._last
 
@@ -197,27 +198,33 @@ class SymmetricTransport(ProcessGroupTransport):
         """Reads what others put up, beside the current stream."""
         received = copies.received
         pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
-        with self._on_own_stream(received.device, put_up):
-            enqueue(route.signals.to_read)
+        with self._on_own_stream(received, put_up) as stream:
+            enqueue(route.signals.to_read, stream)
             for n, source in zip(route.order, route.sources, strict=True):
                 pieces[n].copy_(source)
-            copies.done = _event_here(received)
-            enqueue(route.signals.have_read)
-            copies.over = _event_here(received)
+            copies.done = _event_on(stream)
+            enqueue(route.signals.have_read, stream)
+            copies.over = _event_on(stream)
         if self._watch is not None:
             self._watch.add([copies], self._who(what), self._roll)
 
     @contextmanager
-    def _on_own_stream(self, device: torch.device, after: torch.cuda.Event | None) -> Iterator[None]:
-        """Work on this transport's own stream; see Note [streams]."""
-        if after is None:
-            yield
+    def _on_own_stream(self, x: Tensor, after: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
+        """Work on this transport's own stream, which is given; see Note [streams]."""
+        here = _stream_here(x)
+        if here is None:
+            yield None
             return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(x.device)
         self._stream.wait_event(after)
-        with torch.cuda.stream(self._stream):
-            yield
+        # `torch.cuda.stream` asks time and again which device is the current one.
+        with torch.cuda.device(x.get_device()):
+            torch.cuda.set_stream(self._stream)
+            try:
+                yield self._stream
+            finally:
+                torch.cuda.set_stream(here)
 
 
 class _Copies:
@@ -247,7 +254,7 @@ class _Copies:
         self.begin()
         if self.done is not None:
             # All of a graph's work must be waited for in it.
-            torch.cuda.current_stream().wait_event(self.over if self.captured else self.done)
+            _stream_here(self.received).wait_event(self.over if self.captured else self.done)
         self.received = None
 
 
@@ -316,9 +323,15 @@ def _on_gpu(x: Tensor | Unpacked) -> bool:
     return x.device.type == "cuda"
 
 
-def _event_here(x: Tensor) -> torch.cuda.Event | None:
-    """When the current stream has got so far; None where x is on no GPU."""
-    return torch.cuda.current_stream().record_event() if x.is_cuda else None
+def _stream_here(x: Tensor) -> torch.cuda.Stream | None:
+    """The current stream; None where x is on no GPU."""
+    # By number: to find out which device is the current one takes the host as long as the rest.
+    return torch.cuda.current_stream(x.get_device()) if x.is_cuda else None
+
+
+def _event_on(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """When the stream has got so far."""
+    return None if stream is None else stream.record_event()
 
 
 def _capturing(device: torch.device) -> bool:

@@ -222,10 +222,10 @@ class TableKey:
     block: int
     batch: int
     device: torch.device
-    least: int = 0
-    most: int = 1 << 31
-    placed: bool = False
-    stream: int = 0
+    least: int
+    most: int
+    placed: bool
+    stream: int
 
     def __hash__(self) -> int:
         return hash((id(self.tiles), *self._values))
@@ -240,7 +240,7 @@ class TableKey:
 
 def query_table(tiles: Sequence[Tile], q: Tensor, block: int, *, placed: bool = False) -> Table:
     """The table of every block of `block` query rows of q [b, s, h, d]."""
-    return _cached(TableKey(tiles, False, q.shape[1], block, q.shape[0], q.device, placed=placed))
+    return _make(TableKey(tuple(tiles), False, q.shape[1], block, q.shape[0], q.device, 0, 1 << 31, placed, _stream_of(q)))
 
 
 def chosen(config: Config, heads: int, table_of: Callable[[int], Table]) -> tuple[Config, Table]:
@@ -260,15 +260,11 @@ def kv_table(
     tiles: Sequence[Tile], k: Tensor, block: int, *, least: int = 0, most: int = 1 << 31, placed: bool = False
 ) -> Table:
     """The table of every block of `block` KV rows of k [b, skv, g, d], of entries with `least` to `most` query rows."""
-    return _cached(TableKey(tiles, True, k.shape[1], block, k.shape[0], k.device, least, most, placed))
+    return _make(TableKey(tuple(tiles), True, k.shape[1], block, k.shape[0], k.device, least, most, placed, _stream_of(k)))
 
 
-def _cached(key: TableKey) -> Table:
-    if not isinstance(key.tiles, tuple):
-        key = replace(key, tiles=tuple(key.tiles))
-    if key.device.type == "cuda":
-        key = replace(key, stream=torch.cuda.current_stream(key.device).cuda_stream)
-    return _make(key)
+def _stream_of(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.get_device()).cuda_stream if x.is_cuda else 0
 
 
 @lru_cache(maxsize=512)

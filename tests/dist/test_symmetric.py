@@ -44,7 +44,7 @@ class MappedFiles:
         return self.memory[rank][: torch.Size(sizes).numel() * dtype.itemsize].view(dtype).view(sizes)
 
     @classmethod
-    def enqueue(cls, operations):
+    def enqueue(cls, operations, stream=None):
         """What the front end of a GPU does, at once."""
         for operation in operations:
             flag = ctypes.c_uint32.from_address(operation.address)
@@ -73,7 +73,7 @@ class Dawdling(MappedFiles):
         return super().get_buffer(*args)
 
     @classmethod
-    def enqueue(cls, operations):
+    def enqueue(cls, operations, stream=None):
         cls.doze()
         super().enqueue(operations)
         cls.doze()
@@ -168,7 +168,7 @@ def _puts_off(rank, folder):
     with pretended(MappedFiles, folder):
         transport, shard, done = SymmetricTransport(), torch.full((1, 4, 2), float(rank)), []
         parts = tuple((Part(1 - mine, range(4)),) for mine in range(2))
-        noted = lambda operations: done.append(len(operations)) or MappedFiles.enqueue(operations)  # noqa: E731
+        noted = lambda operations, stream: done.append(len(operations)) or MappedFiles.enqueue(operations)  # noqa: E731
         with patch.object(symmetric, "enqueue", noted):
             first = transport.pull([[shard]], parts)
             assert len(done) == 2, "it is put up"
@@ -247,7 +247,7 @@ class TooLate(Dawdling):
     late, calls, held = 0, 0, ()
 
     @classmethod
-    def enqueue(cls, operations):
+    def enqueue(cls, operations, stream=None):
         cls.held, now = (operations, cls.held) if cls.calls % 4 == cls.late else ((), (*cls.held, *operations))
         cls.calls += 1
         super().enqueue(now)

@@ -78,7 +78,7 @@ def rank_0_of_4() -> Iterator[None]:
             (process_group, "_link", lambda group: ("gpus", 4)),
             (symmetric, "_why_not", lambda processes: None),
             (symmetric, "_on_gpu", lambda x: True),
-            (symmetric, "enqueue", lambda operations: None),
+            (symmetric, "enqueue", lambda operations, stream: None),
             (symmetric, "rendezvous", lambda size, device, group: Memory(size)),
             (ra.Ring, "agree", lambda self, signature, device, refusal=None: self._agreed.setdefault(signature)),
         ):
