@@ -18,7 +18,7 @@ apart or learn, and where a ring keeps KV, all go at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING
@@ -28,13 +28,15 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ring_attn.by_document import LayoutChoice
-from ring_attn.call import Call, Settled, called, name_kept, named, validate
+from ring_attn.call import Call, called, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.mask import Causal, Mask
+from ring_attn.overlap import PartOfBackward, overlapping, to_its_end
 from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.score import CosineSim, Score, listed, sort_scores
+from ring_attn.settled import Settled
 from ring_attn.ulysses import over_heads
 from ring_attn.watched import watched
 
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
 
 _KEPT = 3
 """So many visits' dq is kept until it is summed up, see Note [late] of `ring_attn.kernels.sums`."""
-
-_OfPart = Generator[bool, None, None]
 
 
 def ring_attention(
@@ -196,10 +196,10 @@ def _backward(
         _of_heads(of_heads, n, (q, k, v), grads, kept, (of_modifiers, totals), settled, call) for n, of_heads in enumerate(ups)
     )
     if settled.overlaps:
-        _overlapping(parts)
+        overlapping(parts)
     else:
         for part in parts:
-            _to_its_end(part)
+            to_its_end(part)
     if sinks is not None:
         # A sink is a key with v = 0, so its dp is 0.
         p = (sinks.to(up.lse.dtype)[:, None] - up.lse.masked_fill(up.lse == -torch.inf, torch.inf)).exp()
@@ -218,10 +218,9 @@ def _of_heads(
     learning: tuple[Sequence[Tensor], Sequence[Tensor | None]],
     settled: Settled,
     call: Call,
-) -> _OfPart:
+) -> PartOfBackward:
     """Writes the gradients of a part of the heads of q, k and v, of which each hosted rank has `ups`, to that part of `grads`,
-    and adds those of modifiers' tensors to their totals, both `learning`. Yields before each visit whether it is the last, and
-    once more before it waits for what travels home.
+    and adds those of modifiers' tensors to their totals, both `learning`.
     """
     q, k, v = (x.chunk(settled.head_parts, 2)[part] for x in inputs)
     of_modifiers, totals = learning
@@ -238,8 +237,16 @@ def _of_heads(
     if len(plan.steps) == 1:
         for sum_q, (dq, _, _) in zip(sums_q, of_ranks(), strict=True):
             sum_q.aim = [dq]
-    for visit in exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what):
-        yield visit.last
+    begun = part > 0 and settled.ends_at_home
+    if begun:
+        tour = exchange.own_last(ring.transport, kv, plan, what=what)
+        yield False
+    else:
+        tour = exchange.again(kv, plan, kept) if ring.keep_kv else exchange.tour(ring.transport, kv, plan, what=what)
+    for visit in tour:
+        if not begun:
+            yield visit.last
+        begun = False
         sums_kv = homeward.sums(visit)
         if ring.size == 1:
             sums_kv[0].sum.aim = of_ranks()[0][1:]
@@ -264,30 +271,6 @@ def _of_heads(
     yield True
     for sum_kv, (_, *of_kv) in zip(homeward.collect(), of_ranks(), strict=True):
         sum_kv.write(of_kv)
-
-
-def _overlapping(parts: Iterable[_OfPart]) -> None:
-    """All of the parts. The KV of one travels during the last visit of the one before, whose dK and dV travel home during the
-    first visit of this one.
-    """
-    ending = None
-    for part in parts:
-        last = next(part)
-        if ending is not None:
-            next(ending)
-        if not last:
-            last = next(part)
-        if ending is not None:
-            _to_its_end(ending)
-        while not last:
-            last = next(part)
-        ending = part
-    _to_its_end(ending)
-
-
-def _to_its_end(part: _OfPart) -> None:
-    for _ in part:
-        pass
 
 
 def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:

@@ -20,11 +20,12 @@ from torch import Tensor
 from ring_attn.by_document import LayoutChoice
 from ring_attn.cost import MACHINES, Question, Work, fastest, longest_wait
 from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
-from ring_attn.kernels import Kernel, Problem, resolve
+from ring_attn.kernels import Problem
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.partial import accumulator_dtype
 from ring_attn.score import Score, Scores, Sinks, sort_scores
+from ring_attn.settled import Settled
 from ring_attn.tiles import Plan
 
 if TYPE_CHECKING:
@@ -249,42 +250,6 @@ class Call:
     def split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """(the modifiers' tensors, the sinks)."""
         return (list(tensors[:-1]), tensors[-1]) if self.sinks else (list(tensors), None)
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward.
-
-    `back`, `plan_back`, `head_parts`: exchange and plan of the backward, and in how many parts of the heads it goes.
-    `forward_parts`: for how many the forward meets others' KV.
-    """
-
-    exchange: Exchange
-    back: Exchange
-    plan: Plan
-    plan_back: Plan
-    head_parts: int
-    problem: Problem
-    kernel_name: str
-    forward_parts: int
-
-    def kernel(self, direction: str, *, lse_grad: bool = False) -> Kernel:
-        """The kernel for a direction. Raises KernelUnavailable where there is none."""
-        wanted = direction, lse_grad, torch.are_deterministic_algorithms_enabled()
-        found = self._kernels.get(wanted)
-        if found is None:
-            problem = replace(self.problem, direction=direction, lse_grad=lse_grad, deterministic=wanted[2])
-            found = self._kernels[wanted] = resolve(self.kernel_name, problem)
-        return found
-
-    @cached_property
-    def overlaps(self) -> bool:
-        """Whether the parts of a backward are begun one ahead: only what begins at home need not wait for its KV."""
-        return self.head_parts > 1 and self.plan_back.begins_at_home
-
-    @cached_property
-    def _kernels(self) -> dict[tuple[str, bool, bool], Kernel]:
-        return {}
 
 
 _names: WeakKeyDictionary[Call, str] = WeakKeyDictionary()

@@ -24,7 +24,7 @@ from ring_attn.layout import Layout, Shared
 from ring_attn.typed import typed
 
 if TYPE_CHECKING:
-    from ring_attn.call import Settled
+    from ring_attn.settled import Settled
 
 
 class Ring:

@@ -25,6 +25,7 @@ LEVELS = [
     {"comm"},
     {"exchange"},
     {"cost"},
+    {"settled", "overlap"},
     {"call"},
     {"ulysses", "watched"},
     {"attention"},

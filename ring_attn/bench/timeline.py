@@ -18,6 +18,7 @@ from ring_attn.exchange.base import KV, Exchange, Homeward, HowHome, Visit
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
 from ring_attn.ring import Ring
+from ring_attn.settled import Settled
 from ring_attn.tiles import Meets, Plan
 
 
@@ -84,6 +85,9 @@ class _Watched:
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
         return self._noted(self.inner.tour(transport, kv, plan, what=what), what.split()[-1])
 
+    def own_last(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
+        return self._noted(self.inner.own_last(transport, kv, plan, what=what), what.split()[-1])
+
     def by_heads(self, transport: Transport, kv: list[KV], plan: Plan, count: int, *, what: str) -> Iterator[Visit]:
         return self._noted(self.inner.by_heads(transport, kv, plan, count, what=what), what.split()[-1])
 
@@ -106,7 +110,7 @@ def _watched(ring: Ring, device: torch.device) -> Iterator[list[_Seen]]:
     seen: list[_Seen] = []
     settle = call.Call.settle
 
-    def watched(self, *inputs: torch.Tensor) -> call.Settled:
+    def watched(self, *inputs: torch.Tensor) -> Settled:
         settled = settle(self, *inputs)
         there, back = (_Watched(one, device, seen) for one in (settled.exchange, settled.back))
         return replace(settled, exchange=there, back=back)

@@ -54,8 +54,8 @@ class Homeward(Protocol):
 
 
 class Exchange(Protocol):
-    """`PullExchange` has two more tours, which no other exchange can: `again`, of a backward where the ring keeps KV, and
-    `by_heads`, of a forward.
+    """`PullExchange` has three more tours, which no other exchange can: `again`, of a backward where the ring keeps KV,
+    `own_last`, of a backward of a part of the heads, and `by_heads`, of a forward.
     """
 
     name: str
@@ -70,21 +70,22 @@ class Exchange(Protocol):
 
 def visits(
     pending: Pending[list[Tensor]],
-    plan: Plan,
+    steps: Sequence[int],
     post: Callable[[int, list[Tensor]], Pending[list[Tensor]]],
     read: Callable[[int, list[Tensor]], list[KV]],
     *,
     tell: bool = False,
 ) -> Iterator[Visit]:
-    """The visits of a tour, each with the next one under way: `post(step, what came)` asks for a step, `read` makes it KV.
+    """The visits of these steps, each with the next one under way: `pending` is the first, `post(step, what came)` asks for
+    another, `read` makes it KV.
 
     `tell`: visits tell what came.
     """
-    for n, step in enumerate(plan.steps):
+    for n, step in enumerate(steps):
         came = pending.wait()
-        kv, last = read(step, came), n + 1 == len(plan.steps)
+        kv, last = read(step, came), n + 1 == len(steps)
         if not last:
-            pending = post(plan.steps[n + 1], came)
+            pending = post(steps[n + 1], came)
         visit = Visit(step, kv, last, came if tell else ())
         # While a visit is attended, nothing lives but it and what is under way.
         del came, kv

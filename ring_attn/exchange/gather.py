@@ -55,7 +55,7 @@ class GatherExchange:
             pieces = [came[part.rank][:, part.rows.start - first : part.rows.stop - first] for part in parts]
             return [widths.unpack(torch.cat(pieces, 1))] * len(kv)
 
-        return visits(gather(plan.steps[0]), plan, gather, read)
+        return visits(gather(plan.steps[0]), plan.steps, gather, read)
 
     def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:
         return _GatherHomeward(transport, plan, how)

@@ -2,8 +2,9 @@
 
 Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many, the
 own shard is met in halves of its KV rows: first those that the fewest queries of a causal mask see, while the others' KV comes,
-and last the rest, while what was gathered for the others goes home. Where a backward goes by parts of the heads, what one part
-gathered goes home while the next meets its own shard; only the last part's way home is seen.
+and last the rest, while what was gathered for the others goes home. Where a backward goes by parts of the heads, the KV of
+every part but the first comes while the one before is met, so it can begin with the others' KV: what the part before gathered
+goes home beside that, and what it gathers itself beside its own shard.
 
 Note [by heads]: with many KV heads what the others' rows take to come is longer than what the own ones take to be attended. So
 they may come and be attended for one part of the heads after the other: only the first part can be waited for, and nothing more
@@ -52,6 +53,14 @@ class PullExchange:
         return first, *zip(*by_rank, strict=True), *rest
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
+        return self._tour(plan.steps, transport, kv, plan, what)
+
+    def own_last(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
+        """A tour that ends with the own shard; by then it has asked for what it begins with. See Note [way home]."""
+        own, *others = plan.steps
+        return self._tour((*others, own), transport, kv, plan, what)
+
+    def _tour(self, steps: Sequence[int], transport: Transport, kv: list[KV], plan: Plan, what: str) -> Iterator[Visit]:
         widths = Widths.of(kv[0])
         # In one piece where it is put up again and again.
         once = sum(_own_rows(plan, step) is None for step in plan.steps) == 1
@@ -68,7 +77,7 @@ class PullExchange:
                 return list(map(widths.unpack, came))
             return kv if rows == slice(0, kv[0][0].shape[1]) else [(k[:, rows], v[:, rows]) for k, v in kv]
 
-        return visits(_own_kv(), plan, pull, read, tell=True)
+        return visits(pull(steps[0], []), steps, pull, read, tell=True)
 
     def by_heads(self, transport: Transport, kv: list[KV], plan: Plan, count: int, *, what: str) -> Iterator[Visit]:
         """A tour of two steps whose second is made for so many parts of the heads, one after another; see Note [by heads]."""

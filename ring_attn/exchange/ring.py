@@ -34,7 +34,7 @@ class RingExchange:
             before = steps[steps.index(step) - 1]
             return self.pass_on(transport, came, plan, before, step, what=f"{what}, KV for step {step}")
 
-        return visits(at_hand(kv, plan), plan, onward, lambda step, came: list(map(widths.unpack, came)) if step else kv)
+        return visits(at_hand(kv, plan), plan.steps, onward, lambda step, came: list(map(widths.unpack, came)) if step else kv)
 
     def pass_on(
         self, transport: Transport, rows: list[Tensor], plan: Plan, start: int, stop: int, *, what: str
