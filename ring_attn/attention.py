@@ -163,6 +163,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
             kept += visit.came
         # Before the tour goes on and asks for the visit after the next.
         del visit
+    made = [(x.acc, _of_part(to, (n, len(one)))) for one, to in zip(partials, outs, strict=True) for n, x in enumerate(one)]
+    if len(made) == 1:
+        out = made[0][0]
+    else:
+        for acc, to in made:
+            if acc.data_ptr() != to.data_ptr():
+                to.copy_(acc)
     if with_rest:
         whole, out = out, out.to(q.dtype)
         kept.append((whole - out).to(q.dtype))
@@ -222,7 +229,8 @@ def _of_heads(
     """Writes the gradients of a part of the heads of q, k and v, of which each hosted rank has `ups`, to that part of `grads`,
     and adds those of modifiers' tensors to their totals, both `learning`.
     """
-    q, k, v = (x.chunk(settled.head_parts, 2)[part] for x in inputs)
+    heads = part, settled.head_parts
+    q, k, v = (_of_part(x, heads) for x in inputs)
     of_modifiers, totals = learning
     ring, plan, exchange, sums = call.ring, settled.plan_back, settled.back, ups[0].lse.dtype
     kernel = settled.kernel("backward", lse_grad=ups[0].dlse is not None)
@@ -233,7 +241,7 @@ def _of_heads(
     how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps)
     homeward = exchange.homeward(ring.transport, plan, how)
     what, sums_q = f"{exchange.name} backward", [Sum([x.shape], sums, x.device) for x in queries]
-    of_ranks = cache(lambda: list(zip(*(call.hosted(x.chunk(settled.head_parts, 2)[part]) for x in grads()), strict=True)))
+    of_ranks = cache(lambda: list(zip(*(call.hosted(_of_part(x, heads)) for x in grads()), strict=True)))
     if len(plan.steps) == 1:
         for sum_q, (dq, _, _) in zip(sums_q, of_ranks(), strict=True):
             sum_q.aim = [dq]
@@ -266,11 +274,14 @@ def _of_heads(
                 sum_q.settle()
         del visit, sum_kv, sums_kv
     # Where more than one visit adds, not before: while visits are met, nothing lives but what they need.
+    whole, made = settled.head_parts == 1 and len(ring.hosted) == 1, []
     for sum_q, (dq, _, _) in zip(sums_q, of_ranks(), strict=True):
-        sum_q.write([dq])
+        made += sum_q.write([dq], take=whole)
     yield True
     for sum_kv, (_, *of_kv) in zip(homeward.collect(), of_ranks(), strict=True):
-        sum_kv.write(of_kv)
+        made += sum_kv.write(of_kv, take=whole)
+    if whole:
+        grads()[:] = made
 
 
 def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:

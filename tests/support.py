@@ -211,7 +211,8 @@ def run_kernel(
     for visit, tile_list in enumerate(tile_lists):
         last = visit == len(tile_lists) - 1
         partial = kernel.forward(q, k, v, tile_list, scale=scale, score=score, into=partial, out=out if last else None)
-    dtype = accumulator_dtype(q.dtype)
+    assert partial.acc is out or partial.acc.is_contiguous()
+    dtype, out = accumulator_dtype(q.dtype), partial.acc
     of_scores = tuple(torch.zeros_like(x, dtype=dtype) for x in (score.tensors() if score else ()))
     into, up = Grads.like(q, k, v, of_scores), Upstream(dout, out, partial.lse, dlse)
     for visit, tile_list in enumerate(tile_lists):

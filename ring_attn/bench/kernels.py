@@ -170,8 +170,9 @@ class Visit:
 
     def forward(self, kernel: Kernel, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(self.dout) if out is None else out
-        self.lse = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, score=self.score, out=out).lse
-        return out
+        made = kernel.forward(self.q, self.k, self.v, self.tiles, scale=self.scale, score=self.score, out=out)
+        self.lse = made.lse
+        return made.acc
 
     def grads(self, targets: Sequence[Tensor] = ()) -> Grads:
         """Where a backward adds; `targets`: where dq, dk and dv will be written."""
@@ -182,18 +183,17 @@ class Visit:
             found.q.sum.aim, found.kv.sum.aim = targets[:1], targets[1:]
         return found
 
-    def backward(self, kernel: Kernel, up: Upstream, targets: Sequence[Tensor]) -> None:
-        """Writes dq, dk and dv to `targets`."""
+    def backward(self, kernel: Kernel, up: Upstream, targets: Sequence[Tensor]) -> list[Tensor]:
+        """dq, dk and dv: `targets`, or as a library made them in their dtype."""
         into = self.grads(targets)
         kernel.backward(up, self.q, self.k, self.v, self.tiles, scale=self.scale, into=into)
-        into.write(*targets)
+        return [*into.q.sum.write(targets[:1], take=True), *into.kv.sum.write(targets[1:], take=True)]
 
     def run(self, kernel: Kernel) -> list[Tensor]:
         """out, dq, dk, dv."""
         out, dtype = self.forward(kernel), accumulator_dtype(self.q.dtype)
         targets = [torch.empty_like(x, dtype=dtype) for x in (self.q, self.k, self.v)]
-        self.backward(kernel, Upstream(self.dout, out, self.lse), targets)
-        return [out, *targets]
+        return [out, *self.backward(kernel, Upstream(self.dout, out, self.lse), targets)]
 
     def dense(self, dtype: torch.dtype) -> list[Tensor]:
         """out, dq, dk, dv by one plain softmax in `dtype`, with autograd."""

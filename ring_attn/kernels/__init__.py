@@ -117,8 +117,9 @@ class Kernel(Protocol):
     ) -> Partial:
         """The partial of all tiles, merged into `into` (written to) where given.
 
-        `out` [b, s, h, dv] marks the last visit: it is filled with the normalised output of every row, and the partial returned
-        is normalised, its m the final lse; `into` is then not meant to be read again.
+        `out` [b, s, h, dv] marks the last visit: the partial returned is normalised, its acc the output of every row, its m the
+        final lse, and `into` is not meant to be read again. That acc is `out`, or where a library made all of it in one call
+        what that returned, contiguous: `out` is then not written.
         """
 
     def backward(

@@ -35,6 +35,11 @@ class Addend(NamedTuple):
     rows: range
     places: Tensor | None = None
 
+    def is_all_of(self, rows: range, dtype: torch.dtype) -> bool:
+        """Whether sums of those rows in `dtype` are these tensors."""
+        alike = all(x.dtype == dtype and x.is_contiguous() for x in self.tensors)
+        return alike and self.rows == rows and self.places is None
+
 
 class Sum:
     """The sums of tensors [b, s, h, d] with the same rows, in `dtype`; see Note [late]. `make`: makes the total, unwritten.
@@ -101,23 +106,29 @@ class Sum:
         base = [] if self._mark(span) else [Addend(total, span)]
         self._launch(total, [*base, *late], span)
 
-    def write(self, targets: Sequence[Tensor]) -> None:
-        """Writes the sums to `targets`, in their dtype; nothing is left of them here."""
+    def write(self, targets: Sequence[Tensor], take: bool = False) -> Sequence[Tensor]:
+        """Writes the sums to `targets`, in their dtype, and gives them; nothing is left of them here.
+
+        `take`: what there is may be given as it is instead, where that is one thing, contiguous and in that dtype.
+        """
         late, self._late = self._late, []
         total, self.total = self.total, None
         if total is not None:
             self._write_rest(total)
-        base = [] if total is None else [Addend(total, self.rows)]
+        found = [*([] if total is None else [Addend(total, self.rows)]), *late]
         self._unwritten = [self.rows]
-        if not (base or late):
+        if take and len(found) == 1 and found[0].is_all_of(self.rows, targets[0].dtype):
+            return found[0].tensors
+        if not found:
             for x in targets:
                 x.zero_()
         elif late or total[0].data_ptr() != targets[0].data_ptr():
             if fused(self.device):
-                self._launch(targets, [*base, *late], self.rows)
+                self._launch(targets, found, self.rows)
             else:
                 for x, y in zip(targets, total, strict=True):
                     x.copy_(y)
+        return targets
 
     def _launch(self, targets: Sequence[Tensor], addends: Sequence[Addend], rows: range) -> None:
         from ring_attn.kernels.triton_sum import sum_call

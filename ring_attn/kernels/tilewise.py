@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Problem, Upstream, modifier_refusal
 from ring_attn.kernels.packs import Pack, Rows, all_rows, groups, make_pack
-from ring_attn.kernels.sums import Grads, fused
+from ring_attn.kernels.sums import Grads, RowsOfSum, fused
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
@@ -255,9 +255,8 @@ class Packed:
         return kernel.differentiate_packed(up, self._q(q), self._kv(k), self._kv(v), self.pack, scaling)
 
     def add(self, into: Grads, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        q_places, kv_places = (x.unsqueeze(-1) for x in (self.pack.q_places, self.pack.kv_places))
-        into.q.add([dq.unsqueeze(0)], range(q_places.shape[1]), q_places)
-        into.kv.add([dk.unsqueeze(0), dv.unsqueeze(0)], range(kv_places.shape[1]), kv_places)
+        _add_pack(into.q, [dq], self.pack.q_rows, self.pack.q_places)
+        _add_pack(into.kv, [dk, dv], self.pack.kv_rows, self.pack.kv_places)
 
     def _q(self, x: Tensor) -> Tensor:
         return self._part(x, self.pack.q_rows)
@@ -272,6 +271,15 @@ class Packed:
         from ring_attn.kernels.triton_take import taken
 
         return taken(x, *rows)
+
+
+def _add_pack(to: RowsOfSum, packed: Sequence[Tensor], rows: Rows, places: Tensor) -> None:
+    """Adds results [n, h, d] whose rows are those, and of which `places` [b, s] says where each row of the sum is."""
+    batched, (_, numbers) = [x.unsqueeze(0) for x in packed], rows
+    if len(places) == 1 and isinstance(numbers, slice):
+        to.add(batched, range(numbers.start, numbers.stop))
+    else:
+        to.add(batched, range(places.shape[1]), places.unsqueeze(-1))
 
 
 def _merged(
@@ -306,11 +314,9 @@ def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
     """A library's result as the partial of a whole visit, without a merge."""
-    lse = lse.contiguous()
-    if target is not None:
-        target.copy_(out)
-        return Partial(target, lse)
-    return Partial(out, lse)
+    if target is not None and not out.is_contiguous():
+        out = target.copy_(out)
+    return Partial(out, lse.contiguous())
 
 
 def _can_fuse(out: Tensor) -> bool:
