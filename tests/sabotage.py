@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from ring_attn import attention, exchange, mask, tiles
 from ring_attn.comm.local import LocalTransport
-from ring_attn.comm.transport import Pending
+from ring_attn.comm.transport import Pending, Pieces
 from ring_attn.exchange import base, gather
 from ring_attn.kernels import Upstream, reference
 from tests.matrix import Case, cases, check, simulated
@@ -84,7 +84,7 @@ def pull_a_row_too_late() -> AbstractContextManager:
     pull = LocalTransport.pull
 
     def broken(self, shards, parts, *, what="pull"):
-        return pull(self, [[x.roll(-1, 1) for x in beside] for beside in shards], parts, what=what)
+        return pull(self, [Pieces(x.roll(-1, 1) for x in beside) for beside in shards], parts, what=what)
 
     return patch.object(LocalTransport, "pull", broken)
 

@@ -13,6 +13,7 @@ import torch
 
 import ring_attn as ra
 from ring_attn import call
+from ring_attn.exchange.base import Beside
 from ring_attn.kernels import sums
 from ring_attn.kernels.sums import Sum
 from tests.scores import MASKS, Sizes, compared
@@ -113,6 +114,12 @@ def test_nothing_of_a_backward_lives_on(monkeypatch, exchange, kernel, late):
         finally:
             gc.enable()
     assert of_q.peak and of_kv.peak
+
+
+def test_kv_of_some_heads_is_laid_beside_each_other_in_one_pass(passes):
+    pair = tuple(torch.randn(1, 24, 4, 16)[:, :, :2] for _ in range(2))
+    rows = Beside.of(pair).packed()
+    assert torch.equal(rows, torch.cat([x.flatten(2) for x in pair], -1)) and passes == [2]
 
 
 def test_what_came_home_is_put_together_before_more_comes(passes):

@@ -10,6 +10,7 @@ from ring_attn.comm import process_group
 from ring_attn.comm.backend import over_nccl
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport
+from ring_attn.comm.transport import Pieces
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
 from tests.support import Rows
@@ -71,7 +72,7 @@ def parts_of_rows(transport, device):
     for b, dtype in ((1, torch.float64), (2, torch.float32), (3, torch.bfloat16)):
         shards = [torch.randint(-99, 99, (b, rows, 3), generator=gen).to(device, dtype) for _ in range(size)]
         kept = [x.clone() for x in shards]
-        got = transport.pull([cut(shards[r]) for r in hosted], parts).wait()
+        got = transport.pull([Pieces(cut(shards[r])) for r in hosted], parts).wait()
         for rank, x in zip(hosted, got, strict=True):
             want = [shards[part.rank][:, part.rows.start : part.rows.stop] for part in parts[rank]]
             assert torch.equal(x, torch.cat([x.new_empty(b, 0, 3), *want], 1))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Unpacked, check_parts, check_payloads, put_together
+from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Unpacked, check_parts, check_payloads
 from ring_attn.layout import places, total_rows
 
 
@@ -54,7 +54,7 @@ class LocalTransport:
         return Pending(grid, lambda: flat.wait() and None, what)
 
     def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
-        shards = put_together(shards)
+        shards = [x.packed() for x in shards]
         check_payloads(self, shards, what)
         received = [x.new_empty(x.shape[0], total_rows(parts[rank]), x.shape[2]) for rank, x in enumerate(shards)]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ring_attn.comm.backend import may_split, over_nccl, split_off, timeout_of
 from ring_attn.comm.second import second_group
-from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, T, Unpacked, check_parts, check_payloads, put_together
+from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, T, Unpacked, check_parts, check_payloads
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.comm.watch import Roll, watch
 from ring_attn.layout import places, total_rows
@@ -106,7 +106,7 @@ class ProcessGroupTransport:
         return self._deliver(messages, received, what, keep=shards)
 
     def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
-        shards = put_together(shards)
+        shards = [x.packed() for x in shards]
         check_payloads(self, shards, what)
         b, _, e = shards[0].shape
         received = [shards[0].new_empty(b, total_rows(parts[rank]), e) for rank in self.hosted]

@@ -104,7 +104,7 @@ class SymmetricTransport(ProcessGroupTransport):
             return super().pull(shards, parts, what=what)
         shape = *shard[0].shape[:2], sum(x.shape[2] for x in shard)
         route = self._route(pulled, parts, shape, shard[0])
-        received, copies = self._put_up(lambda own: torch.cat(list(shard), -1, out=own), route, what)
+        received, copies = self._put_up(shard.write, route, what)
         # See Note [host].
         return Pending([received], copies.wait, what)
 

@@ -21,8 +21,19 @@ from torch import Tensor
 from ring_attn.layout import Part
 
 Parts = Sequence[Sequence[Part]]
-Pieces = Sequence[Tensor]  # tensors [b, s, *] that lie beside each other in rows [b, s, e]
 T = TypeVar("T")
+
+
+class Pieces(tuple[Tensor, ...]):
+    """Tensors [b, s, *] that lie beside each other in rows [b, s, e]."""
+
+    def write(self, to: Tensor) -> None:
+        """Writes the rows there."""
+        torch.cat(list(self), -1, out=to)
+
+    def packed(self) -> Tensor:
+        """The rows in memory of their own, or as they were given where that is one tensor."""
+        return self[0] if len(self) == 1 else torch.cat(list(self), -1)
 
 
 class Unpacked(Protocol):
@@ -113,11 +124,6 @@ class Transport(Collective, Protocol):
         """The way back of `pull`: every part of `grads[i]`, which is [b, n, e] in the order of hosted rank i's parts, is added
         to the rows that it came from of `into`, one a hosted rank, when it is waited for. Sums go by rank.
         """
-
-
-def put_together(shards: Sequence[Pieces]) -> list[Tensor]:
-    """The shards, each in memory of its own, or as it was given where it is one tensor."""
-    return [pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), -1) for pieces in shards]
 
 
 def check_payloads(transport: Collective, shards: Sequence[Tensor], what: str) -> None:

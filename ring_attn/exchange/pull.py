@@ -20,7 +20,7 @@ from functools import cache
 from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
-from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, pack, visits
+from ring_attn.exchange.base import KV, Beside, Homeward, HowHome, PackedHomeward, Visit, Widths, pack, visits
 from ring_attn.kernels.sums import RowsOfSum, Sum
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
@@ -64,7 +64,7 @@ class PullExchange:
         widths = Widths.of(kv[0])
         # In one piece where it is put up again and again.
         once = sum(_own_rows(plan, step) is None for step in plan.steps) == 1
-        shards = cache(lambda: [(k.flatten(2), v.flatten(2)) if once else (pack((k, v)),) for k, v in kv])
+        shards = cache(lambda: [Beside.of(pair) if once else Beside((pack(pair),)) for pair in kv])
 
         def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
             if _own_rows(plan, step) is not None:
@@ -85,7 +85,7 @@ class PullExchange:
         parts = [[(k.chunk(count, 2)[n], v.chunk(count, 2)[n]) for k, v in kv] for n in range(count)]
 
         def pull(n: int) -> Pending[list[Tensor]]:
-            shards = [(k.flatten(2), v.flatten(2)) for k, v in parts[n]]
+            shards = list(map(Beside.of, parts[n]))
             return transport.pull(shards, plan.meets[step], what=f"{what}, KV for step {step}, part {n} of the heads")
 
         pending = pull(0)

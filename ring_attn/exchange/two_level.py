@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ring_attn.comm.transport import Parts, Pending, Transport
+from ring_attn.comm.transport import Parts, Pending, Pieces, Transport
 from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, PackedSum, Visit, Widths, at_hand
 from ring_attn.kernels.sums import Sum
 from ring_attn.layout import Layout, Part
@@ -66,7 +66,9 @@ class TwoLevelExchange:
             inside = 2 * level + 1
             if inside in steps:
                 # First, as this level waits for it: wires that have a queue would keep it behind the slow link.
-                pulled = transport.pull([(x,) for x in held], self.holders(plan, inside), what=f"{what}, KV for step {inside}")
+                pulled = transport.pull(
+                    [Pieces((x,)) for x in held], self.holders(plan, inside), what=f"{what}, KV for step {inside}"
+                )
             if following is not None:
                 away = (following - level) * self.ranks_per_node
                 arriving = transport.shift(held, away, what=f"{what}, KV of {following} nodes back")

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ring_attn.comm.transport import Pending, Transport
+from ring_attn.comm.transport import Pending, Pieces, Transport
 from ring_attn.exchange.ring import RingExchange
 from ring_attn.layout import Layout, Part, places
 from ring_attn.mask import Mask
@@ -36,7 +36,7 @@ class TwoWayExchange(RingExchange):
         self, transport: Transport, rows: list[Tensor], plan: Plan, start: int, stop: int, *, what: str
     ) -> Pending[list[Tensor]]:
         # One pull is one batch of messages: both directions go at once.
-        return transport.pull([(x,) for x in rows], _whereabouts(plan.kv_layout, start, stop), what=what)
+        return transport.pull([Pieces((x,)) for x in rows], _whereabouts(plan.kv_layout, start, stop), what=what)
 
 
 @lru_cache

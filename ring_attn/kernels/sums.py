@@ -232,6 +232,24 @@ def fused(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton()
 
 
+def lay_beside(pieces: Sequence[Tensor], out: Tensor) -> None:
+    """Writes pieces [b, n, e] beside each other to `out` [b, n, sum of e].
+
+    Pieces of longer rows, as those of some heads, PyTorch reads at a third of the memory's speed: there a pass of ours does it.
+    """
+    width = pieces[0].shape[2]
+    head = min(width & -width, 128)
+    alike = len(pieces) == 2 and pieces[0].shape == pieces[1].shape and head >= 16 and out.is_floating_point()
+    if not (alike and fused(out.device)) or all(x.is_contiguous() for x in pieces):
+        torch.cat(list(pieces), -1, out=out)
+        return
+    from ring_attn.kernels.triton_sum import sum_call
+
+    targets, found = ([x.unflatten(2, (-1, head)) for x in of] for of in (out.split(width, 2), pieces))
+    rows = range(out.shape[1])
+    sum_call(targets, [Addend(found, rows)], rows, accumulator_dtype(out.dtype))()
+
+
 def _unwritten(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
 

@@ -21,6 +21,7 @@ from ring_attn.comm import copy_engines, process_group, symmetric
 from ring_attn.comm.process_group import split_group
 from ring_attn.comm.stream_flags import _EQUAL, _WAIT, _WRITE, Flags, flags_at_first
 from ring_attn.comm.symmetric import SymmetricTransport
+from ring_attn.comm.transport import Pieces
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
 from tests.matrix import cases, check
@@ -141,7 +142,7 @@ def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
         shards = torch.randn(size, 2, rows, 3, generator=gen, dtype=torch.float64).to(device)
         parts = [[Part(other, range(rows // 3, rows)) for other in range(size) if other != mine] for mine in range(size)]
         doze()
-        pending = transport.pull([[shards[rank]]], parts, what=f"round {number}")
+        pending = transport.pull([Pieces([shards[rank]])], parts, what=f"round {number}")
         want = torch.cat([shards[part.rank][:, part.rows.start :] for part in parts[rank]], 1)
         if under_way is not None:
             (got,) = under_way[0].wait()
@@ -153,7 +154,7 @@ def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
 def _lets_go(rank, folder):
     made, new = [], symmetric._Copies
     with pretended(MappedFiles, folder), patch.object(symmetric, "_Copies", lambda *x: made.append(new(*x)) or made[-1]):
-        pending = SymmetricTransport().pull([[torch.zeros(1, 4, 2)]], [[Part(1, range(4))], [Part(0, range(4))]])
+        pending = SymmetricTransport().pull([Pieces([torch.zeros(1, 4, 2)])], [[Part(1, range(4))], [Part(0, range(4))]])
         assert made[0].received is not None
         pending.wait()
         assert made[0].received is None
@@ -170,9 +171,9 @@ def _puts_off(rank, folder):
         parts = tuple((Part(1 - mine, range(4)),) for mine in range(2))
         noted = lambda operations, stream: done.append(len(operations)) or MappedFiles.enqueue(operations)  # noqa: E731
         with patch.object(symmetric, "enqueue", noted):
-            first = transport.pull([[shard]], parts)
+            first = transport.pull([Pieces([shard])], parts)
             assert len(done) == 2, "it is put up"
-            second = transport.pull([[shard + 2]], parts)
+            second = transport.pull([Pieces([shard + 2])], parts)
             assert len(done) == 6, "the first is read, the second put up"
             assert torch.equal(second.wait()[0], torch.full_like(shard, 3.0 - rank))
             assert len(done) == 8
@@ -209,7 +210,7 @@ def _repeats(rank, folder):
                 shards = torch.randn(2, b, rows, 2, generator=torch.Generator().manual_seed(number)).to(dtype)
                 # What is made in inference mode must serve outside of it, and the other way round.
                 with torch.inference_mode(number % 2 == 0):
-                    (pulled,) = transport.pull([[shards[rank].clone()]], parts).wait()
+                    (pulled,) = transport.pull([Pieces([shards[rank].clone()])], parts).wait()
                     assert torch.equal(pulled, shards[1 - rank][:, wanted.start : wanted.stop])
                     total = torch.zeros_like(shards[rank])
                     transport.push([Rows(2 * pulled)], parts, [Rows(total)]).wait()
@@ -232,7 +233,7 @@ def _reads_in_order(rank, folder):
         parts = tuple(tuple(Part(source, range(4)) for source in range(mine)) for mine in range(3))
         shards = [torch.full((1, 4, 2), float(number)) for number in range(3)]
         with patch.object(MappedFiles, "get_buffer", noted):
-            (got,) = transport.pull([[shards[rank]]], parts).wait()
+            (got,) = transport.pull([Pieces([shards[rank]])], parts).wait()
         assert read == [rank, *reversed(range(rank))]
         assert torch.equal(got, torch.cat([shards[rank][:, :0], *shards[:rank]], 1))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ring_attn.kernels import sums
-from ring_attn.kernels.sums import MOST, Addend, Grads, RowsOfSum, Sum
+from ring_attn.kernels.sums import MOST, Addend, Grads, RowsOfSum, Sum, lay_beside
 from ring_attn.kernels.triton_kernel import interpreted
 from tests.support import FLOAT32_LIMIT, rel_error
 
@@ -193,6 +193,22 @@ def test_what_is_alone_may_be_taken(passes, other):
     assert [x is y for x, y in zip(got, targets if other else addend.tensors, strict=True)] == [True] * 2
     assert bool(passes) == bool(other) and not any(x.isnan().any() for x in got)
     assert found.claim(found.rows)[1], "nothing is left"
+
+
+@pytest.mark.parametrize("passes", [False, LATE], indirect=True, ids=["plain", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("widths", [(96, 96), (96, 48), (40, 40), (32,), (16, 16, 16)])
+def test_pieces_of_rows_are_laid_beside_each_other(passes, widths, dtype):
+    """As whole as they came: by one pass where they are parts of longer rows, and of a kind that it takes."""
+    gen = torch.Generator().manual_seed(3)
+    of_rows = [(normal(gen, B, S, 3 * width) * 100).to(dtype) for width in widths]
+    parts = [x[..., width : 2 * width] for x, width in zip(of_rows, widths, strict=True)]
+    for pieces in (parts, [x.contiguous() for x in parts]):
+        out = torch.empty(B, S, sum(widths), dtype=dtype, device=DEVICE)
+        lay_beside(pieces, out)
+        assert torch.equal(out, torch.cat(pieces, -1))
+    taken = sums.fused(DEVICE) and widths == (96, 96) and dtype != torch.int64
+    assert len(passes) == taken
 
 
 def test_kernels_that_add_by_themselves_are_told_what_is_there():
