@@ -18,9 +18,8 @@ apart or learn, and where a ring keeps KV, all go at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -198,7 +197,7 @@ def _backward(
     of_modifiers, sinks = call.split(tensors)
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
     ups = [_hosted_upstream(part, call) for part in up.head_parts(settled.head_parts)]
-    grads = cache(lambda: [x.new_empty(x.shape) for x in (q, k, v)])
+    grads: list[Tensor | None] = [None] * 3
     parts = (
         _of_heads(of_heads, n, (q, k, v), grads, kept, (of_modifiers, totals), settled, call) for n, of_heads in enumerate(ups)
     )
@@ -213,21 +212,21 @@ def _backward(
         delta = torch.cat([torch.cat([one.delta for one in part], -1) for part in ups], 1)
         totals.append(-delta.mul(p).sum((0, 2)))
     of_tensors = [x.new_empty(0) if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
-    return *grads(), of_tensors
+    return *grads, of_tensors
 
 
 def _of_heads(
     ups: Sequence[Upstream],
     part: int,
     inputs: Sequence[Tensor],
-    grads: Callable[[], Sequence[Tensor]],
+    grads: list[Tensor | None],
     kept: Sequence[Tensor],
     learning: tuple[Sequence[Tensor], Sequence[Tensor | None]],
     settled: Settled,
     call: Call,
 ) -> PartOfBackward:
     """Writes the gradients of a part of the heads of q, k and v, of which each hosted rank has `ups`, to that part of `grads`,
-    and adds those of modifiers' tensors to their totals, both `learning`.
+    made where it lacks them, and adds those of modifiers' tensors to their totals, both `learning`.
     """
     heads = part, settled.head_parts
     q, k, v = (_of_part(x, heads) for x in inputs)
@@ -238,13 +237,19 @@ def _of_heads(
     kv = list(zip(call.hosted(k), call.hosted(v), strict=True))
     modifiers = call.hosted_modifiers(of_modifiers, queries[0].shape[1])
     score_grads = call.hosted_score_grads(totals, of_modifiers, queries[0].shape[1])
-    how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps)
+
+    # As late as may be: while visits are met, little lives but what they need.
+    def of_ranks(*which: int) -> list[tuple[Tensor, ...]]:
+        for n in which:
+            grads[n] = inputs[n].new_empty(inputs[n].shape) if grads[n] is None else grads[n]
+        return list(zip(*(call.hosted(_of_part(grads[n], heads)) for n in which), strict=True))
+
+    how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps, aim=lambda i: of_ranks(1, 2)[i])
     homeward = exchange.homeward(ring.transport, plan, how)
     what, sums_q = f"{exchange.name} backward", [Sum([x.shape], sums, x.device) for x in queries]
-    of_ranks = cache(lambda: list(zip(*(call.hosted(_of_part(x, heads)) for x in grads()), strict=True)))
     if len(plan.steps) == 1:
-        for sum_q, (dq, _, _) in zip(sums_q, of_ranks(), strict=True):
-            sum_q.aim = [dq]
+        for i, sum_q in enumerate(sums_q):
+            sum_q.aim = lambda i=i: of_ranks(0)[i]
     begun = part > 0 and settled.ends_at_home
     if begun:
         tour = exchange.own_last(ring.transport, kv, plan, what=what)
@@ -255,10 +260,7 @@ def _of_heads(
         if not begun:
             yield visit.last
         begun = False
-        sums_kv = homeward.sums(visit)
-        if ring.size == 1:
-            sums_kv[0].sum.aim = of_ranks()[0][1:]
-        for i, (rank, sum_q, sum_kv) in enumerate(zip(ring.hosted, sums_q, sums_kv, strict=True)):
+        for i, (rank, sum_q, sum_kv) in enumerate(zip(ring.hosted, sums_q, homeward.sums(visit), strict=True)):
             kernel.backward(
                 ups[i],
                 queries[i],
@@ -272,16 +274,17 @@ def _of_heads(
         if len(plan.steps) > _KEPT:
             for sum_q in sums_q:
                 sum_q.settle()
-        del visit, sum_kv, sums_kv
-    # Where more than one visit adds, not before: while visits are met, nothing lives but what they need.
-    whole, made = settled.head_parts == 1 and len(ring.hosted) == 1, []
-    for sum_q, (dq, _, _) in zip(sums_q, of_ranks(), strict=True):
-        made += sum_q.write([dq], take=whole)
+        del visit, sum_kv
+    if settled.head_parts == 1 and len(ring.hosted) == 1:
+        grads[:1] = sums_q[0].made(q.dtype, lambda: of_ranks(0)[0])
+        yield True
+        grads[1:] = homeward.collect()[0].made(q.dtype, lambda: of_ranks(1, 2)[0])
+        return
+    for sum_q, of_q in zip(sums_q, of_ranks(0), strict=True):
+        sum_q.write(of_q)
     yield True
-    for sum_kv, (_, *of_kv) in zip(homeward.collect(), of_ranks(), strict=True):
-        made += sum_kv.write(of_kv, take=whole)
-    if whole:
-        grads()[:] = made
+    for sum_kv, of_kv in zip(homeward.collect(), of_ranks(1, 2), strict=True):
+        sum_kv.write(of_kv)
 
 
 def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:

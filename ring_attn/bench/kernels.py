@@ -180,14 +180,15 @@ class Visit:
         of_scores = () if self.score is None else tuple(torch.zeros_like(x, dtype=dtype) for x in self.score.tensors())
         found = Grads.like(self.q, self.k, self.v, of_scores)
         if targets:
-            found.q.sum.aim, found.kv.sum.aim = targets[:1], targets[1:]
+            found.q.sum.aim, found.kv.sum.aim = (lambda of=of: of for of in (targets[:1], targets[1:]))
         return found
 
     def backward(self, kernel: Kernel, up: Upstream, targets: Sequence[Tensor]) -> list[Tensor]:
         """dq, dk and dv: `targets`, or as a library made them in their dtype."""
         into = self.grads(targets)
         kernel.backward(up, self.q, self.k, self.v, self.tiles, scale=self.scale, into=into)
-        return [*into.q.sum.write(targets[:1], take=True), *into.kv.sum.write(targets[1:], take=True)]
+        made = [one.made(of[0].dtype, lambda of=of: of) for one, of in ((into.q.sum, targets[:1]), (into.kv.sum, targets[1:]))]
+        return [x for of in made for x in of]
 
     def run(self, kernel: Kernel) -> list[Tensor]:
         """out, dq, dk, dv."""

@@ -33,11 +33,15 @@ class Visit(NamedTuple):
 
 
 class HowHome(NamedTuple):
-    """In what dtype dK and dV are summed here, that of lse, and in what they travel. `busy`: KV of another tour travels too."""
+    """In what dtype dK and dV are summed here, that of lse, and in what they travel. `busy`: KV of another tour travels too.
+
+    `aim(i)`: the tensors that dk and dv of the i-th hosted rank's own rows are to be written to, made when they are wanted.
+    """
 
     sums: torch.dtype
     wire: torch.dtype
     busy: bool = False
+    aim: Callable[[int], KV] | None = None
 
 
 class Homeward(Protocol):
@@ -159,6 +163,13 @@ class PackedHomeward:
             for one, arrived in zip(to, pending.wait(), strict=True):
                 one.add(arrived, rows)
         self.pending = []
+
+    def aimed(self, own: list[PackedSum]) -> list[PackedSum]:
+        """Sums of own rows that are handed back as they are: where one visit makes them, it may write where they go."""
+        if len(self.plan.steps) == 1 and self.how.aim is not None:
+            for i, one in enumerate(own):
+                one.sum.aim = partial(self.how.aim, i)
+        return own
 
     def of_shards(self, visit: Visit) -> list[PackedSum]:
         """Sums of whole shards, to which nothing has been added."""

@@ -136,7 +136,7 @@ class _PullHomeward(PackedHomeward):
         return sum(_own_rows(plan, step) is None for step in plan.steps) > 1
 
     def sums(self, visit: Visit) -> list[RowsOfSum]:
-        self.own = self.own or self.of_shards(visit)
+        self.own = self.own or self.aimed(self.of_shards(visit))
         rows = _own_rows(self.plan, visit.step)
         return super().sums(visit) if rows is None else [RowsOfSum(one.sum, range(rows.start, rows.stop)) for one in self.own]
 

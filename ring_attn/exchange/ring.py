@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Transport
 from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit, Widths, at_hand, visits
+from ring_attn.kernels.sums import RowsOfSum
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.tiles import Meets, Plan
@@ -55,6 +56,11 @@ class _RingHomeward(PackedHomeward):
     def __init__(self, transport: Transport, plan: Plan, how: HowHome, exchange: RingExchange) -> None:
         super().__init__(transport, plan, how)
         self.exchange = exchange
+
+    def sums(self, visit: Visit) -> list[RowsOfSum]:
+        found = super().sums(visit)
+        self.aimed(self.of_visit)
+        return found
 
     def add(self, visit: Visit) -> None:
         if visit.step == 0:

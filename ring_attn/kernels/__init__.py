@@ -119,7 +119,7 @@ class Kernel(Protocol):
 
         `out` [b, s, h, dv] marks the last visit: the partial returned is normalised, its acc the output of every row, its m the
         final lse, and `into` is not meant to be read again. That acc is `out`, or where a library made all of it in one call
-        what that returned, contiguous: `out` is then not written.
+        what that returned, contiguous and in memory of its own: `out` is then not written.
         """
 
     def backward(

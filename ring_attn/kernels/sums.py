@@ -37,14 +37,14 @@ class Addend(NamedTuple):
 
     def is_all_of(self, rows: range, dtype: torch.dtype) -> bool:
         """Whether sums of those rows in `dtype` are these tensors."""
-        alike = all(x.dtype == dtype and x.is_contiguous() for x in self.tensors)
-        return alike and self.rows == rows and self.places is None
+        return self.rows == rows and self.places is None and all(x.dtype == dtype and on_its_own(x) for x in self.tensors)
 
 
 class Sum:
     """The sums of tensors [b, s, h, d] with the same rows, in `dtype`; see Note [late]. `make`: makes the total, unwritten.
 
-    `aim`: set where a single visit makes all of the sums, what they will be written to; a kernel may write it itself, rounded.
+    `aim`: set where a single visit makes all of the sums, what makes the tensors that they will be written to; a kernel may
+    write there itself, rounded.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Sum:
         self.dtype, self.device = dtype, device
         self.rows = range(shapes[0][1])
         self.total: Sequence[Tensor] | None = None
-        self.aim: Sequence[Tensor] | None = None
+        self.aim: Callable[[], Sequence[Tensor]] | None = None
         self._make = make or partial(_unwritten, shapes, dtype, device)
         self._unwritten = [self.rows]
         self._late: list[Addend] = []
@@ -72,7 +72,9 @@ class Sum:
         `once`: it does nothing but write them, once, so that they may be in another dtype.
         """
         if once and self.aim is not None:
-            self.total = self.aim
+            if self.total is not None or self._late:
+                raise RuntimeError("a sum is aimed that more than one visit makes")
+            self.total = list(self.aim())
         return self._of_total(rows), self._mark(rows)
 
     def add(self, tensors: Sequence[Tensor], rows: range, places: Tensor | None = None, batch: int | None = None) -> None:
@@ -106,19 +108,26 @@ class Sum:
         base = [] if self._mark(span) else [Addend(total, span)]
         self._launch(total, [*base, *late], span)
 
-    def write(self, targets: Sequence[Tensor], take: bool = False) -> Sequence[Tensor]:
-        """Writes the sums to `targets`, in their dtype, and gives them; nothing is left of them here.
-
-        `take`: what there is may be given as it is instead, where that is one thing, contiguous and in that dtype.
+    def made(self, dtype: torch.dtype, targets: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """The sums in `dtype`: what there is of them, where that is one thing in memory of its own, else what `targets` makes,
+        written. Nothing is left of them here.
         """
+        found = [*([] if self.total is None else [Addend(self.total, self.rows)]), *self._late]
+        if len(found) == 1 and found[0].is_all_of(self.rows, dtype) and not (self.total and self._unwritten):
+            self.total, self._late, self._unwritten = None, [], [self.rows]
+            return found[0].tensors
+        written = targets()
+        self.write(written)
+        return written
+
+    def write(self, targets: Sequence[Tensor]) -> None:
+        """Writes the sums to `targets`, in their dtype; nothing is left of them here."""
         late, self._late = self._late, []
         total, self.total = self.total, None
         if total is not None:
             self._write_rest(total)
         found = [*([] if total is None else [Addend(total, self.rows)]), *late]
         self._unwritten = [self.rows]
-        if take and len(found) == 1 and found[0].is_all_of(self.rows, targets[0].dtype):
-            return found[0].tensors
         if not found:
             for x in targets:
                 x.zero_()
@@ -128,7 +137,6 @@ class Sum:
             else:
                 for x, y in zip(targets, total, strict=True):
                     x.copy_(y)
-        return targets
 
     def _launch(self, targets: Sequence[Tensor], addends: Sequence[Addend], rows: range) -> None:
         from ring_attn.kernels.triton_sum import sum_call
@@ -230,6 +238,11 @@ class Totals(NamedTuple):
 def fused(device: torch.device) -> bool:
     """Whether sums are made by Triton."""
     return device.type == "cuda" and has_triton()
+
+
+def on_its_own(x: Tensor) -> bool:
+    """Whether x can be handed over: it is contiguous, and all of its memory."""
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.itemsize
 
 
 def lay_beside(pieces: Sequence[Tensor], out: Tensor) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Problem, Upstream, modifier_refusal
 from ring_attn.kernels.packs import Pack, Rows, all_rows, groups, make_pack
-from ring_attn.kernels.sums import Grads, RowsOfSum, fused
+from ring_attn.kernels.sums import Grads, RowsOfSum, fused, on_its_own
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
 from ring_attn.tiles import Tile
@@ -314,7 +314,7 @@ def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:
     """A library's result as the partial of a whole visit, without a merge."""
-    if target is not None and not out.is_contiguous():
+    if target is not None and not on_its_own(out):
         out = target.copy_(out)
     return Partial(out, lse.contiguous())
 
