@@ -226,7 +226,8 @@ def _of_heads(
     call: Call,
 ) -> PartOfBackward:
     """Writes the gradients of a part of the heads of q, k and v, of which each hosted rank has `ups`, to that part of `grads`,
-    made where it lacks them, and adds those of modifiers' tensors to their totals, both `learning`.
+    which are made when they are first wanted, or where it is all of them puts there what was made elsewhere; and adds those of
+    modifiers' tensors to their totals, both `learning`.
     """
     heads = part, settled.head_parts
     q, k, v = (_of_part(x, heads) for x in inputs)

@@ -69,7 +69,8 @@ class Sum:
     def claim(self, rows: range, once: bool = False) -> tuple[list[Tensor], bool]:
         """Those rows of the total for a kernel that adds to them, or, where True is beside them, writes all of them.
 
-        `once`: it does nothing but write them, once, so that they may be in another dtype.
+        `once`: it does nothing but write them, once, so that they may be in another dtype, those of `aim`; RuntimeError where
+        something was added before.
         """
         if once and self.aim is not None:
             if self.total is not None or self._late:

@@ -197,6 +197,23 @@ def test_what_is_alone_may_be_taken(passes, other):
     assert found.claim(found.rows)[1], "nothing is left"
 
 
+def test_what_is_aimed_is_made_by_one_visit():
+    total = Sum([(1, 4, 1, 2)], torch.float32, DEVICE)
+    total.claim(range(4))
+    total.aim = lambda: [torch.empty(1, 4, 1, 2, device=DEVICE)]
+    with pytest.raises(RuntimeError, match="a sum is aimed that more than one visit makes"):
+        total.claim(range(4), once=True)
+
+
+@pytest.mark.parametrize("passes", [False], indirect=True)
+def test_what_is_made_in_part_is_written_elsewhere_with_zeros(passes):
+    total, target = (torch.full((1, 4, 1, 2), torch.nan, device=DEVICE) for _ in range(2))
+    found = Sum([total.shape], torch.float32, DEVICE, lambda: [total])
+    found.add([torch.ones(1, 2, 1, 2, device=DEVICE)], range(1, 3))
+    (made,) = found.made(torch.float32, lambda: [target])
+    assert made[0, :, 0, 0].tolist() == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("passes", [False, LATE], indirect=True, ids=["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
 @pytest.mark.parametrize("widths", [(96, 96), (96, 48), (40, 40), (32,), (16, 16, 16)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ring_attn as ra
+from ring_attn import call
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
@@ -114,6 +115,16 @@ def attend(ring, tensors):
 )
 def test_on_rings_where_one_visit_makes_them(size, exchange, lengths, dtypes):
     ring = ra.Ring.simulated(size, "contiguous", exchange=exchange, kernel="triton", hostile=True)
+    check_on(ring, lengths, dtypes)
+
+
+def test_by_parts_of_the_heads():
+    """To their places among the others."""
+    with patch.object(call, "_SUMS", 1):
+        check_on(ra.Ring.simulated(1, kernel="triton"), [48], {ROUNDED})
+
+
+def check_on(ring, lengths, dtypes):
     mask = Causal() & Documents(lengths=lengths)
     q, k, v, dout = (x.to(DEVICE) for x in random_qkv(1, 48, 48, 4, 2, 16, dtype=ROUNDED, seed=2))
     with claimed() as found:
