@@ -184,7 +184,7 @@ class Visit:
         return found
 
     def backward(self, kernel: Kernel, up: Upstream, targets: Sequence[Tensor]) -> list[Tensor]:
-        """dq, dk and dv: `targets`, or as a library made them in their dtype."""
+        """dq, dk and dv in the dtype of `targets`: written there, or as the kernel made them, where that is all of them."""
         into = self.grads(targets)
         kernel.backward(up, self.q, self.k, self.v, self.tiles, scale=self.scale, into=into)
         made = [one.made(of[0].dtype, lambda of=of: of) for one, of in ((into.q.sum, targets[:1]), (into.kv.sum, targets[1:]))]

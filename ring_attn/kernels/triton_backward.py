@@ -96,10 +96,7 @@ def dq_call(x: Visited, to: Totals, table: Table, config: Config) -> Call:
 
 
 def _slopes(x: Visited, to: Totals) -> tuple[Rows | None, Callable[[], None] | None]:
-    """Where the dq kernel writes what each query row adds to -d slopes, and what then adds it up.
-
-    None without Alibi, and where the slopes want no gradient.
-    """
+    """Where the dq kernel writes what each row adds to -d slopes, and what then adds that up; None where nobody wants it."""
     total = None if x.chain.alibi is None else to.score[x.chain.slopes]
     if total is None:
         return None, None
