@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -16,12 +17,14 @@ import torch
 import ring_attn as ra
 from ring_attn import call
 from ring_attn.bench import ring as bench_ring
+from ring_attn.bench import timing
 from ring_attn.bench.contenders import OnRing, Silent
 from ring_attn.bench.kernels import document_lengths
 from ring_attn.bench.peers import RingAttentionPytorch, RingFlashAttn
 from ring_attn.bench.ring import Bench, RingBenchOptions, beside
 from ring_attn.bench.ring_report import RingRow
 from ring_attn.bench.timeline import timeline
+from ring_attn.bench.timing import Everyone
 from ring_attn.cli import main
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Transport
@@ -160,6 +163,17 @@ def test_times_are_medians_and_operations_count_the_allowed_cells():
         found = list(bench.speeds(bench.rings[0], bench.cases[0]))
     tflops = 4 * 8 * 4 * (64 * 65 // 2) / 2.0 / 1e9
     assert found == [(2.0, pytest.approx(tflops), None), (2.0, pytest.approx(3.5 * tflops), None)]
+
+
+def test_a_replay_is_timed_behind_another_one(monkeypatch):
+    done = []
+    bench = small_bench(exchanges=("auto",), layouts=("zigzag",))
+    monkeypatch.setattr(bench_ring, "captured", lambda run: (partial(done.append, "replay"), run()))
+    monkeypatch.setattr(Everyone, "meet", lambda everyone: done.append("meet"))
+    monkeypatch.setattr(timing, "mark", lambda device: done.append("mark") or float(len(done)))
+    list(bench.speeds(bench.rings[0].settled(bench.cases[0]).in_graph(), bench.cases[0]))
+    warm, round_ = ["replay"] * 2, ["meet", "replay", "mark", "replay", "mark"]
+    assert done == 2 * (warm + bench.options.repeats * round_)
 
 
 def test_the_percentage_is_of_the_bound():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -54,7 +54,8 @@ class RingBenchOptions:
         kernel: As for a ring.
         repeats: Timed runs, of which the median counts.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
-        graphs: On a GPU, also what auto takes, and what is kept, replayed from a CUDA graph, which leaves the host out.
+        graphs: On a GPU, also what auto takes, and what is kept, replayed from a CUDA graph behind another replay: no process
+            then waits for another's host, as in the midst of a training step.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
         simulated: Without torchrun, how many ranks this one process hosts.
@@ -225,9 +226,11 @@ class Bench:
             forward = torch.no_grad()(partial(attend, q, k, v))
             runs = forward, lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
             for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
+                ready = everyone.meet
                 if contender.captured:
                     run, _ = captured(run)
-                times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
+                    ready = partial(_meet_and_begin, everyone, run)
+                times, extra = timed(run, options.repeats, everyone.device, ready=ready)
                 # A replay allocates nothing that PyTorch would count.
                 gib = None if extra is None or contender.captured else (extra + contender.staging) / 2**30
                 slowest = everyone.tell([*times, torch.nan if gib is None else gib]).amax(0).tolist()
@@ -246,6 +249,11 @@ class Bench:
             if row.ms and contender and (row.mask, row.length, row.direction) == (case.name, case.length, list(DIRECTIONS)[-1]):
                 found.setdefault(contender.ring.exchange, contender)
         return [timeline(found[name], case, self.everyone) for name in EXCHANGE_NAMES if name in found]
+
+
+def _meet_and_begin(everyone: Everyone, run: Callable[[], object]) -> None:
+    everyone.meet()
+    run()
 
 
 def beside(row: RingRow, bound: RingRow) -> RingRow:
