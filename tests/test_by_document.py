@@ -63,27 +63,57 @@ def test_a_partition_into_equal_shards_of_joined_ranges(packing):
         assert all(before.stop < after.start for before, after in pairwise(shard))
 
 
+def rows_by_document(lengths, shards):
+    """Of each document, the longest first, how many of its rows each rank holds."""
+    found, start = [], 0
+    for n in lengths:
+        stop = start + n
+        found.append([sum(len(range(max(r.start, start), min(r.stop, stop))) for r in shard) for shard in shards])
+        start = stop
+    return sorted(found, key=sum, reverse=True)
+
+
 @given(packings())
-def test_long_documents_are_cut_evenly_and_others_stay_whole(packing):
+def test_the_longest_are_cut_evenly_and_others_stay_whole(packing):
     """But for those that fill a rank up: each rank is filled once, the last of them by what is left."""
     lengths, ring_size = packing
-    shards, work, start, in_pieces = shards_of(lengths, ring_size), sum(n * n for n in lengths), 0, 0
-    for n in lengths:
-        document = range(start, start := start + n)
-        rows = [sum(len(range(max(r.start, document.start), min(r.stop, document.stop))) for r in shard) for shard in shards]
-        if 8 * ring_size * n * n > work:
-            assert {n // ring_size, -(-n // ring_size)} >= set(rows)
-        else:
-            in_pieces += sum(x > 0 for x in rows) > 1
-    assert in_pieces < ring_size
+    rows = rows_by_document(lengths, shards_of(lengths, ring_size))
+    cells = [n * (n + 1) for n in lengths]
+    too_long = sum(n * ring_size > 1.02 * sum(cells) for n in cells)
+    pieces = [sum(x > 0 for x in of_one) > 1 for of_one in rows]
+    evenly = next((n for n, of_one in enumerate(rows) if max(of_one) - min(of_one) > 1), len(rows))
+    assert evenly >= too_long and sum(pieces[evenly:]) < ring_size
 
 
-def test_whole_documents_go_the_largest_first_to_the_most_room_and_then_the_fewest_cells():
-    lengths = [1, 2, 3, 4, 5, 6, *[1] * 1200]
-    shards = shards_of([*lengths, 1], 2)
-    # 6; 5 + 4 beside it; 3: nine rows each, of 27 and of 25 cells, so 2 goes to the second.
-    found = [next(rank for rank in (0, 1) if any(sum(lengths[: n - 1]) in r for r in shards[rank])) for n in range(2, 7)]
-    assert found == [1, 0, 1, 1, 0]
+@pytest.mark.parametrize(
+    ("lengths", "cut"),
+    [
+        ([50] * 8, 0),
+        ([50] * 9, 1),
+        ([100, *[50] * 4, *[1] * 100], 1),
+        ([130, 100, *[50] * 4, *[1] * 110], 2),
+        ([60, 50, 50, 50, *[1] * 30], 4),
+        ([*[30] * 100, *[31] * 3, 27], 0),
+    ],
+)
+def test_no_more_are_cut_than_it_takes(lengths, cut):
+    lengths = [*lengths, -sum(lengths) % 4]
+    rows = rows_by_document(lengths, shards_of(lengths, 4))
+    assert [n for n, of_one in enumerate(rows) if min(of_one) > 0] == list(range(cut))
+
+
+def test_where_no_number_of_cut_ones_is_near_enough_the_best_is_taken():
+    """With none cut, and the third in two to fill the ranks up, 16 and 17 cells; with two or all of them cut, 18."""
+    layout = ra.ByDocument([5, 5, 2])(12, 2)
+    plan = make_plan(get_exchange("ring", None), Causal() & Documents([5, 5, 2]), layout)
+    assert max(sum(plan.cells(rank, step) for step in plan.steps) for rank in range(2)) == 17
+
+
+def test_whole_documents_go_the_largest_first_to_the_fewest_cells_where_they_fit():
+    lengths = [2, 3, 4, 6, *[1] * 1201]
+    shards = shards_of(lengths, 2)
+    # 6; 4 beside it; 3, where 10 cells are fewer than 21; 2, where 16 are fewer than 21 though there are more rows.
+    assert range(9, 15) in shards[0] and range(9) in shards[1]
 
 
 @pytest.mark.parametrize("ring_size", [4, 8])
@@ -94,7 +124,7 @@ def test_the_busiest_rank_has_little_more_than_the_average(ring_size):
         layouts = ra.ByDocument(lengths)(131072, size), Zigzag(131072, size)
         ours, zigzag = (balance_of(make_plan(get_exchange("pull", None), mask, layout)) for layout in layouts)
         busiest, before = (max(one.ranks) * size / sum(one.ranks) for one in (ours, zigzag))
-        assert busiest < 1.05 and busiest < before
+        assert busiest < 1.021 and busiest < before
         assert ours.efficiency > 0.94, "own and other ranks' rows, each balanced alone"
 
 
@@ -120,13 +150,13 @@ def test_thousands_of_documents():
 
 def test_a_shard_is_laid_out_once_for_all_its_parts():
     lengths = log_normal(131072, 0)
-    layout, mask = ra.ByDocument(lengths)(131072, 4), Causal() & Documents(lengths)
+    layout, mask = ra.ByDocument(lengths)(131072, 8), Causal() & Documents(lengths)
     with patch.object(tiles, "_pieces", wraps=tiles._pieces) as laid_out:
         plan = make_plan(get_exchange("pull", None), mask, layout)
-        visits = len([plan[rank, step] for rank, step in product(range(4), range(2))])
-    assert sum(map(len, plan.meets[1])) > 100
+        visits = len([plan[rank, step] for rank, step in product(range(8), range(2))])
+    assert sum(map(len, plan.meets[1])) > 800
     # The queries and the keys of every pair of ranks and of every visit, and each shard.
-    assert laid_out.call_count <= 2 * (4 * 3 + visits) + 4
+    assert laid_out.call_count <= 2 * (8 * 7 + visits) + 8
 
 
 def test_a_choice_compares_by_value_and_its_layout_is_made_once():
