@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ring_attn.kernels.order import MEASURED
+from ring_attn.kernels.order import MEASURED, TAKEN_BY_AUTO
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -103,7 +103,7 @@ def write_order(rows: list[Row], options: KernelBenchOptions) -> None:
     """Replaces the entries of this GPU, head dim and these masks in the table of ring_attn.kernels.order."""
     everything = json.loads(MEASURED.read_text())
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    timed = [row for row in rows if row.tflops]
+    timed = [row for row in rows if row.tflops and row.kernel in TAKEN_BY_AUTO]
     places = dict.fromkeys((row.direction, row.mask, row.length) for row in timed)
     made = []
     for direction, mask, length in places:

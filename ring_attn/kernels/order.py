@@ -26,6 +26,8 @@ _FIXED = {
     ("cpu", "backward"): ("aten", "reference"),
 }
 
+TAKEN_BY_AUTO = frozenset().union(*_FIXED.values())
+
 
 def order_for(device: str, direction: str, kind: str, head_dim: int, rows: int) -> tuple[str, ...]:
     """Kernel names, the first to try in front. `kind`: that of a Problem; `rows`: a rank's queries."""
