@@ -1,8 +1,12 @@
-"""launch/train.sh starts a number of processes that the demo can use, whatever the machine; python itself is a stub here."""
+"""launch/train.sh starts a number of processes that the demo can use, whatever the machine; python itself is a stub here.
+
+And launch/test.sh finds every test.
+"""
 
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -38,3 +42,9 @@ def test_processes_fit_the_demo(tmp_path, gpus, nproc, processes):
 def test_arguments_go_through(tmp_path):
     line = launched(tmp_path, "configs/gpu.toml", "--optim.lr", "1e-3", gpus=2)
     assert line.endswith("--nproc-per-node 2 -m ring_attn train configs/gpu.toml --optim.lr 1e-3")
+
+
+def test_every_folder_of_tests_is_searched(request):
+    tests, passed_over = ROOT / "tests", request.config.getini("norecursedirs")
+    folders = {folder for file in tests.rglob("test_*.py") for folder in file.relative_to(tests).parent.parts}
+    assert "dist" in folders and not [x for x in folders if any(fnmatch(x, pattern) for pattern in passed_over)]
