@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -165,15 +166,16 @@ def test_times_are_medians_and_operations_count_the_allowed_cells():
     assert found == [(2.0, pytest.approx(tflops), None), (2.0, pytest.approx(3.5 * tflops), None)]
 
 
-def test_a_replay_is_timed_behind_another_one(monkeypatch):
-    done = []
-    bench = small_bench(exchanges=("auto",), layouts=("zigzag",))
-    monkeypatch.setattr(bench_ring, "captured", lambda run: (partial(done.append, "replay"), run()))
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_every_run_is_timed_behind_another_one(in_graph, monkeypatch):
+    done, bench = [], small_bench(exchanges=("pull",), layouts=("zigzag",))
+    attend = lambda q, k, v: done.append("run") or q + k.sum() + v.sum()  # noqa: E731
+    monkeypatch.setattr(OnRing, "attention", lambda one, case: nullcontext(attend))
+    monkeypatch.setattr(bench_ring, "captured", lambda run: (partial(done.append, "run"), None))
     monkeypatch.setattr(Everyone, "meet", lambda everyone: done.append("meet"))
     monkeypatch.setattr(timing, "mark", lambda device: done.append("mark") or float(len(done)))
-    list(bench.speeds(bench.rings[0].settled(bench.cases[0]).in_graph(), bench.cases[0]))
-    warm, round_ = ["replay"] * 2, ["meet", "replay", "mark", "replay", "mark"]
-    assert done == 2 * (warm + bench.options.repeats * round_)
+    list(bench.speeds(replace(bench.rings[0], captured=in_graph), bench.cases[0]))
+    assert done == 2 * (["run"] * 2 + bench.options.repeats * ["meet", "run", "mark", "run", "mark"])
 
 
 def test_the_percentage_is_of_the_bound():

@@ -1,6 +1,8 @@
 """`ring-attn bench ring`: every exchange and layout beside its bound, one device and peers: right first, then how fast.
 
 Where ring attention is wrong nothing is timed, and a peer that is wrong is not. Times are medians of the slowest process's.
+Every run is timed behind another one, as calls are in the midst of a training step: after a pause each GPU would begin when its
+host wakes, and wait for what a host that wakes later puts up. So of host and GPU that counts which takes longer.
 Floating-point operations count the allowed cells alone: 4 * d a cell and head forward, 3.5 times that forward and backward.
 """
 
@@ -52,10 +54,9 @@ class RingBenchOptions:
         head_dim: Head dimension of q, k and v.
         dtype: Of the inputs.
         kernel: As for a ring.
-        repeats: Timed runs, of which the median counts.
+        repeats: Timed runs, of which the median counts; as many more are not timed.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
-        graphs: On a GPU, also what auto takes, and what is kept, replayed from a CUDA graph behind another replay: no process
-            then waits for another's host, as in the midst of a training step.
+        graphs: On a GPU, also what auto takes, and what is kept, replayed from a CUDA graph, which leaves the host out.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
         simulated: Without torchrun, how many ranks this one process hosts.
@@ -226,11 +227,9 @@ class Bench:
             forward = torch.no_grad()(partial(attend, q, k, v))
             runs = forward, lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
             for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
-                ready = everyone.meet
                 if contender.captured:
                     run, _ = captured(run)
-                    ready = partial(_meet_and_begin, everyone, run)
-                times, extra = timed(run, options.repeats, everyone.device, ready=ready)
+                times, extra = timed(run, options.repeats, everyone.device, ready=partial(_meet_and_begin, everyone, run))
                 # A replay allocates nothing that PyTorch would count.
                 gib = None if extra is None or contender.captured else (extra + contender.staging) / 2**30
                 slowest = everyone.tell([*times, torch.nan if gib is None else gib]).amax(0).tolist()
