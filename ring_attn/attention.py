@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ring_attn.by_document import LayoutChoice
-from ring_attn.call import Call, called, name_kept, named, validate
+from ring_attn.call import Call, called, given_to, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.sums import Grads, Sum
@@ -88,7 +88,7 @@ def ring_attention(
             ring.agree(Call.make(ring, mask, score, math.nan, kv_layout).signature(q, k, v, tensors), q.device, refusal)
         raise
     if torch.compiler.is_compiling():
-        name = name_kept(ring, mask, scale, kv_layout, *listed(score))
+        name = name_kept(scale, *map(given_to, (ring, mask, kv_layout, *listed(score))))
     else:
         if any(unpack_dual(x).tangent is not None for x in (q, k, v, *tensors)):
             raise NotImplementedError("ring_attention has no forward-mode derivative (jvp); take its gradients by backward")

@@ -8,7 +8,8 @@ a compiled one holds only the name, so calls named while compiling are kept for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from ctypes import cast, py_object
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from ring_attn.tiles import Plan
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
 
+_BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
 _SUMS = 350 << 20  # bytes of dq, dK and dV in fp32 from which on parts of the heads still fill a GPU
 
@@ -268,11 +270,31 @@ def named(call: Call) -> tuple[str, Call]:
     return name, call
 
 
-def name_kept(ring: Ring, mask: Mask, scale: float, kv_layout: LayoutChoice | None, *scores: Score) -> str:
-    """The name of a call that a compiled graph may use at any later time. Runs while compiling, which takes no list."""
+def name_kept(scale: float, *given: Ring | Mask | Score | LayoutChoice | int | None) -> str:
+    """The name of a call that a compiled graph may use at any later time: of its ring, mask, kv_layout and scores, as
+    `given_to` makes them. Runs while compiling, which takes no list.
+    """
+    ring, mask, kv_layout, *scores = map(_found, given)
     name, call = named(Call.make(ring, mask, scores, scale, kv_layout))
     _kept.append(call)
     return name
+
+
+def given_to(x: Any) -> Any:
+    """x as a compiler hands it to `name_kept`: before PyTorch 2.13 by its `id`, which it takes as a number and guards."""
+    return id(x) if _BY_ID and not isinstance(x, str | None) else x
+
+
+def _found(x: Any) -> Any:
+    if not isinstance(x, int):
+        return x
+    found = cast(x, py_object).value
+    if is_dataclass(found) and not {field.name for field in fields(found)} <= vars(found).keys():
+        raise ValueError(
+            f"before PyTorch 2.13 masks and scores must be made outside of the compiled function, and a {type(found).__name__} "
+            f"was made inside; PyTorch is {torch.__version__}"
+        )
+    return found
 
 
 def part_names(name: str, num_heads: int) -> tuple[str, ...]:
