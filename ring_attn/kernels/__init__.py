@@ -118,8 +118,8 @@ class Kernel(Protocol):
         """The partial of all tiles, merged into `into` (written to) where given.
 
         `out` [b, s, h, dv] marks the last visit: the partial returned is normalised, its acc the output of every row, its m the
-        final lse, and `into` is not meant to be read again. That acc is `out`, or where a library made all of it in one call
-        what that returned, contiguous and in memory of its own: `out` is then not written.
+        final lse, and `into` is not meant to be read again. That acc is `out`, or where a library made all of it in one call,
+        in this visit or the one before, what that returned, contiguous and in memory of its own: `out` is then not written.
         """
 
     def backward(

@@ -8,6 +8,9 @@ Note [apart]: an output stays as the library made it until something is merged i
 no query row in common and leave none out, as those on what a zigzag rank got from all others, each is the last of its own rows
 and goes straight to the result: nothing is widened on the way.
 
+Note [in place]: where one call made all of what was gathered before the last visit, that is the result but for the rows that
+the last visit meets, which are merged where they are: few under a window, or where most documents lie whole on their rank.
+
 Note [contiguous lse]: flash-attention and cuDNN read lse through its raw pointer and check neither strides nor shape. A slice
 of rows is strided, and every head after the first would read another head's values. It is copied here, once, for all of them.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -130,14 +134,20 @@ class Tilewise(ABC):
         if into is None and len(calls) == 1 and calls[0].covers(q):
             return _alone(*calls[0].attend(self, q, k, v, scaling), out)
         into = to_add_to(into, q, v.shape[-1])
-        apart = out is not None and _apart(calls, q) and all(call.fuses(q) for call in calls)
+        fuses = out is not None and all(call.fuses(q) for call in calls)
+        in_place = fuses and _is_output(into, out)
+        apart = fuses and _apart(calls, q, gaps=in_place)
         at_once = 1 if apart else 2
+        if in_place and (apart or len(calls) <= at_once):
+            out = into.acc
         for n in range(0, len(calls), at_once):
             done = [(call, *call.attend(self, q, k, v, scaling)) for call in calls[n : n + at_once]]
             into = _merged(into, done, out if apart or n + at_once >= len(calls) else None, apart)
             # Before the next are attended.
             del done
-        return into if out is None else Partial(out, into.m) if calls else finish(into, out)
+        if out is None:
+            return into
+        return Partial(out, into.m) if calls or out is into.acc else finish(into, out)
 
     def backward(
         self,
@@ -295,21 +305,29 @@ def _merged(
         from ring_attn.kernels.triton_merge import Result, merge_call
 
         results = [Result(call.places, out, lse) for call, out, lse in done]
-        merge_call(into, results, target, results[0].rows if apart else None)()
+        merge_call(into, results, target, met_only=apart)()
         return into
     for call, out, lse in done:
         call.merge(into, out, lse)
     return into if target is None else finish(into, target)
 
 
-def _apart(calls: Sequence[Dense | Packed], q: Tensor) -> bool:
-    """Whether calls have no query row in common and leave none out; see Note [apart]."""
+def _apart(calls: Sequence[Dense | Packed], q: Tensor, gaps: bool) -> bool:
+    """Whether calls have no query row in common and, without `gaps`, leave none out; see Note [apart]."""
     if len(calls) == 1:
         return calls[0].covers(q)
     if not all(isinstance(call, Dense) and call.tile.batch is None for call in calls):
         return False
     runs = sorted((call.tile.q_rows.start, call.tile.q_rows.stop) for call in calls)
+    if gaps:
+        return all(before <= start for (_, before), (start, _) in pairwise(runs))
     return [0, *(stop for _, stop in runs)] == [*(start for start, _ in runs), q.shape[1]]
+
+
+def _is_output(into: Partial, out: Tensor) -> bool:
+    """Whether a partial is what a library made, and may be returned in place of `out`; see Note [in place]."""
+    alike = into.sum is None and (into.acc.dtype, into.acc.shape) == (out.dtype, out.shape)
+    return alike and on_its_own(into.acc) and on_its_own(out)
 
 
 def _alone(out: Tensor, lse: Tensor, target: Tensor | None) -> Partial:

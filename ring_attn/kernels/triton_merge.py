@@ -44,17 +44,18 @@ class Result(NamedTuple):
     lse: Tensor
 
 
-def merge_call(into: Partial, results: Sequence[Result], target: Tensor | None, walked: range | None = None) -> Call:
+def merge_call(into: Partial, results: Sequence[Result], target: Tensor | None, *, met_only: bool = False) -> Call:
     """The launch that merges one or two results into `into` [b, s, h, dv], in place.
 
-    With `target` [b, s, h, dv] it is the last merge of the rows `walked`, those of the results among them (None: of all): their
-    normalised output goes there and their final lse to `into.m`, while acc and sum are left as they were, so that they may be
-    an output in 16 bits and None.
+    With `target` [b, s, h, dv] it is the last merge of all rows, or, with `met_only`, of those from the first to the last that
+    a result has: their normalised output goes there and their final lse to `into.m`, while acc and sum are left as they were,
+    so that they may be an output in 16 bits and None. Where `target` is that acc, rows that no result has stay what they are.
     """
-    everything = range(into.acc.shape[1])
-    if walked is None:
-        met = [one.rows if isinstance(one.rows, range) else everything for one in results]
-        walked = everything if target is not None else range(min(x.start for x in met), max(x.stop for x in met))
+    everything, in_place = range(into.acc.shape[1]), target is into.acc
+    met = [one.rows if isinstance(one.rows, range) else everything for one in results]
+    walked = range(min(x.start for x in met), max(x.stop for x in met))
+    if target is not None and not (met_only or in_place):
+        walked = everything
     blocks = -(-len(walked) // BLOCK)
     b, _, h, dim = into.acc.shape
     first, second = (*results, None)[:2]
@@ -71,6 +72,7 @@ def merge_call(into: Partial, results: Sequence[Result], target: Tensor | None, 
         "blocks": blocks,
         "heads": h,
         "LAST": target is not None,
+        "IN_PLACE": in_place,
         "DIM": dim,
         "WIDTH": padded(dim),
         "BLOCK": BLOCK,
@@ -113,6 +115,7 @@ def merge_kernel(
     blocks,
     heads,
     LAST: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -121,12 +124,17 @@ def merge_kernel(
     rows = start + block * BLOCK + tl.arange(0, BLOCK)
     live = rows < stop
 
-    m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
     in_first = place_in(first_places, first_start, first_stop, num_rows, rows, live, batch)
+    met = in_first[2]
+    if second is not None:
+        in_second = place_in(second_places, second_start, second_stop, num_rows, rows, live, batch)
+        met = met | in_second[2]
+    if IN_PLACE:
+        live = met
+    m_row = load_numbers(at_head(m, batch, head), rows, live, float("-inf"))
     lse_of_first = numbers_in(first_lse, in_first, head)
     m_new = tl.maximum(m_row, lse_of_first)
     if second is not None:
-        in_second = place_in(second_places, second_start, second_stop, num_rows, rows, live, batch)
         lse_of_second = numbers_in(second_lse, in_second, head)
         m_new = tl.maximum(m_new, lse_of_second)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)

@@ -1,13 +1,22 @@
 """The matrix on real processes over gloo: the body of the simulated ring, handed a ring of processes."""
 
+import math
+from contextlib import ExitStack
+from unittest.mock import patch
+
 import pytest
+import torch
 import torch.distributed as dist
 
 import ring_attn as ra
+from ring_attn import call
 from ring_attn.comm.backend import timeout_of
+from ring_attn.kernels import sums, tilewise
+from ring_attn.kernels.flash import Flash4Kernel
 from tests.dist.harness import run_processes
+from tests.kernels.fake_flash import installed4
 from tests.matrix import cases, check
-from tests.support import way_home_hidden
+from tests.support import random_qkv, rel_error, way_home_hidden
 
 
 def _matrix(rank: int, ranks_per_process: int) -> None:
@@ -85,3 +94,41 @@ def _cut(rank: int) -> None:
 
 def test_groups_cut_from_another_have_its_timeout():
     run_processes(_cut, 4, timeout_s=17)
+
+
+def _in_place(rank: int) -> None:
+    """Rows that meet nothing from other ranks are what a library made of them, in the memory where it made them."""
+    made, forward = [], Flash4Kernel._forward
+
+    def noted(*x, **options):
+        made.append([x.contiguous() for x in forward(*x, **options)])
+        return made[-1]
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (Flash4Kernel, "supports", lambda self, problem: None),
+            (Flash4Kernel, "_forward", noted),
+            (tilewise, "_can_fuse", lambda x: True),
+            (sums, "fused", lambda device: True),
+            (call, "_WAIT", math.inf),  # all heads at once
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        stack.enter_context(installed4())
+        for layout, mask in (("zigzag", ra.Causal() & ra.Window(3)), ("contiguous", ra.Causal()), ("zigzag", ra.Causal())):
+            ring = ra.Ring.from_group(None, layout, exchange="pull", kernel="flash4")
+            q, k, v, dout = random_qkv(1, 48, 48, 4, 2, 16, dtype=torch.float16, seed=3)
+            mine = [ring.shard(x).requires_grad_() for x in (q, k, v)]
+            whole = [x.double().requires_grad_() for x in (q, k, v)]
+            made.clear()
+            out = ra.ring_attention(*mine, ring=ring, mask=mask)
+            assert out.data_ptr() == made[0][0].data_ptr()
+            exact = ra.ring_attention(*whole, ring=ra.Ring.simulated(1, kernel="reference"), mask=mask)
+            found = out, *torch.autograd.grad(out, mine, ring.shard(dout))
+            for x, want in zip(found, (exact, *torch.autograd.grad(exact, whole, dout.double())), strict=True):
+                assert rel_error(x, ring.shard(want)) < 2**-9
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_outputs_are_finished_in_place(num_processes):
+    pytest.importorskip("triton")
+    run_processes(_in_place, num_processes)

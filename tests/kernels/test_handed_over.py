@@ -43,9 +43,9 @@ def made(monkeypatch):
 MASKS = {"causal": Causal(), "full": Full(), "documents": Causal() & Documents(lengths=[7, 20, 13])}
 
 
-def run(made, ring, mask, batch=1):
+def run(made, ring, mask, batch=1, t=T):
     """out, dq, dk, dv, each checked against float64."""
-    inputs = random_qkv(batch, T, T, 4, 2, 16, dtype=torch.float16, seed=1)
+    inputs = random_qkv(batch, t, t, 4, 2, 16, dtype=torch.float16, seed=1)
     exact = attend(ra.Ring.simulated(1, kernel="reference"), [x.double() for x in inputs], mask)
     sharded = [ring.shard(x) for x in inputs]
     made["passes"].clear()
@@ -93,6 +93,16 @@ def test_where_it_comes_in_another_order_it_is_copied(made):
 def test_where_more_is_to_be_put_together_it_is(made, size, exchange, mask, batch):
     run(made, ra.Ring.simulated(size, exchange=exchange, kernel="flash4"), mask, batch)
     assert set(made["passes"]) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "exchange"),
+    [(2, "striped", "pull"), (2, "zigzag", "ring"), (3, "striped", "ring"), (3, "zigzag", "pull")],
+)
+def test_a_last_visit_whose_one_pack_is_all_rows(made, size, layout, exchange):
+    """Documents that every rank has a part of, and that go on on all others, in both directions."""
+    ring = ra.Ring.simulated(size, layout, exchange=exchange, kernel="flash4")
+    run(made, ring, Documents(lengths=[24, 24, 24]), t=72)
 
 
 def test_by_parts_of_the_heads_it_is_copied_to_its_place(made):

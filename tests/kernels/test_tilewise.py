@@ -26,13 +26,17 @@ def rectangle(q_rows, kv_rows):
 
 @pytest.fixture
 def merges(monkeypatch):
-    """What each fused merge reads and finishes: (results, dtype of acc, whether there is a sum, rows finished or None)."""
+    """What each fused merge reads and finishes: (results, dtype of acc, whether there is a sum, rows finished or None, and
+    whether they are finished where they are).
+    """
     made, call = [], triton_merge.merge_call
 
-    def noted(into, results, target, walked=None):
-        finished = None if target is None else walked or range(into.acc.shape[1])
-        made.append((len(results), into.acc.dtype, into.sum is not None, finished))
-        return call(into, results, target, walked)
+    def noted(into, results, target, **options):
+        launch = call(into, results, target, **options)
+        start, stop, in_place = (launch.arguments[name] for name in ("start", "stop", "IN_PLACE"))
+        finished = None if target is None else range(start, stop)
+        made.append((len(results), into.acc.dtype, into.sum is not None, finished, *["in place"] * in_place))
+        return launch
 
     monkeypatch.setattr(tilewise, "_can_fuse", lambda x: True)
     monkeypatch.setattr(sums, "fused", lambda device: True)
@@ -46,17 +50,17 @@ HALF, FULL = (torch.float16, False), (torch.float32, True)
 @pytest.mark.parametrize(
     ("visits", "expected"),
     [
-        ([(OWN,), (rectangle(range(37), range(37, 50)),)], [(1, *HALF, range(37))]),
+        ([(OWN,), (rectangle(range(37), range(37, 50)),)], [(1, *HALF, range(37), "in place")]),
         # As from a zigzag ring's other ranks: the later half of the queries meets more.
         (
             [(OWN,), (rectangle(range(20), range(37, 43)), rectangle(range(20, 37), range(37, 50)))],
-            [(1, *HALF, range(20)), (1, *HALF, range(20, 37))],
+            [(1, *HALF, range(20), "in place"), (1, *HALF, range(20, 37), "in place")],
         ),
-        # Not all rows, or some of them twice: all are finished by the last.
-        ([(OWN,), (rectangle(range(20, 37), range(37, 50)),)], [(1, *HALF, range(37))]),
+        # Not all rows, or some of them twice.
+        ([(OWN,), (rectangle(range(20, 37), range(37, 50)),)], [(1, *HALF, range(20, 37), "in place")]),
         (
             [(OWN,), (rectangle(range(20), range(37, 43)), rectangle(range(19, 37), range(43, 50)))],
-            [(2, *HALF, range(37))],
+            [(2, *HALF, range(37), "in place")],
         ),
         (
             [(OWN,), tuple(rectangle(range(n, 30 + n), range(37 + n, 38 + n)) for n in range(3))],
@@ -85,7 +89,7 @@ def test_packs_come_together(kind, visits, merges, monkeypatch):
 
     packed, call = [], triton_merge.merge_call
     monkeypatch.setattr(
-        triton_merge, "merge_call", lambda *args: packed.append(isinstance(args[1][0].rows, torch.Tensor)) or call(*args)
+        triton_merge, "merge_call", lambda *x, **o: packed.append(isinstance(x[1][0].rows, torch.Tensor)) or call(*x, **o)
     )
     for installation, kernel in ((flash.installed4, flash.FLASH4), (lambda: flash.installed("2.8.3"), flash.FLASH2)):
         with installation() as calls:
@@ -105,6 +109,65 @@ def test_packs_of_some_rows_end_in_the_result(merges):
     with flash.installed4():
         flash.check(case, flash.FLASH4, flash.FLASH4)
     assert merges[-1] == (1, torch.float32, True, range(37)) and len(merges) == 2
+
+
+@pytest.mark.parametrize(
+    ("came", "expected"),
+    [
+        ([rectangle(range(20, 37), range(37, 50))], [(1, *HALF, range(20, 37), "in place")]),
+        ([rectangle(range(37), range(37, 50))], [(1, *HALF, range(37), "in place")]),
+        # In one call, as packs or not, or in several that have no row in common.
+        ([rectangle(range(4, 9), range(37, 43)), rectangle(range(20, 25), range(43, 50))], [(1, *HALF, range(37), "in place")]),
+        (
+            [rectangle(range(4 + 9 * n, 9 + 9 * n), range(37 + n, 43 + n)) for n in range(3)],
+            [(1, *HALF, range(4 + 9 * n, 9 + 9 * n), "in place") for n in range(3)],
+        ),
+        # Nothing came for this rank; too much to merge at once.
+        ([], []),
+        (
+            [rectangle(range(n, 20 + n), range(37 + 4 * n, 41 + 4 * n)) for n in range(3)],
+            [(2, *FULL, None), (1, *FULL, range(37))],
+        ),
+    ],
+    ids=["some rows", "all rows", "a pack", "apart", "none", "three over each other"],
+)
+def test_what_one_call_made_is_the_result_but_for_rows_met_later(came, expected, merges, monkeypatch):
+    from tests.kernels import test_flash_versions as flash
+
+    monkeypatch.setattr(tilewise, "finish", None)
+    inputs, visits = random_qkv(1, 37, 50, 4, 2, 16, dtype=torch.float16, seed=3), [(OWN,), tuple(came)]
+    case = inputs, visits, flash.exact(*inputs, visits, scale=0.25), flash.plain(*inputs, visits, scale=0.25)
+    with flash.installed4():
+        flash.check(case, flash.FLASH4, flash.FLASH4)
+    assert merges == expected
+
+
+@pytest.mark.parametrize(
+    "visits",
+    [
+        [(OWN,), tuple(rectangle(range(n, 20 + n), range(37 + 4 * n, 41 + 4 * n)) for n in range(3))],
+        [(rectangle(range(20), range(9)), rectangle(range(20, 37), range(9))), (rectangle(range(5), range(9, 50)),)],
+    ],
+    ids=["something was merged into it", "it never was one"],
+)
+def test_in_fp32_an_acc_may_be_no_output(visits, merges):
+    check(visits, *random_qkv(1, 37, 50, 4, 2, 16, dtype=torch.float32, seed=3), kernel=get_kernel("aten"))
+    assert [one[3:] for one in merges] == [(None,), (range(37),)]
+
+
+def test_a_result_that_must_lie_elsewhere_is_put_there(merges):
+    """As among the outputs of several ranks in one process, or where it is wanted in another dtype."""
+    from tests.kernels import test_flash_versions as flash
+
+    q, k, v, _ = random_qkv(1, 37, 50, 4, 2, 16, dtype=torch.float16, seed=3)
+    last, several = (rectangle(range(20, 37), range(37, 50)),), torch.stack([q, q])
+    with flash.installed4():
+        for out in (torch.empty_like(q), torch.empty_like(q, dtype=torch.float32), several[1]):
+            before = flash.FLASH4.forward(q, k, v, (OWN,), scale=0.25)
+            found = flash.FLASH4.forward(q, k, v, last, scale=0.25, into=before, out=out)
+            in_place = found.acc.data_ptr() == before.acc.data_ptr()
+            assert in_place or found.acc.data_ptr() == out.data_ptr()
+    assert [one[3:] for one in merges] == [(range(20, 37), "in place"), (range(37),), (range(37),)]
 
 
 @pytest.fixture

@@ -27,17 +27,18 @@ def order(ptx: str) -> list[str]:
 
 
 def merges() -> list[list[str]]:
-    """Of the merge as it goes on and as it ends, for each architecture."""
+    """Of the merge as it goes on, as it ends and as it ends where it is, for each architecture."""
     import torch
 
     from ring_attn.kernels.triton_ahead import compile_ahead
     from ring_attn.kernels.triton_merge import Result, merge_call
-    from ring_attn.partial import empty
+    from ring_attn.partial import Partial, empty
 
     out, lse = torch.zeros(1, 96, 4, 128, dtype=torch.bfloat16), torch.zeros(1, 4, 96)
     results = [Result(range(96), out, lse)] * 2
     targets = None, torch.empty_like(out)
     calls = [merge_call(empty(out, 128), results[:count], target) for target, count in product(targets, (1, 2))]
+    calls += [merge_call(Partial(out, lse.clone()), results[:count], out) for count in (1, 2)]
     return [order(compile_ahead(call, capability)[0].asm["ptx"]) for call in calls for capability in CAPABILITIES]
 
 

@@ -61,7 +61,7 @@ def test_the_last_merge_of_some_rows_of_an_output(dtype):
     want = to_merge_into(Partial(acc.double(), m.double()))
     merge_(want.rows(rows), Partial(out.double(), lse.double()))
     kept, before, target = acc.clone(), m.clone(), torch.full((b, s, h, d), torch.nan, device=DEVICE, dtype=dtype)
-    merge_call(Partial(acc, m), [Result(rows, out, lse)], target, rows)()
+    merge_call(Partial(acc, m), [Result(rows, out, lse)], target, met_only=True)()
     limit = FLOAT32_LIMIT if dtype == torch.float32 else 1e-3
     assert rel_error(target[:, rows], normalize(want, torch.float64)[:, rows]) < limit
     assert rel_error(m[..., rows], want.lse[..., rows]) < FLOAT32_LIMIT
@@ -97,3 +97,27 @@ def test_two_at_once(spans, packed, last, dtype):
     assert rel_error(into.m if last else into.lse, want.lse) < FLOAT32_LIMIT
     limit = FLOAT32_LIMIT if dtype == torch.float32 or not last else 1e-3
     assert rel_error(target if last else into.acc, normalize(want, torch.float64) if last else want.acc) < limit
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_in_place_rows_that_no_result_has_are_not_touched(count, packed):
+    torch.manual_seed(3)
+    b, s, h, d = 2, 70, 3, 16
+    acc, m = torch.randn(b, s, h, d, device=DEVICE).half(), torch.randn(b, h, s, device=DEVICE)
+    results, met = [], torch.zeros(b, s, dtype=torch.bool, device=DEVICE)
+    for rows in (range(5, 41), range(36, 66))[:count]:
+        of = 1 if packed else b
+        places = torch.full((b, s), -1, dtype=torch.int32, device=DEVICE)
+        places[-1, rows] = torch.arange(len(rows), dtype=torch.int32, device=DEVICE)
+        out, lse = torch.randn(of, len(rows), h, d, device=DEVICE).half(), torch.randn(of, h, len(rows), device=DEVICE)
+        results.append(Result(places if packed else rows, out, lse))
+        met[-of:, rows] = True
+    elsewhere, m_elsewhere = torch.empty_like(acc), m.clone()
+    merge_call(Partial(acc, m_elsewhere), results, elsewhere)()
+    # Were they merged with nothing, they would be 0.
+    m_rows = m.transpose(1, 2)
+    acc[~met], m_rows[~met] = 7.0, -torch.inf
+    merge_call(Partial(acc, m), results, acc)()
+    assert torch.equal(acc[met], elsewhere[met]) and (acc[~met] == 7.0).all()
+    assert torch.equal(m_rows[met], m_elsewhere.transpose(1, 2)[met]) and (m_rows[~met] == -torch.inf).all()
