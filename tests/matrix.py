@@ -24,6 +24,7 @@ MASKS: dict[str, Callable[[int], Mask]] = {
     "window": lambda t: ra.Window(t // 4, 2),
     "causal window": lambda t: ra.Causal() & ra.Window(t // 3),
     "causal documents": lambda t: ra.Causal() & ra.Documents(lengths=[t // 3, 1, 0, t - t // 3 - 1]),
+    "documents": lambda t: ra.Documents(lengths=[t // 3, t - t // 3]),
     "documents by row": lambda t: ra.Documents(lengths=[[t // 3, t - t // 3], [t - 2, 2]]),
     "padding": lambda t: ra.KeyPadding([t - 3, t // 4]),
     "left padding": lambda t: ra.KeyPadding([t, t - 2], starts=[3, t // 2]),

@@ -11,6 +11,7 @@ import ring_attn as ra
 from ring_attn.kernels import sums, tilewise
 from ring_attn.kernels.flash import Flash4Kernel
 from ring_attn.mask import Causal, Documents, Full, KeyPadding
+from tests import matrix
 from tests.support import random_qkv, rel_error
 
 triton_sum = pytest.importorskip("ring_attn.kernels.triton_sum")
@@ -95,14 +96,14 @@ def test_where_more_is_to_be_put_together_it_is(made, size, exchange, mask, batc
     assert set(made["passes"]) == {1, 2}
 
 
-@pytest.mark.parametrize(
-    ("size", "layout", "exchange"),
-    [(2, "striped", "pull"), (2, "zigzag", "ring"), (3, "striped", "ring"), (3, "zigzag", "pull")],
-)
-def test_a_last_visit_whose_one_pack_is_all_rows(made, size, layout, exchange):
-    """Documents that every rank has a part of, and that go on on all others, in both directions."""
-    ring = ra.Ring.simulated(size, layout, exchange=exchange, kernel="flash4")
-    run(made, ring, Documents(lengths=[24, 24, 24]), t=72)
+@pytest.mark.parametrize("mask", matrix.MASKS)
+@pytest.mark.parametrize("exchange", matrix.EXCHANGES)
+@pytest.mark.parametrize("layout", matrix.LAYOUTS)
+def test_the_matrix_by_a_library_and_the_launches_that_join_its_calls(made, layout, exchange, mask):
+    """What GPUs run, on rings of two and of three."""
+    size, batch = 2 + len(mask + exchange + layout) % 2, 2 if "row" in mask or "padding" in mask else 1
+    t = 14 * size
+    run(made, ra.Ring.simulated(size, layout, exchange=exchange, kernel="flash4"), matrix.MASKS[mask](t), batch, t)
 
 
 def test_by_parts_of_the_heads_it_is_copied_to_its_place(made):
