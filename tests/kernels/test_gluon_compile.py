@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton.experimental.gluon")
-from ring_attn.kernels.gluon_forward import config_for
+import triton
 
+from ring_attn.kernels.gluon_forward import config_for
+from ring_attn.kernels.gluon_kernel import VERSIONS
+
+pytestmark = pytest.mark.skipif(not triton.__version__.startswith(VERSIONS), reason="with this Triton the kernel is refused")
 ROOT = Path(__file__).parents[2]
 # "last" reads the carried state as well as normalising: no other launch takes more. "only" is the one without a ring.
 REQUESTS = ("bfloat16:128:last", "float16:128:only", "bfloat16:64:last")
