@@ -1,7 +1,6 @@
 """What an exchange moves and holds: position order, only the rows that a mask needs, and no more at a time than kv_memory."""
 
 from collections import Counter
-from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -16,7 +15,7 @@ from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
 from ring_attn.parts import needed
 from ring_attn.tiles import part_positions, tiles
-from tests.matrix import cases, check
+from tests.matrix import Case, cases, check
 from tests.scores import Sizes, errors
 from tests.support import FLOAT64_LIMIT, random_qkv, way_home_hidden
 
@@ -177,7 +176,7 @@ def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, 
         add(way, visit)
         seen.append("own" if own else "visit")
 
-    case = replace(next(x for x in cases() if (x.exchange, x.mask) == ("pull", "full")), heads=(4, 2))
+    case = Case("contiguous", "pull", "full")
     assert case.seq_len(4) == 40, "of 30 rows of others a visit is to hold 15"
     row_bytes = 2 * case.heads[1] * sum(case.head_dims) * 8
     ring = ra.Ring(Noting(4, seen, beside=Noting(4, seen, " beside")), exchange="pull", kv_memory=rows and 2 * rows * row_bytes)
@@ -194,7 +193,7 @@ def test_parts_whose_first_visit_waits_for_others_go_one_by_one():
         post = getattr(ring.transport, name)
         noted = lambda *x, name=name, post=post, **o: done.append(name) or post(*x, **o)  # noqa: E731
         setattr(ring.transport, name, noted)
-    case = replace(next(x for x in cases() if (x.exchange, x.mask) == ("gather", "full")), heads=(4, 2))
+    case = Case("contiguous", "gather", "full")
     with way_home_hidden(by_heads=True):
         check(case, ring)
     assert done[1:5] == ["all_gather", "reduce_scatter"] * 2
