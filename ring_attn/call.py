@@ -286,7 +286,7 @@ def given_to(x: Any) -> Any:
 
 
 def _found(x: Any) -> Any:
-    if not isinstance(x, int):
+    if not (_BY_ID and isinstance(x, int)):
         return x
     found = cast(x, py_object).value
     if is_dataclass(found) and not {field.name for field in fields(found)} <= vars(found).keys():

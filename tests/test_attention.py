@@ -130,6 +130,13 @@ def test_compiles_in_one_graph(by_id, monkeypatch):
         assert rel_error(got, want) < FLOAT64_LIMIT
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+def test_a_number_that_is_given_for_a_layout_is_no_address(by_id, monkeypatch):
+    monkeypatch.setattr(call, "_BY_ID", by_id)
+    given = map(call.given_to, (ra.Ring.simulated(2), ra.Causal(), 4096))
+    assert list(map(call._found, given))[2] == 4096
+
+
 def test_another_mask_is_compiled_anew(monkeypatch):
     monkeypatch.setattr(call, "_BY_ID", True)
     ring = ra.Ring.simulated(2, "zigzag")
@@ -140,8 +147,9 @@ def test_another_mask_is_compiled_anew(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [ra.Window, ra.KeyPadding])
-def test_a_mask_made_while_compiling_is_refused_where_it_is_not_handed_over(kind):
+def test_a_mask_made_while_compiling_is_refused_where_it_is_not_handed_over(kind, monkeypatch):
     """What PyTorch before 2.13 has of it has no fields yet, and some have defaults."""
+    monkeypatch.setattr(call, "_BY_ID", True)
     ring, made_inside = ra.Ring.simulated(2), object.__new__(kind)
     with pytest.raises(ValueError, match=f"outside of the compiled function, and a {kind.__name__} was made inside"):
         call.name_kept(1.0, id(ring), id(made_inside), None)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ring_attn as ra
-from ring_attn import tiles
+from ring_attn import by_document, tiles
 from ring_attn.call import Call
 from ring_attn.exchange import get_exchange, make_plan
 from ring_attn.exchange.pull import PullExchange
@@ -107,6 +107,12 @@ def test_where_no_number_of_cut_ones_is_near_enough_the_best_is_taken():
     layout = ra.ByDocument([5, 5, 2])(12, 2)
     plan = make_plan(get_exchange("ring", None), Causal() & Documents([5, 5, 2]), layout)
     assert max(sum(plan.cells(rank, step) for step in plan.steps) for rank in range(2)) == 17
+
+
+def test_documents_that_have_no_row_for_every_rank_are_not_tried():
+    with patch.object(by_document, "_with_cut", wraps=by_document._with_cut) as tried:
+        shards_of([1] * 1000 + [8] * 3, 64 // 4)
+    assert tried.call_count == 1
 
 
 def test_whole_documents_go_the_largest_first_to_the_fewest_cells_where_they_fit():
