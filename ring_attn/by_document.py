@@ -2,10 +2,10 @@
 
 Note [cut or whole]: a document of n tokens is about n ** 2 / 2 cells of work. One that is cut lies zigzag on all ranks: nearly
 even, but its keys travel, and its parts are many. One that stays whole is one tile of one rank, and nothing of it travels. So
-the longest documents are cut, hardly more than it takes until no rank has more than `_SLACK` above the average: where
-131,072 tokens are 83 log-normal documents, 12% of the rows on 4 ranks and 29% on 8; where they are 22, 50% and 89%. What stays
-whole goes, the longest first, where the fewest cells are and where it fits. The short ones are next to no work, and make the
-numbers of rows equal.
+the longest are cut, one more at a time while they are few, until no rank has more than `_SLACK` above the average: where
+131,072 tokens are 83 log-normal documents, 12% of the rows on 4 ranks and 29% on 8; where they are 22, 50% and 89%. What
+stays whole goes, the longest first, where the fewest cells are and where it fits. The short ones are next to no work, and make
+the numbers of rows equal.
 """
 
 from __future__ import annotations

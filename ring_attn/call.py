@@ -286,13 +286,12 @@ def given_to(x: Any) -> Any:
 
 
 def _found(x: Any) -> Any:
-    if not (_BY_ID and isinstance(x, int)):
-        return x
-    found = cast(x, py_object).value
+    found = cast(x, py_object).value if _BY_ID and isinstance(x, int) else x
+    # A compiler hands over what the function itself made as an object without fields.
     if is_dataclass(found) and not {field.name for field in fields(found)} <= vars(found).keys():
         raise ValueError(
-            f"before PyTorch 2.13 masks and scores must be made outside of the compiled function, and a {type(found).__name__} "
-            f"was made inside; PyTorch is {torch.__version__}"
+            f"masks, scores and layouts must be made outside of the compiled function, and a {type(found).__name__} was made "
+            f"inside; make it where the function is called and hand it over, or keep it"
         )
     return found
 

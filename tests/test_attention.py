@@ -146,13 +146,19 @@ def test_another_mask_is_compiled_anew(monkeypatch):
         assert torch.equal(compiled(mask, q, k, v), ra.ring_attention(q, k, v, ring=ring, mask=mask))
 
 
-@pytest.mark.parametrize("kind", [ra.Window, ra.KeyPadding])
-def test_a_mask_made_while_compiling_is_refused_where_it_is_not_handed_over(kind, monkeypatch):
-    """What PyTorch before 2.13 has of it has no fields yet, and some have defaults."""
-    monkeypatch.setattr(call, "_BY_ID", True)
-    ring, made_inside = ra.Ring.simulated(2), object.__new__(kind)
-    with pytest.raises(ValueError, match=f"outside of the compiled function, and a {kind.__name__} was made inside"):
-        call.name_kept(1.0, id(ring), id(made_inside), None)
+MADE_INSIDE = {
+    "Window": lambda: {"mask": ra.Window(3)},
+    "KeyPadding": lambda: {"mask": ra.KeyPadding([8])},  # its fields have defaults
+    "SoftCap": lambda: {"score": ra.SoftCap(3.0)},
+}
+
+
+@pytest.mark.parametrize("kind", MADE_INSIDE)
+def test_what_a_compiled_function_makes_itself_is_refused(kind):
+    ring, made = ra.Ring.simulated(2), MADE_INSIDE[kind]
+    compiled = torch.compile(lambda q, k, v: ra.ring_attention(q, k, v, ring=ring, **made()), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=f"outside of the compiled function, and a {kind} was made inside"):
+        compiled(*qkv())
 
 
 def test_an_eager_call_is_forgotten_with_its_graph():

@@ -128,9 +128,6 @@ def _compiling() -> Iterator[None]:
 def _refusal_here(device: str) -> str | None:
     if device != "cuda":
         return f"torch's flex_attention has no backward and no fused forward with lse on {device!r}; it runs on CUDA"
-    version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if version < (2, 6):
-        return f"it needs torch 2.6 for the gradients of captured tensors, {torch.__version__} is installed"
     return "triton is not installed" if find_spec("triton") is None else None
 
 

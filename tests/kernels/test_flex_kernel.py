@@ -568,13 +568,6 @@ def test_what_it_takes(installed):
     assert flex.FlexKernel().supports(problem(deterministic=True, score=("softcap",), direction="backward")) is None
 
 
-@pytest.mark.parametrize(("version", "known"), [("2.5.1+cu124", False), ("2.6.0", True), ("2.11.0a0", True), ("3.0.0", True)])
-def test_versions_of_torch(version, known, installed, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", version)
-    said = flex.FlexKernel().supports(problem())
-    assert said is None if known else said.startswith("it needs torch 2.6")
-
-
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(flex, "find_spec", lambda name: None)
     assert flex.FlexKernel().supports(problem()) == "triton is not installed"
