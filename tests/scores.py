@@ -276,9 +276,9 @@ def of_unit_norm(x: Tensor, groups: int) -> Tensor:
     return (parts / parts.square().sum(-1, keepdim=True).sqrt()).flatten(-2)
 
 
-def errors(ring: ra.Ring, n: Sizes, mask: Mask, pieces: Sequence[Piece]) -> dict[str, float]:
+def errors(ring: ra.Ring, n: Sizes, mask: Mask, pieces: Sequence[Piece], device: str = "cpu") -> dict[str, float]:
     """Relative errors of out, lse and the gradient of q, k, v and every leaf of the scores."""
-    return {name: rel_error(x, ref) for name, (x, ref) in compared(ring, n, mask, pieces).items()}
+    return {name: rel_error(x, ref) for name, (x, ref) in compared(ring, n, mask, pieces, device=device).items()}
 
 
 def compared(

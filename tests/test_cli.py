@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
 from ring_attn import cli
 from ring_attn.by_document import ByDocument
@@ -153,7 +154,8 @@ def test_check_prints_errors_and_reasons(capsys):
 
 
 @pytest.mark.parametrize(("ring_size", "checked"), [(2, False), (3, False), (4, True), (6, True)])
-def test_check_runs_two_levels_where_there_are_several_nodes(capsys, ring_size, checked):
+def test_check_runs_two_levels_where_there_are_several_nodes(capsys, monkeypatch, ring_size, checked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     size = ["--ring-size", str(ring_size), "--seq-len", str(12 * ring_size)]
     assert cli.main(["check", *size, "--head-dim", "8", "--kernels", "reference", "--dtypes", "float64"]) == 0
     lines = capsys.readouterr().out.splitlines()

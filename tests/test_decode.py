@@ -17,6 +17,7 @@ from tests.scores import MASKS, SCORES, Sizes, pieces_of, plain, seen_cells
 from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT, OUT_FACTOR, dense, random_qkv, rel_error
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the kernels that then need one
 
 
 def filled(ring, k, v, prefill, **options):
@@ -33,18 +34,19 @@ def filled(ring, k, v, prefill, **options):
     return cache
 
 
-def errors(ring, n, mask, pieces, *, prefill, new, scale=None):
+def errors(ring, n, mask, pieces, *, prefill, new, scale=None, device="cpu"):
     """Relative errors of out and lse of the `new` last of n.t positions."""
     q, k, v, _ = random_qkv(n.b, n.t, n.t, n.h, n.g, n.d, n.dv, dtype=n.dtype, seed=n.seed)
     with torch.no_grad():
         want = plain(q.double(), k.double(), v.double(), seen_cells(mask, n), pieces, scale)
         newest = SimpleNamespace(shard=lambda x, dim: x[..., -new:, :])  # a Bias has the rows of the queries
-        scores = [piece.make([leaf.to(n.dtype) for leaf in piece.leaves], newest) for piece in pieces]
+        scores = [piece.make([leaf.to(device, n.dtype) for leaf in piece.leaves], newest) for piece in pieces]
+        q, k, v = (x.to(device) for x in (q, k, v))
         cache = filled(ring, k, v, prefill)
         options = {"mask": mask, "score": scores or None, "softmax_scale": scale, "return_lse": True}
         out, lse = ra.tree_decode(q[:, -new:], cache, ring=ring, **options)
     assert out.dtype == n.dtype
-    return rel_error(out, want[0][:, -new:]), rel_error(lse, want[1][..., -new:])
+    return rel_error(out.cpu(), want[0][:, -new:]), rel_error(lse.cpu(), want[1][..., -new:])
 
 
 def hostile(ring_size, layout, **options):
@@ -106,9 +108,10 @@ def test_a_ring_of_two_axes(layout):
 @pytest.mark.parametrize("kernel", ["reference", "aten", "triton", "auto"])
 @pytest.mark.parametrize("mask", ["causal", "window", "documents"])
 def test_every_kernel_here(kernel, mask):
-    n = Sizes(t=70, d=16, dv=16, dtype=torch.float32)
+    n, device = Sizes(t=70, d=16, dv=16, dtype=torch.float32), DEVICE if kernel == "triton" else "cpu"
     for new in (1, 3):
-        found = errors(hostile(3, "zigzag", kernel=kernel), n, MASKS[mask](n.t), pieces_of("sinks", n), prefill=48, new=new)
+        ring, pieces = hostile(3, "zigzag", kernel=kernel), pieces_of("sinks", n)
+        found = errors(ring, n, MASKS[mask](n.t), pieces, prefill=48, new=new, device=device)
         assert all(error <= FLOAT32_LIMIT for error in found), found
 
 
@@ -116,7 +119,8 @@ def test_every_kernel_here(kernel, mask):
 def test_the_triton_kernel_with_scores_that_are_bounded_and_that_are_not(score):
     n = Sizes(t=40, d=16, dv=16, dtype=torch.float32)
     pieces = [*pieces_of(score, n), *pieces_of("sinks", n)]
-    found = errors(hostile(3, "striped", kernel="triton"), n, ra.Causal() & ra.Window(20), pieces, prefill=24, new=2)
+    ring, mask = hostile(3, "striped", kernel="triton"), ra.Causal() & ra.Window(20)
+    found = errors(ring, n, mask, pieces, prefill=24, new=2, device=DEVICE)
     assert all(error <= FLOAT32_LIMIT for error in found), found
 
 

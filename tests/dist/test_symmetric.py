@@ -291,7 +291,8 @@ def _is_refused(rank):
         with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "0"}):
             _falls_back_by_name("set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 in every process")
         with patch.dict("os.environ", {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}):
-            _falls_back_by_name("each of 2 processes must see the GPUs of all, but this one sees 0")
+            with patch.object(torch.cuda, "device_count", lambda: 1):
+                _falls_back_by_name("each of 2 processes must see the GPUs of all, but this one sees 1")
             with patch.object(torch.version, "hip", "6.4"):
                 _falls_back_by_name("it goes by stream memory operations of CUDA's driver")
             with patch.object(torch.cuda, "device_count", lambda: 4):

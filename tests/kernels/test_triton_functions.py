@@ -54,7 +54,7 @@ def test_over_a_ring(number):
     ring = ra.Ring.simulated(ring_size, layout, exchange=exchange, kernel="triton", hostile=True)
     pieces, mask = RINGS[list(RINGS)[(number + number // 4) % 4]]
     n = Sizes(h=2, g=1, b=1, d=8, dv=6, dtype=torch.float32, seed=number)
-    found = errors(ring, n, mask, [piece(n) for piece in pieces])
+    found = errors(ring, n, mask, [piece(n) for piece in pieces], device=DEVICE)
     assert all(error < FLOAT32_LIMIT for error in found.values()), found
 
 
@@ -76,7 +76,7 @@ def test_heads_of_another_rank_keep_their_numbers(name, way):
     n, found = Sizes(t=16, b=1, d=8, dv=6, dtype=torch.float32), {}
     for kernel in ("triton", "reference"):
         ring = ra.Ring.simulated(parts * rings, layout, exchange=exchange, kernel=kernel, hostile=True, ulysses=parts)
-        found[kernel] = compared(ring, n, mask, [piece(n) for piece in pieces])
+        found[kernel] = compared(ring, n, mask, [piece(n) for piece in pieces], device=DEVICE)
     for name, (x, ref) in found["triton"].items():
         assert rel_error(x, ref) < FLOAT32_LIMIT, name
         assert rel_error(x, found["reference"][name][0]) < FLOAT32_LIMIT, name
@@ -86,7 +86,7 @@ def test_heads_of_another_rank_keep_their_numbers(name, way):
 def test_queries_and_keys_whose_positions_have_different_steps(layout, kv_layout):
     ring = ra.Ring.simulated(2, layout, kernel="triton", hostile=True)
     n = Sizes(b=1, t=16, h=2, g=1, d=8, dv=6, dtype=torch.float32, kv_len=24, kv_layout=kv_layout)
-    found = errors(ring, n, Window(9, 4), [alibi(n), softcap(n)])
+    found = errors(ring, n, Window(9, 4), [alibi(n), softcap(n)], device=DEVICE)
     assert all(error < FLOAT32_LIMIT for error in found.values()), found
 
 
@@ -159,8 +159,11 @@ def test_a_captured_tensor_that_needs_a_gradient_is_refused_beside_triton_functi
         ({"score": ScoreMod(BOW.fn)}, r"by Triton functions beside it, ScoreMod\(fn, triton=\(forward, backward\)\)"),
         ({"mask": MaskMod(SEES.fn)}, r"masks that are bands, or MaskMod\(fn, triton=predicate\)"),
         ({"mask": MaskMod(SEES.fn) & SEES_NEAR}, r"masks that are bands, or MaskMod\(fn, triton=predicate\)"),
-        ({"score": [Alibi(torch.ones(1)), Alibi(torch.ones(1))]}, "the gradient of one Alibi's slopes"),
-        ({"score": [SoftCap(1.0), ra.Bias(torch.zeros(8, 8))]}, "it has no bias"),
+        (
+            {"score": [Alibi(torch.ones(1, device=DEVICE))] * 2},
+            "the gradient of one Alibi's slopes",
+        ),
+        ({"score": [SoftCap(1.0), ra.Bias(torch.zeros(8, 8, device=DEVICE))]}, "it has no bias"),
         ({"score": ra.Dropout(0.1, 0)}, "it has no dropout"),
     ],
 )
