@@ -54,7 +54,7 @@ class RingBenchOptions:
         head_dim: Head dimension of q, k and v.
         dtype: Of the inputs.
         kernel: As for a ring.
-        repeats: Timed runs, of which the median counts; as many more are not timed.
+        repeats: Timed runs, of which the median counts; each follows one that is not, and two more warm up.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
         graphs: On a GPU, also what auto takes, and what is kept, replayed from a CUDA graph, which leaves the host out.
         peers: Other libraries as well, where they are installed.
