@@ -119,7 +119,7 @@ class Kernel(Protocol):
 
         `out` [b, s, h, dv] marks the last visit: the partial returned is normalised, its acc the output of every row, its m the
         final lse, and `into` is not meant to be read again. That acc is `out`, or where a library made all of it in one call,
-        in this visit or an earlier one, what that returned, contiguous and in memory of its own, with what this visit has to add
+        in this visit or an earlier one, what that returned, contiguous and in memory of its own, with what this visit adds
         merged into it: `out` is then not written.
         """
 
