@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ring_attn.layout import Layout, Part, places
+from ring_attn.layout import Layout, Part, places, total_rows
 from ring_attn.mask import Mask
 from ring_attn.tiles import kv_rows_met, part_positions
 
@@ -23,11 +23,12 @@ def in_position_order(layout: Layout, parts: list[Part]) -> tuple[Part, ...]:
 @lru_cache(maxsize=256)
 def needed(layout: Layout, kv_layout: Layout, mask: Mask, rank: int) -> tuple[Part, ...]:
     """The rows of other ranks that a rank's tiles hold, in position order; kept, for a forward and a backward both ask."""
-    sources, length, parts = [x for x in range(layout.ring_size) if x != rank], kv_layout.shard_len, []
-    for rows in kv_rows_met(layout.shard(rank), [kv_layout.shard(x) for x in sources], mask):
-        for n in range(rows.start // length, -(-rows.stop // length)):
-            start, stop = max(rows.start, n * length), min(rows.stop, (n + 1) * length)
-            parts.append(Part(sources[n], range(start - n * length, stop - n * length)))
+    length, parts = kv_layout.shard_len, []
+    for rows in kv_rows_met(layout.shard(rank), kv_layout, mask):
+        for source in range(rows.start // length, -(-rows.stop // length)):
+            start, stop = max(rows.start, source * length), min(rows.stop, (source + 1) * length)
+            if source != rank:
+                parts.append(Part(source, range(start - source * length, stop - source * length)))
     return in_position_order(kv_layout, parts)
 
 
@@ -36,7 +37,12 @@ def evenly(length: int, count: int) -> list[range]:
     return [range(length * n // count, length * (n + 1) // count) for n in range(count)]
 
 
-def within(parts: tuple[Part, ...], rows: range) -> tuple[Part, ...]:
+def in_visits(parts: tuple[Part, ...], count: int) -> list[tuple[Part, ...]]:
+    """The parts in order, in so many visits of almost the same number of rows."""
+    return [parts] if count == 1 else [_within(parts, rows) for rows in evenly(total_rows(parts), count)]
+
+
+def _within(parts: tuple[Part, ...], rows: range) -> tuple[Part, ...]:
     """What of the parts lies in some rows of a visit that holds them in order."""
     kept = []
     for part, place in places(parts):

@@ -73,20 +73,21 @@ def tiles(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> tuple[Tile,
     found: list[Tile] = []
     for row in rows:
         rule = rules[row or 0]
-        raw = [tile for q, kv in _pairs(queries, keys, rule) for tile in _tiles_of(q, kv, rule, row)]
+        pairs = _pairs(queries, _keys(keys, rule), rule)
+        raw = [tile for q, kv in pairs for tile in _tiles_of(q, kv, rule, row)]
         merged = _coalesce(raw, queries, keys)
         found += [replace(tile, predicates=rule.predicates) for tile in merged] if rule.predicates else merged
     return tuple(found)
 
 
-def kv_rows_met(q_shard: Shard, kv_shards: Sequence[Shard], mask: Mask) -> list[range]:
-    """The KV rows that the tiles of a query shard hold, in order and as few ranges; of KV shards joined in the order given."""
-    queries, keys = _pieces(q_shard), _pieces(r for shard in kv_shards for r in shard)
+def kv_rows_met(q_shard: Shard, kv_layout: Layout, mask: Mask) -> list[range]:
+    """The KV rows that the tiles of a query shard hold, in order and as few ranges; of the shards of all ranks joined."""
+    queries = _pieces(q_shard)
     found = {
-        (tile.kv_rows.start, tile.kv_rows.stop)
+        rows
         for rule in dict.fromkeys(mask.rules())
-        for q, kv in _pairs(queries, keys, rule)
-        for tile in _tiles_of(q, kv, rule, None)
+        for q, kv in _pairs(queries, _keys_of(kv_layout, rule), rule)
+        for rows in _rows_met(q, kv, rule)
     }
     joined: list[range] = []
     for start, stop in sorted(found):
@@ -211,22 +212,37 @@ def _cut(piece: _Piece, start: int, stop: int) -> _Piece:
 def _by_document(pieces: list[_Piece], packings: list[Ends]) -> Iterator[tuple[tuple[int, ...], _Piece]]:
     """The pieces cut at the ends of documents, and for each the number of its document in every packing."""
     for piece in pieces:
-        start, length = 0, len(piece.positions)
+        positions, start, length = piece.positions, 0, len(piece.positions)
         while start < length:
-            documents = tuple(bisect_right(ends, piece.positions[start]) for ends in packings)
-            stops = (bisect_left(piece.positions, ends[n]) for ends, n in zip(packings, documents, strict=True))
-            stop = min(stops, default=length)
-            yield documents, _cut(piece, start, stop)
+            documents = tuple([bisect_right(ends, positions[start]) for ends in packings])
+            # Most pieces end where a document does, or before.
+            end = min([ends[n] for ends, n in zip(packings, documents, strict=True)], default=None)
+            stop = length if end is None or positions[-1] < end else bisect_left(positions, end)
+            yield documents, piece if stop - start == length else _cut(piece, start, stop)
             start = stop
 
 
-def _pairs(queries: list[_Piece], keys: list[_Piece], rule: Rule) -> Iterator[tuple[_Piece, _Piece]]:
-    keys = [_cut(piece, *_between(piece.positions, rule.first_key, rule.num_keys)) for piece in keys]
-    met: dict[tuple[int, ...], list[_Piece]] = defaultdict(list)
-    for documents, piece in _by_document(keys, [ends for _, ends in rule.documents]):
-        met[documents].append(piece)
+_Keys = dict[tuple[int, ...], list[_Piece]]
+"""The pieces of each document, by its number in every packing."""
+
+
+def _keys(pieces: list[_Piece], rule: Rule) -> _Keys:
+    pieces = [_cut(piece, *_between(piece.positions, rule.first_key, rule.num_keys)) for piece in pieces]
+    found: _Keys = defaultdict(list)
+    for documents, piece in _by_document(pieces, [ends for _, ends in rule.documents]):
+        found[documents].append(piece)
+    return found
+
+
+@lru_cache(maxsize=16)
+def _keys_of(layout: Layout, rule: Rule) -> _Keys:
+    """Of the shards of all ranks joined; every rank asks."""
+    return _keys(_pieces(r for rank in range(layout.ring_size) for r in layout.shard(rank)), rule)
+
+
+def _pairs(queries: list[_Piece], keys: _Keys, rule: Rule) -> Iterator[tuple[_Piece, _Piece]]:
     for documents, q in _by_document(queries, [ends for ends, _ in rule.documents]):
-        for kv in met.get(documents, ()):
+        for kv in keys.get(documents, ()):
             yield q, kv
 
 
@@ -235,12 +251,26 @@ def _between(positions: range, start: int, stop: int | None) -> tuple[int, int]:
     return bisect_left(positions, start), len(positions) if stop is None else bisect_left(positions, stop)
 
 
+def _rows_met(q: _Piece, kv: _Piece, rule: Rule) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the KV rows that queries of a piece see of another: those that its tiles hold, without making them."""
+    sees = None if rule.left is None or rule.right is None else rule.left + rule.right + 1
+    if sees is not None and sees < q.positions.step:
+        # What each query sees may leave gaps between it and what the next one sees.
+        yield from ((tile.kv_rows.start, tile.kv_rows.stop) for tile in _tiles_of(q, kv, rule, None))
+        return
+    start = 0 if rule.left is None else bisect_left(kv.positions, q.positions[0] - rule.left)
+    stop = len(kv.positions) if rule.right is None else bisect_right(kv.positions, q.positions[-1] + rule.right)
+    if start < stop:
+        yield kv.row + start, kv.row + stop
+
+
 def _tiles_of(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Iterator[Tile]:
     """The trimmed tiles of two pieces: one or none, or many where their steps differ, see Note [two steps]."""
-    if len(_steps(q, kv)) > 1 and (rule.left is not None or rule.right is not None):
+    step = _step(q, kv)
+    if step is None and (rule.left is not None or rule.right is not None):
         yield from _stairs(q, kv, rule, batch)
         return
-    tile = _tile(q, kv, rule, batch)
+    tile = _tile(q, kv, rule, batch, step or 1)
     if tile is not None:
         yield tile
 
@@ -267,14 +297,14 @@ def _stairs(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Iterator[Ti
             yield _with_band(q0, q1, k0, k1, q0 - q1 + 1, k1 - k0 - 1, batch)
 
 
-def _steps(q: _Piece, kv: _Piece) -> set[int]:
-    return {piece.positions.step for piece in (q, kv) if len(piece.positions) > 1}
+def _step(q: _Piece, kv: _Piece) -> int | None:
+    """The step of two pieces, of which one with a single position may have any; None where they differ."""
+    steps = {piece.positions.step for piece in (q, kv) if len(piece.positions) > 1}
+    return None if len(steps) > 1 else max(steps, default=1)
 
 
-def _tile(q: _Piece, kv: _Piece, rule: Rule, batch: int | None) -> Tile | None:
-    """The trimmed tile of two pieces, or None where no cell is allowed."""
-    # Without bounds the step does not matter; with them the two are alike.
-    step = max(_steps(q, kv), default=1)
+def _tile(q: _Piece, kv: _Piece, rule: Rule, batch: int | None, step: int) -> Tile | None:
+    """The trimmed tile of two pieces with that step, which without bounds does not matter; None where no cell is allowed."""
     num_q, num_kv = len(q.positions), len(kv.positions)
     distance = q.positions[0] - kv.positions[0]
     lo = -(num_q - 1) if rule.left is None else max(-((rule.left - distance) // step), -(num_q - 1))
@@ -349,7 +379,7 @@ def _cells_within(tile: Tile, lo: int, hi: int) -> int:
 
 def _positions(pieces: list[_Piece], rows: range) -> Shard:
     """The global positions of `rows`, as ranges."""
-    first = max(0, bisect_right(pieces, rows.start, key=lambda piece: piece.row) - 1)
+    first = max(0, bisect_left(pieces, (rows.start + 1,)) - 1)
     found = []
     for piece in islice(pieces, first, None):
         if piece.row >= rows.stop:

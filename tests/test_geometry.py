@@ -1,14 +1,14 @@
 """Layouts and tiles against brute force, without torch: every layout, mask, ring size 1 to 6 and small length."""
 
 import time
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 
 from ring_attn.layout import LAYOUTS, Contiguous, Part, Striped, Zigzag
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
-from ring_attn.tiles import Band, Plan, count_cells, tiles
+from ring_attn.tiles import Band, Plan, count_cells, kv_rows_met, tiles
 
 TWO_SECONDS = 2.0
 
@@ -66,6 +66,13 @@ def check_tiles(found, q_shard, kv_shards, seen, batch):
     assert set(covered) == want
 
 
+def check_rows_met(found, q_shard, kv_layout, mask):
+    """`found`: the tiles with the keys of all ranks."""
+    met = kv_rows_met(q_shard, kv_layout, mask)
+    assert [row for rows in met for row in rows] == sorted({row for tile in found for row in tile.kv_rows})
+    assert all(before.stop < rows.start for before, rows in pairwise(met))
+
+
 def test_every_layout_mask_ring_size_and_small_length():
     start, checked = time.process_time(), 0
     for layout_class in LAYOUTS.values():
@@ -81,6 +88,7 @@ def test_every_layout_mask_ring_size_and_small_length():
                             for batch in range(rows):
                                 check_tiles(found, q_shard, kv_shards, seen, batch)
                                 checked += 1
+                        check_rows_met(found, q_shard, layout, mask)
     assert checked > 8000
     assert time.process_time() - start < TWO_SECONDS
 
@@ -112,6 +120,7 @@ def test_queries_and_keys_of_two_layouts_and_lengths():
                     for met in [*([s] for s in kv_shards), kv_shards]:
                         found = tiles(layout.shard(rank), met, mask)
                         check_tiles(found, layout.shard(rank), met, lambda b, q, k, seen=seen: seen(q, k), 0)
+                    check_rows_met(found, layout.shard(rank), kv_layout, mask)
 
 
 @pytest.mark.parametrize("layout_class", LAYOUTS.values())

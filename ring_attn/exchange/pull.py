@@ -24,7 +24,7 @@ from ring_attn.exchange.base import KV, Beside, Homeward, HowHome, PackedHomewar
 from ring_attn.kernels.sums import RowsOfSum, Sum
 from ring_attn.layout import Layout, Part, total_rows
 from ring_attn.mask import Mask
-from ring_attn.parts import evenly, needed, steps_for, within
+from ring_attn.parts import in_visits, needed, steps_for
 from ring_attn.tiles import Meets, Plan
 
 HALVES_FROM = 64 << 20  # bytes, from where on a way home takes longer than what more calls of a kernel do
@@ -47,7 +47,7 @@ class PullExchange:
         ranks, length = range(layout.ring_size), kv_layout.shard_len
         wanted = [needed(layout, kv_layout, mask, rank) for rank in ranks]
         count = steps_for(max(map(total_rows, wanted)), max_rows)
-        by_rank = [[within(parts, rows) for rows in evenly(total_rows(parts), count)] for parts in wanted]
+        by_rank = [in_visits(parts, count) for parts in wanted]
         halves = [range(length // 2, length), range(length // 2)] if self.halved else [range(length)]
         first, *rest = (tuple((Part(rank, rows),) for rank in ranks) for rows in halves)
         return first, *zip(*by_rank, strict=True), *rest
