@@ -51,7 +51,10 @@ def read(path: Path) -> list[dict]:
 @contextmanager
 def no_other_library():
     """As where none is installed."""
-    with patch.dict(sys.modules, {"yunchang": None}), patch.object(peers, "find_spec", lambda package: None):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # Of sys.modules this one only: what is first imported meanwhile stays.
+        monkeypatch.setitem(sys.modules, "yunchang", None)
+        monkeypatch.setattr(peers, "find_spec", lambda package: None)
         yield
 
 
