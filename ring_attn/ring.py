@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,9 +61,13 @@ class Ring:
         grad_dtype: torch.dtype | None = None,
         ranks_per_node: int | None = None,
     ) -> None:
+        if not hasattr(transport, "ring_size"):
+            raise TypeError(f"make a ring with Ring.simulated, Ring.from_group or Ring.from_mesh, not of {transport!r}")
         check_kernel_name(kernel)
-        if grad_dtype is not None and not grad_dtype.is_floating_point:
-            raise ValueError(f"grad_dtype must be a floating dtype, or None for that of the sums, got {grad_dtype}")
+        if grad_dtype is not None and not (isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point):
+            raise ValueError(f"grad_dtype must be a floating torch.dtype, or None for that of the sums, got {grad_dtype!r}")
+        if ranks_per_node is not None and (not isinstance(ranks_per_node, int) or ranks_per_node < 1):
+            raise ValueError(f"ranks_per_node must be a whole number of ranks, at least 1, or None, got {ranks_per_node!r}")
         if kv_memory is not None and (not isinstance(kv_memory, int) or kv_memory < 1):
             raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")
         if keep_kv and (exchange != "pull" or kv_memory is not None):
@@ -92,7 +98,7 @@ class Ring:
             raise ValueError("exchange='two-level' needs ranks_per_node, how many neighbouring ranks share a node")
         if given is not None and given % self.ulysses:
             raise ValueError(f"ranks_per_node {given} must be a multiple of ulysses {self.ulysses}: neighbours trade heads")
-        if self.ranks_per_node is not None and (self.ranks_per_node < 1 or self.size % self.ranks_per_node):
+        if self.ranks_per_node is not None and self.size % self.ranks_per_node:
             raise ValueError(f"ranks_per_node {self.ranks_per_node} must divide the ring size {self.size}")
 
     @classmethod
@@ -254,10 +260,10 @@ class Ring:
             everyone = self.transport.all_gather([mine] * len(self.hosted), what="agreeing on shapes, dtype and mask").wait()
             refused, *columns = zip(*(row.tolist() for row in everyone), strict=True)
             if any(len(set(column)) > 1 for column in columns):
+                cannot = "" if refusal is None else f"; and this rank cannot make its call: {refusal}"
                 raise ValueError(
-                    "every rank must call with the same shapes, dtype, mask and scale, but q, k, v shapes (then checksums of "
-                    "dtype and device, mask, score, scale, layout, exchange and wires, score tensors) are, by rank: "
-                    f"{_table(columns)}; shard with ring.shard, pad with ring_attn.pad_to"
+                    "every rank must call with the same shapes, dtype, mask and scale, but ranks differ in "
+                    f"{'; and in '.join(_differences(columns, signature, self.hosted[0]))}{cannot}"
                 ) from refusal
             if refusal is None and any(refused):
                 ranks = [rank for rank, cannot in enumerate(refused) if cannot]
@@ -292,10 +298,14 @@ def _check_ulysses(ulysses: int, ring_size: int) -> None:
 
 def _check_mesh(mesh: DeviceMesh) -> None:
     """Raises ValueError unless it is a (ulysses, ring) mesh whose groups number their ranks as its axes do."""
-    names = mesh.mesh_dim_names or ("ulysses", "ring")
-    if mesh.ndim != 2 or names[0] == "ring" or names[1] == "ulysses":
+    axes = "ulysses", "ring"
+    # By any other names an axis may hold other sequences.
+    if mesh.ndim != 2 or (mesh.mesh_dim_names or axes) != axes:
         given = mesh.mesh_dim_names or f"a mesh of {mesh.ndim} axes"
-        raise ValueError(f"a mesh must have one axis, such as mesh['cp'], or the two (ulysses, ring), got {given}")
+        raise ValueError(
+            f"a mesh must have one axis, the one that the sequence is sharded over, such as mesh['cp'], or two, which are "
+            f"named {axes} or have no names, got {given}"
+        )
     if any((mesh.mesh.diff(dim=axis) < 0).any() for axis in (0, 1)):
         raise ValueError(f"ranks must rise along both axes of a (ulysses, ring) mesh, got {mesh.mesh.tolist()}")
 
@@ -305,5 +315,18 @@ def _text(part: object) -> bytes:
     return repr(sorted(part) if isinstance(part, frozenset) else part).encode()
 
 
-def _table(columns: list[tuple[int, ...]]) -> dict[int, tuple]:
-    return {rank: (row[:4], row[4:8], row[8:12], *row[12:]) for rank, row in enumerate(zip(*columns, strict=True))}
+_PARTS = ("dtype or device", "mask", "score", "scale", "layout, exchange and wires", "the tensors of scores")
+"""Of a signature, behind the shapes."""
+
+
+def _differences(columns: list[tuple[int, ...]], signature: tuple, here: int) -> Iterator[str]:
+    """What of it differs among ranks, in words, where `columns` are what each rank made of its signature."""
+    shapes, sums = columns[:12], columns[12:]
+    if any(len(set(column)) > 1 for column in shapes):
+        by_rank = {rank: (row[:4], row[4:8], row[8:]) for rank, row in enumerate(zip(*shapes, strict=True))}
+        yield f"q, k, v shapes, by rank: {by_rank}; shard with ring.shard, pad with ring_attn.pad_to"
+    for name, column, part in zip(_PARTS, sums, signature[3:], strict=True):
+        others = [rank for rank, found in enumerate(column) if found != column[here]]
+        if others:
+            value = textwrap.shorten(repr(part), 300, placeholder=" ...")
+            yield f"{name}, which on rank {here} is {value}, and something else on ranks {others}"
