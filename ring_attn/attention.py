@@ -63,10 +63,10 @@ def ring_attention(
     q [b, s, h, d], k [b, s, g, d], v [b, s, g, dv]: the rows this process hosts, sharded as `ring.shard` does; h a multiple of
     g, and query head i reads KV head i // (h // g). Inputs of three dimensions have one head: all three, where batch and heads
     are merged into [b * h, s, d], or k and v alone. `mask` and `score` (one, or a list applied in order) hold in global
-    positions. `softmax_scale` defaults to d ** -0.5. With `return_lse`, also lse [b, h, s] (natural log; fp32, float64 for
-    float64 inputs), differentiable. A row that sees no key has output 0, lse -inf and zero gradients. Every process of the ring
-    must make the same calls in the same order. Under torch.compile, make masks and scores outside the compiled function. Until
-    the backward, a score with tensors that learn takes the memory of one more output in 16 bits, see Note [rest].
+    positions. `softmax_scale`, a number, defaults to d ** -0.5. With `return_lse`, also lse [b, h, s] (natural log; fp32,
+    float64 for float64 inputs), differentiable. A row that sees no key has output 0, lse -inf and zero gradients. Every process
+    of the ring must make the same calls in the same order. Under torch.compile, make masks and scores outside the compiled
+    function. Until the backward, a score with tensors that learn takes the memory of one more output in 16 bits, Note [rest].
 
     `kv_layout`: for cross-attention, the layout by which k and v [b, skv, g, ...] are sharded, `ring.shard(k, layout=...)`;
     only where it is named may they come from a sequence of another length than the queries'.
@@ -76,6 +76,8 @@ def ring_attention(
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
+    if not hasattr(ring, "settled"):
+        raise TypeError(f"ring must be a Ring, on one device Ring.simulated(1, 'contiguous'), got {type(ring).__name__}")
     merged = q.dim() == 3
     q, k, v = (x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v))
     cosine, modifiers, sinks = sort_scores(score)
@@ -118,6 +120,8 @@ def wants_gradients(*tensors: Tensor) -> bool:
 
 def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
     """(q, k, scale) whose scaled products are the scores, scale above 0; differentiable."""
+    if isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
+        raise TypeError("softmax_scale must be a number, for it gets no gradient; multiply q by a scale that learns")
     scale = max(1, q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale)
     if cosine is not None:
         if softmax_scale is not None:

@@ -26,6 +26,7 @@ from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.partial import accumulator_dtype
 from ring_attn.score import Score, Scores, Sinks, sort_scores
+from ring_attn.score_mod import check_predicate
 from ring_attn.settled import Settled
 from ring_attn.tiles import Plan
 
@@ -237,6 +238,12 @@ class Call:
         parts = (modifiers.tensors() for modifiers in self.hosted_modifiers(whole, rows))
         return [tuple(None if total is None else x for x, total in zip(part, totals, strict=True)) for part in parts]
 
+    def check_mask(self, seq_len: int, kv_len: int, q: Tensor) -> None:
+        """Raises ValueError where the mask does not fit so many queries and keys of all ranks, or asks what cannot be asked."""
+        self.mask.check(seq_len, kv_len, q.shape[0])
+        for predicate in {predicate for rule in self.mask.rules() for predicate in rule.predicates}:
+            check_predicate(predicate, q.device)
+
     def check_scores(self, q: Tensor, kv_len: int, tensors: Sequence[Tensor]) -> None:
         """Raises ValueError where the tensors of scores do not fit q [b, rows, h, d] and `kv_len` keys of all ranks."""
         elsewhere = [x for x in tensors if x.device != q.device]
@@ -341,7 +348,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
             f"the layout of the keys, such as kv_layout='zigzag'"
         )
     layout, kv_layout = call.layouts(q, k)
-    call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])
+    call.check_mask(layout.seq_len, kv_layout.seq_len, q)
     settled = call.settle(q, k, v)
     call.check_scores(q, kv_layout.seq_len, tensors)
     settled.kernel("forward")
@@ -352,8 +359,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be [batch, rows, heads, head_dim] or [batch, rows, head_dim], got {tuple(x.shape)}")
-        if not x.dtype.is_floating_point:
-            raise ValueError(f"{name} must have a floating dtype, got {x.dtype}")
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}; cast it first")
     if len({x.dtype for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
     if len({x.device for x in (q, k, v)}) > 1:

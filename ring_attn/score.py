@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -103,6 +104,8 @@ class SoftCap(Score):
     kind = "softcap"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.cap, Real):
+            raise TypeError(f"SoftCap cap must be a number, for it gets no gradient, got {type(self.cap).__name__}")
         if not 0 < self.cap < float("inf"):
             raise ValueError(f"SoftCap cap must be above 0 and finite, got {self.cap}; leave SoftCap out for no cap")
 
@@ -156,7 +159,7 @@ class _ByHead(_WithTensor):
 
 
 class Alibi(_ByHead):
-    """score - slope[h] * |q_pos - kv_pos| (Press et al., arXiv 2108.12409). `slopes` [h], learnable."""
+    """score - slope[h] * |q_pos - kv_pos| (Press et al., arXiv 2108.12409). `tensor` [h]: the slopes, learnable."""
 
     kind = "alibi"
     called = "Alibi slopes"

@@ -14,6 +14,7 @@ from types import CellType, FunctionType, MethodType
 import torch
 from torch import Tensor
 
+from ring_attn.mask import MaskMod
 from ring_attn.score import Cells, Score
 from ring_attn.typed import is_jitted
 
@@ -68,7 +69,10 @@ class ScoreMod(Score):
             )
         first = torch.zeros((), dtype=torch.int64, device=next((x.device for x in self.tensors()), None))
         known = recapture(self.fn, tuple(x.detach() for x in self.tensors()))
-        if known(first.double(), first, first, first, first).requires_grad:
+        score = known(first.double(), first, first, first, first)
+        if not isinstance(score, Tensor):
+            raise TypeError(f"{self!r} must return a tensor that it makes of the score, got {score!r}")
+        if score.requires_grad:
             raise ValueError(
                 f"{self!r} reaches a tensor that needs a gradient in a way that cannot be followed (an attribute, a "
                 f"default, a function it calls); close over the tensor itself"
@@ -99,6 +103,20 @@ def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
     for axes in dims:
         fn = torch.vmap(fn, in_dims=((0,) if score_dims else ()) + axes)
     return fn
+
+
+def check_predicate(mask: MaskMod, device: torch.device) -> None:
+    """Raises ValueError where a mask's function cannot be asked about cells, or does not answer with bools."""
+    cell = torch.zeros(1, dtype=torch.int64, device=device)
+    try:
+        seen = over_cells(mask.fn)(cell, cell + mask.first_head, cell, cell)
+    except Exception as error:
+        raise ValueError(
+            f"{mask!r} must be a function (b, h, q_pos, kv_pos) -> bool of integer tensors, without `if`, `and`, `or` or `not` "
+            f"about them; asked about a cell it fails: {error}"
+        ) from error
+    if seen.dtype.is_floating_point:
+        raise ValueError(f"{mask!r} must return bools such as q_pos >= kv_pos, or integers, got {seen.dtype}")
 
 
 def global_positions(shard: tuple[range, ...], rows: range, device: torch.device) -> Tensor:

@@ -85,12 +85,15 @@ def _scatter_sum(x: Tensor, layout: Layout, transport: Collective, dim: int) -> 
 
 @typed
 def shift_labels(tokens: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Next-token labels of whole sequences tokens [..., t]: labels[i] = tokens[i + 1], the last one `ignore_index`.
+    """Next-token labels of whole sequences tokens [..., t], integers: labels[i] = tokens[i + 1], the last one `ignore_index`;
+    int64, as a loss takes them.
 
     Shift before sharding: at a shard's last row the next token lies on another rank.
     """
-    last = torch.full_like(tokens[..., :1], ignore_index)
-    return torch.cat([tokens[..., 1:], last], -1)
+    if tokens.dtype.is_floating_point or tokens.dtype.is_complex:
+        raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+    following = tokens[..., 1:].long()
+    return torch.cat([following, torch.full_like(tokens[..., :1], ignore_index, dtype=torch.int64)], -1)
 
 
 @typed
@@ -117,10 +120,14 @@ def global_token_loss(
     the ring alone). Each process's gradient is its own share: parameter gradients *summed* over all processes are those of the
     unsharded run, so scale the loss by the number of processes under DDP, which averages. 0 where no token is valid anywhere.
     """
+    if not hasattr(ring, "sum_over_processes"):
+        raise TypeError(f"ring must be a Ring, on one device Ring.simulated(1), got {type(ring).__name__}")
     if logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels {tuple(labels.shape)} must have the shape of logits without the vocabulary, {tuple(logits.shape)}"
         )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, as ring_attn.shift_labels makes them, got {labels.dtype}")
     flat = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     local = F.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
     valid = (labels != ignore_index).sum()

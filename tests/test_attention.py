@@ -255,6 +255,10 @@ def broken(**change):
             {"q": lambda q: q.float()},
             r"q, k and v must share one dtype, got torch.float32, torch.float64, torch.float64; cast them",
         ),
+        (
+            {name: lambda x: x.to(torch.float8_e4m3fn) for name in "qkv"},
+            r"q must have dtype float16, bfloat16, float32 or float64, got torch.float8_e4m3fn; cast it",
+        ),
         ({"v": lambda v: v.to("meta")}, r"must be on one device, got cpu, cpu, meta"),
         ({"q": lambda q: q[:, :, :3]}, r"num_heads 3 must be a multiple of num_kv_heads 2"),
         (
@@ -269,7 +273,7 @@ def broken(**change):
         ({"v": lambda v: v[:, :, :1]}, r"v must share k's heads"),
         (
             {"q": lambda q: q.long(), "k": lambda k: k.long(), "v": lambda v: v.long()},
-            r"q must have a floating dtype, got torch.int64",
+            r"q must have dtype float16, bfloat16, float32 or float64, got torch.int64",
         ),
         ({"q": lambda x: x[:, :0], "k": lambda x: x[:, :0], "v": lambda x: x[:, :0]}, r"every dimension must be at least 1"),
         (
@@ -300,6 +304,37 @@ def test_types_and_unbuilt_combinations_are_refused():
         ra.ring_attention(q, k, v, **(options | {"mask": torch.ones(8, 8)}))
     with pytest.raises(TypeError, match="score must be a ring_attn score"):
         ra.ring_attention(q, k, v, **options, score=[object()])
+    with pytest.raises(TypeError, match=r"ring must be a Ring, on one device Ring.simulated\(1, .contiguous.\), got NoneType"):
+        ra.ring_attention(q, k, v, **(options | {"ring": None}))
+    with pytest.raises(TypeError, match="softmax_scale must be a number, for it gets no gradient; multiply q"):
+        ra.ring_attention(q, k, v, **options, softmax_scale=torch.ones((), requires_grad=True))
+    with pytest.raises(TypeError, match="SoftCap cap must be a number, for it gets no gradient, got Parameter"):
+        ra.SoftCap(torch.nn.Parameter(torch.ones(())))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (ra.MaskMod(lambda q, k: q >= k), r"must be a function \(b, h, q_pos, kv_pos\) -> bool .*positional arguments"),
+        (ra.MaskMod(lambda b, h, q, k: k if q else q), r"without `if`, `and`, `or` or `not` about them.*data-dependent"),
+        (ra.MaskMod(lambda b, h, q, k: True), r"asked about a cell it fails: "),
+        (
+            ra.MaskMod(lambda b, h, q, k: q / 2 - k),
+            r"must return bools such as q_pos >= kv_pos, or integers, got torch.float32",
+        ),
+        (ra.MaskMod(torch.ones(8, 8)), r"asked about a cell it fails: 'Tensor' object is not callable"),
+    ],
+)
+def test_a_function_that_is_no_mask_is_refused_in_words(mask, message):
+    q, k, v, options = broken()
+    with pytest.raises(ValueError, match=message):
+        ra.ring_attention(q, k, v, **(options | {"mask": ra.Causal() & mask}))
+
+
+def test_a_function_whose_score_is_no_tensor_is_refused():
+    q, k, v, options = broken()
+    with pytest.raises(TypeError, match=r"must return a tensor that it makes of the score, got 0.0"):
+        ra.ring_attention(q, k, v, **options, score=ra.ScoreMod(lambda score, b, h, q_pos, kv_pos: 0.0))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "slopes"])

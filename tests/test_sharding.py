@@ -50,6 +50,12 @@ def test_labels_are_shifted_over_shard_borders():
     tokens = torch.randint(0, 99, (2, 12))
     labels = ra.shift_labels(tokens)
     assert torch.equal(labels[:, :-1], tokens[:, 1:]) and (labels[:, -1] == -100).all()
+    for narrow in (torch.uint8, torch.int32):
+        assert (
+            torch.equal(ra.shift_labels(tokens.to(narrow)), labels) and ra.shift_labels(tokens.to(narrow)).dtype == torch.int64
+        )
+    with pytest.raises(ValueError, match=r"tokens must be integers, got torch.float32"):
+        ra.shift_labels(tokens.float())
     ring = ra.Ring.simulated(3, "striped")
     assert torch.equal(ring.unshard(ring.shard(labels)), labels)
 
@@ -92,6 +98,10 @@ def test_simulated_loss(layout):
     check_loss(ra.Ring.simulated(4, layout))
 
 
-def test_loss_refuses_labels_of_another_shape():
+def test_loss_refuses_labels_that_are_none():
+    with pytest.raises(ValueError, match=r"labels must be int64, as ring_attn.shift_labels makes them, got torch.uint8"):
+        ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 4, dtype=torch.uint8), ring=ra.Ring.simulated(1))
+    with pytest.raises(TypeError, match=r"ring must be a Ring, on one device Ring.simulated\(1\), got NoneType"):
+        ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 4, dtype=torch.long), ring=None)
     with pytest.raises(ValueError, match=r"labels \(2, 3\) must have the shape of logits"):
         ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 3, dtype=torch.long), ring=ra.Ring.simulated(1))
