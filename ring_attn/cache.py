@@ -7,6 +7,8 @@ it without talking, all take turns, and what is appended to a rank's positions i
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -72,6 +74,18 @@ class KVCache:
             rows = slice(first, None, self.ring.size)
             shard.add(range(self.seq_len + first, end, self.ring.size), k[:, rows], v[:, rows])
         self.seq_len = end
+
+    @contextmanager
+    def kept_where_refused(self) -> Iterator[None]:
+        """Where what is inside raises, the cache holds afterwards what it held before."""
+        before = self.seq_len, [(shard.rows, shard.positions) for shard in self.shards]
+        try:
+            yield
+        except BaseException:
+            self.seq_len, of_shards = before
+            for shard, held in zip(self.shards, of_shards, strict=True):
+                shard.rows, shard.positions = held
+            raise
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Stand-ins of the keys and values of all ranks: their shape, dtype and device, and no memory."""

@@ -49,7 +49,10 @@ def tree_decode(
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
     if cache.ring is not ring:
-        raise ValueError(f"the cache was made for {cache.ring}, not for {ring}; call with the ring that it was made for")
+        raise ValueError(
+            f"the cache was made for another ring than this {ring}, for {cache.ring}; make it of the ring that decodes: of a "
+            f"layer its `ring` (a `with_layout` of it is another one)"
+        )
     cosine, modifiers, sinks = sort_scores(score)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     whole = cache.whole()

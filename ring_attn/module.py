@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from ring_attn.cache import KVCache
 from ring_attn.decode import tree_decode
 from ring_attn.mask import Causal, Mask
 from ring_attn.ring import Ring
+from ring_attn.score import Score
 from ring_attn.typed import typed
 
 
@@ -60,17 +63,25 @@ class RingSelfAttention(nn.Module):
         x: Tensor,
         *,
         mask: Mask = Causal(),  # noqa: B008 (frozen)
+        score: Score | Sequence[Score] | None = None,
         cache: KVCache | None = None,
+        seq_len: int | None = None,
         ring: Ring | None = None,
     ) -> Tensor:
-        """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` holds in global positions.
+        """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` and `score` hold in global positions.
 
-        `cache`: an empty one, which is filled with these rows for `decode` to go on from; without gradient. `ring`: the layer's
-        own in another layout, for this call alone, as `Ring.with_layout` makes it for the documents of a batch.
+        `cache`: an empty one, which is filled with these rows for `decode` to go on from; without gradient. `seq_len`: how many
+        positions it is filled with, where the last ones are padding (`ra.pad_to`). `ring`: the layer's own in another layout,
+        for this call alone, as `Ring.with_layout` makes it for the documents of a batch.
         """
         if ring is not None and ring.transport is not self.ring.transport:
             raise ValueError(
-                f"ring must be the layer's in another layout, made by its with_layout, got {ring}, not {self.ring}"
+                f"ring must be the layer's in another layout, made by its with_layout; {ring} is of other wires than the "
+                f"layer's {self.ring}"
+            )
+        if seq_len is not None and cache is None:
+            raise ValueError(
+                f"seq_len={seq_len} says how much goes into a cache, and there is none; mask padding by KeyPadding"
             )
         ring = self.ring if ring is None else ring
         if cache is not None and len(cache):
@@ -79,17 +90,28 @@ class RingSelfAttention(nn.Module):
                 f"go on with decode, or start with an empty cache"
             )
         q, k, v = self._project(x, ring.positions(ring.seq_len(x.shape[1]), x.device))
-        out = ring_attention(q, k, v, ring=ring, mask=mask)
+        out = ring_attention(q, k, v, ring=ring, mask=mask, score=score)
         if cache is not None:
-            cache.extend(k, v, layout=ring.layout_choice)
+            cache.extend(k, v, seq_len=seq_len, layout=ring.layout_choice)
         return self.o_proj(rearrange(out, "b s h d -> b s (h d)"))
 
-    def decode(self, x: Tensor, cache: KVCache, *, mask: Mask = Causal()) -> Tensor:  # noqa: B008 (frozen)
-        """[b, n, dim] -> [b, n, dim]: the next n tokens, the same on every process, over the cache, which they enter first."""
+    def decode(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        *,
+        mask: Mask = Causal(),  # noqa: B008 (frozen)
+        score: Score | Sequence[Score] | None = None,
+    ) -> Tensor:
+        """[b, n, dim] -> [b, n, dim]: the next n tokens, the same on every process, over the cache, which they enter first.
+
+        Where it raises, they are not in the cache.
+        """
         start = len(cache)
         q, k, v = self._project(x, torch.arange(start, start + x.shape[1], device=x.device))
-        cache.append(k, v)
-        out = tree_decode(q, cache, ring=self.ring, mask=mask)
+        with cache.kept_where_refused():
+            cache.append(k, v)
+            out = tree_decode(q, cache, ring=self.ring, mask=mask, score=score)
         return self.o_proj(rearrange(out, "b n h d -> b n (h d)"))
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,6 +50,37 @@ def test_a_layer_goes_on_from_its_prefill(layout, options):
         ringed(x[:, :12], cache=cache)
 
 
+@torch.no_grad()
+def test_a_padded_prompt_and_scores():
+    ring = ra.Ring.simulated(3, "zigzag", hostile=True)
+    plain, ringed = layers(ring)
+    x, score = torch.randn(2, 15, 24, dtype=torch.float64), [ra.Alibi(torch.linspace(0.1, 0.9, 4).double()), ra.SoftCap(2.0)]
+    want, cache = plain(x, score=score), ra.KVCache(ring)
+    padded = ring.shard(ra.pad_to(x[:, :11], ring.shard_multiple, value=9.0))
+    found = ring.unshard(ringed(padded, score=score, cache=cache, seq_len=11))[:, :11]
+    assert rel_error(found, want[:, :11]) < FLOAT64_LIMIT and len(cache) == 11
+    for start, stop in ((11, 12), (12, 15)):
+        assert rel_error(ringed.decode(x[:, start:stop], cache, score=score), want[:, start:stop]) < FLOAT64_LIMIT
+    with pytest.raises(ValueError, match="seq_len=11 says how much goes into a cache, and there is none"):
+        ringed(padded, seq_len=11)
+
+
+@pytest.mark.parametrize("filled", [0, 8])
+@torch.no_grad()
+def test_tokens_that_are_refused_are_not_in_the_cache(filled):
+    ring = ra.Ring.simulated(2, "zigzag")
+    plain, ringed = layers(ring)
+    x, cache = torch.randn(1, 10, 24, dtype=torch.float64), ra.KVCache(ring)
+    if filled:
+        ringed(ring.shard(x[:, :filled]), cache=cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the documents add up to 99 positions"):
+            ringed.decode(x[:, filled : filled + 2], cache, mask=ra.Causal() & ra.Documents([99]))
+        assert len(cache) == filled
+    found = torch.cat([ringed.decode(x[:, n : n + 1], cache) for n in range(filled, 10)], 1)
+    assert rel_error(found, plain(x)[:, filled:]) < FLOAT64_LIMIT
+
+
 @pytest.mark.parametrize(("ring_size", "layout"), [(1, "zigzag"), (2, "striped"), (3, "zigzag"), (4, "contiguous")])
 @torch.no_grad()
 def test_logits_of_every_prompt_length_and_of_the_tokens_behind(ring_size, layout):
