@@ -74,6 +74,11 @@ class Sizes:
     head_dim: int
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "num_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass
 class Row:

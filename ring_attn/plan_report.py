@@ -24,8 +24,9 @@ class PlanOptions:
     Attributes:
         layout: Which positions each rank holds; by-document is made for --documents.
         mask: Who may attend to whom.
-        exchange: In which order a rank meets the KV shards; auto is what a call of these sizes takes.
-        explain: Also print what every exchange would take, by the formula that auto goes by.
+        exchange: In which order a rank meets the KV shards: ring, gather, pull, two-way or two-level; auto is what a call of
+            these sizes takes.
+        explain: Also print what the exchanges that auto chooses among would take, by its formula.
         ranks_per_node: How many neighbouring ranks share a node, for the two-level exchange.
         machine: What lies between the ranks: gpus of one host (symmetric: with copy engines), a network (nodes: with copy
             engines inside hosts), gloo or one process.
@@ -103,6 +104,8 @@ def estimates_of(options: PlanOptions) -> tuple[Estimate, ...]:
     for name in ("num_heads", "num_kv_heads", "head_dim"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.num_heads % options.num_kv_heads:
+        raise ValueError(f"--num-heads {options.num_heads} must be a multiple of --num-kv-heads {options.num_kv_heads}")
     layout = layout_of(options)
     work = Work(1, options.num_heads, options.num_kv_heads, options.head_dim, options.head_dim, itemsize=2)
     return estimates(Question(mask_of(options), layout, layout, work, MACHINES[options.machine], None, options.ranks_per_node))

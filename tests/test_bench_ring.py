@@ -311,6 +311,8 @@ def test_the_gate_checks_what_is_timed(by_heads):
     ("args", "message"),
     [
         (["--lengths", "100"], "lengths must be multiples of 2 * ring size = 8, at least 32, got (100,)"),
+        (["--head-dim", "0"], "head_dim must be at least 1, got 0"),
+        (["--kv-heads", "3"], "heads 4 must be a multiple of kv_heads 3"),
         (["--masks", "padding"], "mask 'padding' is not one of causal, full, window, documents"),
         (["--layouts", "spiral"], "layout 'spiral' is not one of contiguous, striped, zigzag, by-document"),
         (["--exchanges", "mail"], "exchange 'mail' is not one of auto, ring, gather, pull, two-way, two-level"),

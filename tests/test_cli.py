@@ -102,6 +102,7 @@ def test_plan_shows_the_balance_of_the_layouts(capsys):
             "the documents of the by-document layout add up to 3 positions, but seq_len is 64",
         ),
         (["--seq-len", "64", "--documents", "1,2"], "the documents add up to 3 positions, but seq_len is 64"),
+        (["--num-heads", "3", "--num-kv-heads", "2", "--explain"], "--num-heads 3 must be a multiple of --num-kv-heads 2"),
         (["--exchange", "post"], "exchange 'post' is not one of auto, ring, gather, pull, two-way, two-level"),
         (["--exchange", "two-level"], "the two-level exchange needs --ranks-per-node"),
         (["--exchange", "two-level", "--ranks-per-node", "3"], "--ranks-per-node 3 must divide --ring-size 4"),
@@ -191,6 +192,10 @@ def test_the_command_line_helps_and_refuses(capsys):
     assert cli.main([]) == 2
     assert cli.main(["trian"]) == 2
     assert "'trian' is not one of the commands plan, train, " in capsys.readouterr().err
+    assert cli.main(["bench", "rings"]) == 2
+    assert "'rings' is not one of the benchmarks kernels, ring, tune" in capsys.readouterr().err
+    assert cli.main(["check", "--head-dim", "0"]) == 2
+    assert "ring-attn check: --head-dim must be at least 1, got 0" in capsys.readouterr().err
     assert cli.main(["train", "nowhere.toml"]) == 2
     assert "no configuration file nowhere.toml" in capsys.readouterr().err
 

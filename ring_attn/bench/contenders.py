@@ -46,6 +46,13 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+
     def random(self, rows: int, seed: int) -> list[Tensor]:
         """q, k, v, which want gradients, and dout."""
         generator = torch.Generator(self.device).manual_seed(seed)

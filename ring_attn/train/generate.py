@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
 def written(options: GenerateOptions) -> str:
     """The prompt and the text behind it, the same on every process. Raises ValueError where an option does not fit."""
     folder = Path(options.run)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is no folder of a run, for it has no {CONFIG}; ring-attn train makes one")
     config = load(folder / CONFIG)
     steps = checkpoint.steps_in(folder / CHECKPOINTS)
     if not steps:

@@ -73,7 +73,7 @@ def test_the_command(run, capsys, tmp_path):
     )
     assert capsys.readouterr().out == written(options(run, temperature=1.0, seed=3)) + "\n"
     for args, message in (
-        ([str(tmp_path)], "there is no configuration file"),
+        ([str(tmp_path)], "is no folder of a run, for it has no config.toml; ring-attn train makes one"),
         ([str(run[1]), "--prompt", ""], "the prompt must be [batch, tokens] with at least one token"),
         ([str(run[1]), "--temperature", "-1"], "temperature must be at least 0"),
         ([str(run[1]), "--simulated", "0"], "ring.simulated must be at least 1, got 0"),
