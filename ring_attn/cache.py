@@ -126,10 +126,12 @@ class CacheShard:
 
     @property
     def k(self) -> Tensor:
+        """[b, rows, g, d], a view."""
         return self._buffers[0][:, : self.rows]
 
     @property
     def v(self) -> Tensor:
+        """[b, rows, g, dv], a view."""
         return self._buffers[1][:, : self.rows]
 
     def add(self, positions: range, k: Tensor, v: Tensor) -> None:

@@ -115,7 +115,9 @@ class RingSelfAttention(nn.Module):
         return self.o_proj(rearrange(out, "b n h d -> b n (h d)"))
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [b, s, heads, head_dim] of x [b, s, dim] at global positions [s]."""
+        """q, k, v [b, s, heads, head_dim] of x [b, s, dim] at global positions [s]. Raises ValueError for another x."""
+        if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
+            raise ValueError(f"x must be [batch, rows, {self.q_proj.in_features}], got {tuple(x.shape)}")
         q, k, v = (
             rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )

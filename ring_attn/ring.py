@@ -189,6 +189,7 @@ class Ring:
 
     @property
     def layout_name(self) -> str:
+        """What the ring's layout is called."""
         return self._recipe.name
 
     @property
@@ -224,7 +225,7 @@ class Ring:
 
         `layout`: one to use in place of the ring's, for the keys of cross-attention.
         """
-        return sharding.shard(x, self.layout(x.shape[dim], layout), self.transport, dim)
+        return sharding.shard(x, self.layout(sharding.length(x, dim), layout), self.transport, dim)
 
     @typed
     def unshard(self, x: Tensor, dim: int = 1, *, grad: str = "replicated", layout: LayoutChoice | None = None) -> Tensor:
@@ -233,7 +234,7 @@ class Ring:
         grad="replicated": every process computes the same from the result, so this process's rows of its gradient are the
         answer; "partial": each goes on differently and losses add up, so gradients are summed over the processes.
         """
-        return sharding.unshard(x, self.layout(self.seq_len(x.shape[dim]), layout), self.transport, dim, grad)
+        return sharding.unshard(x, self.layout(self.seq_len(sharding.length(x, dim)), layout), self.transport, dim, grad)
 
     @typed
     def positions(

@@ -45,6 +45,7 @@ class ScoreMod(Score):
 
     @property
     def kind(self) -> str:
+        """The name that kernels know it by: whether Triton functions stand beside the function."""
         return "score_mod" if self.triton is None else "triton_score_mod"
 
     def __repr__(self) -> str:

@@ -83,6 +83,13 @@ def _scatter_sum(x: Tensor, layout: Layout, transport: Collective, dim: int) -> 
     return torch.cat(transport.reduce_scatter(parts, what="unshard backward").wait(), dim)
 
 
+def length(x: Tensor, dim: int) -> int:
+    """The size of x along `dim`. Raises ValueError where x has no such dimension."""
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim {dim} is none of x's {x.dim()}, whose shape is {tuple(x.shape)}")
+    return x.shape[dim]
+
+
 @typed
 def shift_labels(tokens: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Next-token labels of whole sequences tokens [..., t], integers: labels[i] = tokens[i + 1], the last one `ignore_index`;
@@ -104,7 +111,7 @@ def pad_to(x: Tensor, multiple: int, *, dim: int = 1, value: float = 0) -> Tenso
     """
     if multiple < 1:
         raise ValueError(f"multiple must be at least 1, got {multiple}")
-    missing = -x.shape[dim] % multiple
+    missing = -length(x, dim) % multiple
     shape = list(x.shape)
     shape[dim] = missing
     return torch.cat([x, x.new_full(shape, value)], dim) if missing else x

@@ -1,5 +1,7 @@
 """RingSelfAttention: the same layer with and without a ring."""
 
+import re
+
 import pytest
 import torch
 
@@ -70,3 +72,11 @@ def test_bfloat16_rotation_keeps_far_positions_apart():
 def test_bad_shapes_are_named(args, message):
     with pytest.raises(ValueError, match=message):
         ra.RingSelfAttention(*args)
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (1, 4, 11), (1, 4, 2, 12)])
+def test_an_input_that_is_none_is_named(shape):
+    layer, message = ra.RingSelfAttention(12, 2), re.escape(f"x must be [batch, rows, 12], got {shape}")
+    for attend in (layer, lambda x: layer.decode(x, ra.KVCache(layer.ring))):
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            attend(torch.zeros(shape))

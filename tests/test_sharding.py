@@ -72,6 +72,9 @@ def test_pad_to_a_legal_length():
         ring.shard(x)
     with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
         ra.pad_to(x, 0)
+    for wrong in (ring.shard, ring.unshard, lambda x, dim: ra.pad_to(x, 6, dim=dim)):
+        with pytest.raises(ValueError, match=r"dim 3 is none of x's 3, whose shape is \(2, 18, 4\)"):
+            wrong(padded, dim=3)
 
 
 def check_loss(ring):
