@@ -154,8 +154,8 @@ class _Dealt:
         """With the fewest cells of those that so many rows fit on; where none is, with the most room."""
         fits = [rank for rank, missing in enumerate(self.missing) if missing >= rows]
         if fits:
-            return min(fits, key=lambda rank: (self.cells[rank], -self.missing[rank]))
-        return max(range(len(self.missing)), key=lambda rank: (self.missing[rank], -self.cells[rank]))
+            return min(fits, key=self.cells.__getitem__)
+        return max(range(len(self.missing)), key=self.missing.__getitem__)
 
 
 def _zigzag(document: range, before: int, ring_size: int) -> Iterator[tuple[int, range]]:

@@ -78,13 +78,13 @@ class KVCache:
     @contextmanager
     def kept_where_refused(self) -> Iterator[None]:
         """Where what is inside raises, the cache holds afterwards what it held before."""
-        before = self.seq_len, [(shard.rows, shard.positions) for shard in self.shards]
+        before = self.seq_len, [vars(shard).copy() for shard in self.shards]
         try:
             yield
         except BaseException:
             self.seq_len, of_shards = before
             for shard, held in zip(self.shards, of_shards, strict=True):
-                shard.rows, shard.positions = held
+                vars(shard).update(held)
             raise
 
     def whole(self) -> tuple[Tensor, Tensor]:

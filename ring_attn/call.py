@@ -294,11 +294,12 @@ def given_to(x: Any) -> Any:
 
 def _found(x: Any) -> Any:
     found = cast(x, py_object).value if _BY_ID and isinstance(x, int) else x
-    # A compiler hands over what the function itself made as an object without fields.
-    if is_dataclass(found) and not {field.name for field in fields(found)} <= vars(found).keys():
+    # A compiler hands over what the function itself made as an object without attributes.
+    kept = getattr(found, "__dict__", True) if not is_dataclass(found) else all(hasattr(found, x.name) for x in fields(found))
+    if not kept:
         raise ValueError(
-            f"masks, scores and layouts must be made outside of the compiled function, and a {type(found).__name__} was made "
-            f"inside; make it where the function is called and hand it over, or keep it"
+            f"rings, masks, scores and layouts must be made outside of the compiled function, and a {type(found).__name__} was "
+            f"made inside; make it where the function is called and hand it over, or keep it"
         )
     return found
 

@@ -110,7 +110,8 @@ def check_predicate(mask: MaskMod, device: torch.device) -> None:
     """Raises ValueError where a mask's function cannot be asked about cells, or does not answer with bools."""
     cell = torch.zeros(1, dtype=torch.int64, device=device)
     try:
-        seen = over_cells(mask.fn)(cell, cell + mask.first_head, cell, cell)
+        with function_transforms():
+            seen = over_cells(mask.fn)(cell, cell + mask.first_head, cell, cell)
     except Exception as error:
         raise ValueError(
             f"{mask!r} must be a function (b, h, q_pos, kv_pos) -> bool of integer tensors, without `if`, `and`, `or` or `not` "

@@ -26,5 +26,4 @@ def watched(*tensors: Tensor) -> bool:
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
-# Where PyTorch is too old to tell, something may be there.
-_callback = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: "unknown")
+_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback

@@ -130,6 +130,15 @@ def test_compiles_in_one_graph(by_id, monkeypatch):
         assert rel_error(got, want) < FLOAT64_LIMIT
 
 
+def test_a_mask_s_function_is_asked_first_in_a_compiled_call():
+    ring, mask = ra.Ring.simulated(2, "zigzag"), ra.Causal() & ra.MaskMod(lambda b, h, q, k: q - k < 3)
+    function = lambda q, k, v: ra.ring_attention(q, k, v, ring=ring, mask=mask)  # noqa: E731
+    inputs, up = qkv(), torch.randn(1, 8, 2, 4, dtype=torch.float64)
+    found = gradients(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs, up)
+    for got, want in zip(found, gradients(function, inputs, up), strict=True):
+        assert rel_error(got, want) < FLOAT64_LIMIT
+
+
 @pytest.mark.parametrize("by_id", [False, True])
 def test_a_number_that_is_given_for_a_layout_is_no_address(by_id, monkeypatch):
     monkeypatch.setattr(call, "_BY_ID", by_id)
@@ -148,15 +157,15 @@ def test_another_mask_is_compiled_anew(monkeypatch):
 
 MADE_INSIDE = {
     "Window": lambda: {"mask": ra.Window(3)},
-    "KeyPadding": lambda: {"mask": ra.KeyPadding([8])},  # its fields have defaults
     "SoftCap": lambda: {"score": ra.SoftCap(3.0)},
+    "Ring": lambda: {"ring": ra.Ring.simulated(2)},
 }
 
 
 @pytest.mark.parametrize("kind", MADE_INSIDE)
 def test_what_a_compiled_function_makes_itself_is_refused(kind):
     ring, made = ra.Ring.simulated(2), MADE_INSIDE[kind]
-    compiled = torch.compile(lambda q, k, v: ra.ring_attention(q, k, v, ring=ring, **made()), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda q, k, v: ra.ring_attention(q, k, v, **({"ring": ring} | made())), backend="eager")
     with pytest.raises(Exception, match=f"outside of the compiled function, and a {kind} was made inside"):
         compiled(*qkv())
 

@@ -52,8 +52,9 @@ def read(path: Path) -> list[dict]:
 def no_other_library():
     """As where none is installed."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        # Of sys.modules this one only: what is first imported meanwhile stays.
-        monkeypatch.setitem(sys.modules, "yunchang", None)
+        # Of sys.modules these only: what is first imported meanwhile stays.
+        for name in ("yunchang", "ring_attention_pytorch"):
+            monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.setattr(peers, "find_spec", lambda package: None)
         yield
 

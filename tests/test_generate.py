@@ -73,9 +73,10 @@ def test_tokens_that_are_refused_are_not_in_the_cache(filled):
     x, cache = torch.randn(1, 10, 24, dtype=torch.float64), ra.KVCache(ring)
     if filled:
         ringed(ring.shard(x[:, :filled]), cache=cache)
-    for _ in range(2):
+    refused = x[:, filled : filled + 2]
+    for tokens in (refused, refused, *([] if filled else [refused.expand(3, -1, -1)])):
         with pytest.raises(ValueError, match="the documents add up to 99 positions"):
-            ringed.decode(x[:, filled : filled + 2], cache, mask=ra.Causal() & ra.Documents([99]))
+            ringed.decode(tokens, cache, mask=ra.Causal() & ra.Documents([99]))
         assert len(cache) == filled
     found = torch.cat([ringed.decode(x[:, n : n + 1], cache) for n in range(filled, 10)], 1)
     assert rel_error(found, plain(x)[:, filled:]) < FLOAT64_LIMIT

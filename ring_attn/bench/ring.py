@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -229,7 +229,7 @@ class Bench:
             for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
                 if contender.captured:
                     run, _ = captured(run)
-                times, extra = timed(run, options.repeats, everyone.device, ready=partial(_meet_and_begin, everyone, run))
+                times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
                 # A replay allocates nothing that PyTorch would count.
                 gib = None if extra is None or contender.captured else (extra + contender.staging) / 2**30
                 slowest = everyone.tell([*times, torch.nan if gib is None else gib]).amax(0).tolist()
@@ -248,11 +248,6 @@ class Bench:
             if row.ms and contender and (row.mask, row.length, row.direction) == (case.name, case.length, list(DIRECTIONS)[-1]):
                 found.setdefault(contender.ring.exchange, contender)
         return [timeline(found[name], case, self.everyone) for name in EXCHANGE_NAMES if name in found]
-
-
-def _meet_and_begin(everyone: Everyone, run: Callable[[], object]) -> None:
-    everyone.meet()
-    run()
 
 
 def beside(row: RingRow, bound: RingRow) -> RingRow:

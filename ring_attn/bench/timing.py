@@ -39,7 +39,8 @@ def timed(
 ) -> tuple[list[float], int | None]:
     """(milliseconds of each run, peak bytes beyond what was allocated before), after two runs to warm up.
 
-    `ready` is called before each timed run. The bytes are None on a CPU, where PyTorch does not count them.
+    Each timed run is the second of two, and `ready` is called before them. The bytes are None on a CPU, where PyTorch does not
+    count them.
     """
     for _ in range(2):
         run()
@@ -50,9 +51,7 @@ def timed(
     times = []
     for _ in range(repeats):
         ready()
-        start = mark(device)
-        run()
-        times.append(ms_between(start, mark(device)))
+        times.append(second_of_two(run, device))
     return times, torch.cuda.max_memory_allocated(device) - before if on_cuda else None
 
 

@@ -223,8 +223,5 @@ def attend(
         options["num_stages"] = stages
     given = {"score_mod": score_mod, "block_mask": mask, "scale": scale, "kernel_options": options}
     given["enable_gqa"] = q.shape[1] != k.shape[1]
-    # Until torch 2.8 lse is asked for in another way.
-    if not hasattr(flex, "AuxRequest"):
-        return flex.flex_attention(q, k, v, return_lse=True, **given)
     out, found = flex.flex_attention(q, k, v, return_aux=flex.AuxRequest(lse=True), **given)
     return out, found.lse
