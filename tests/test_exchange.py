@@ -335,6 +335,11 @@ def test_two_ways_are_as_balanced_as_one_for_a_tile_more(layout, ring_size):
 def test_nodes_are_named():
     with pytest.raises(ValueError, match=r"exchange='two-level' needs ranks_per_node"):
         ra.Ring.simulated(4, exchange="two-level")
+    for given in (0, "2", 2.0):
+        with pytest.raises(
+            ValueError, match=f"ranks_per_node must be a whole number of ranks, at least 1, or None, got {given!r}"
+        ):
+            ra.Ring.simulated(4, exchange="two-level", ranks_per_node=given)
     with pytest.raises(ValueError, match=r"ranks_per_node 3 must divide the ring size 4"):
         ra.Ring.simulated(4, exchange="two-level", ranks_per_node=3)
     with pytest.raises(ValueError, match=r"ranks_per_node=2 is for exchange='two-level' or 'auto', not for 'ring'"):
@@ -368,8 +373,9 @@ def test_gradients_travel_in_the_dtype_asked_for(exchange):
     assert sent == {torch.float32}
     assert all(1e-10 < found.pop(name) < 1e-6 for name in ("dk", "dv"))
     assert max(found.values()) <= FLOAT64_LIMIT
-    with pytest.raises(ValueError, match=r"grad_dtype must be a floating dtype, .*, got torch\.int32"):
-        ra.Ring.simulated(4, grad_dtype=torch.int32)
+    for dtype in (torch.int32, "bfloat16"):
+        with pytest.raises(ValueError, match=rf"grad_dtype must be a floating torch\.dtype, .*, got {dtype!r}"):
+            ra.Ring.simulated(4, grad_dtype=dtype)
 
 
 @pytest.mark.parametrize("wire", [torch.float64, torch.float32])
