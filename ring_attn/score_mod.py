@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import CellType, FunctionType, MethodType
 
 import torch
@@ -106,8 +107,11 @@ def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
     return fn
 
 
+@lru_cache(maxsize=64)
 def check_predicate(mask: MaskMod, device: torch.device) -> None:
-    """Raises ValueError where a mask's function cannot be asked about cells, or does not answer with bools."""
+    """Raises ValueError where a mask's function cannot be asked about cells, or does not answer with bools. Asked once a mask:
+    decoding asks at every token.
+    """
     cell = torch.zeros(1, dtype=torch.int64, device=device)
     try:
         with function_transforms():
