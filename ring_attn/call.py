@@ -26,7 +26,6 @@ from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.partial import accumulator_dtype
 from ring_attn.score import Score, Scores, Sinks, sort_scores
-from ring_attn.score_mod import check_predicate
 from ring_attn.settled import Settled
 from ring_attn.tiles import Plan
 
@@ -238,12 +237,6 @@ class Call:
         parts = (modifiers.tensors() for modifiers in self.hosted_modifiers(whole, rows))
         return [tuple(None if total is None else x for x, total in zip(part, totals, strict=True)) for part in parts]
 
-    def check_mask(self, seq_len: int, kv_len: int, q: Tensor) -> None:
-        """Raises ValueError where the mask does not fit so many queries and keys of all ranks, or asks what cannot be asked."""
-        self.mask.check(seq_len, kv_len, q.shape[0])
-        for predicate in {predicate for rule in self.mask.rules() for predicate in rule.predicates}:
-            check_predicate(predicate, q.device)
-
     def check_scores(self, q: Tensor, kv_len: int, tensors: Sequence[Tensor]) -> None:
         """Raises ValueError where the tensors of scores do not fit q [b, rows, h, d] and `kv_len` keys of all ranks."""
         elsewhere = [x for x in tensors if x.device != q.device]
@@ -349,7 +342,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
             f"the layout of the keys, such as kv_layout='zigzag'"
         )
     layout, kv_layout = call.layouts(q, k)
-    call.check_mask(layout.seq_len, kv_layout.seq_len, q)
+    call.mask.check(layout.seq_len, kv_layout.seq_len, q.shape[0])
     settled = call.settle(q, k, v)
     call.check_scores(q, kv_layout.seq_len, tensors)
     settled.kernel("forward")

@@ -118,7 +118,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
     check_inputs(q, k, v)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} rows, but the cache {k.shape[1]} positions; append their keys before decoding")
-    call.check_mask(k.shape[1], k.shape[1], q)
+    call.mask.check(k.shape[1], k.shape[1], q.shape[0])
     call.check_scores(q, k.shape[1], tensors)
     resolve(call.ring.kernel, _problem(q, k, v, call))
 

@@ -51,7 +51,8 @@ class RingSelfAttention(nn.Module):
             raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, got {head_dim}; pass rope_theta=None to leave them out")
-        self.num_heads, self.num_kv_heads, self.head_dim, self.rope_theta = num_heads, num_kv_heads, head_dim, rope_theta
+        self.dim, self.head_dim, self.rope_theta = dim, head_dim, rope_theta
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.ring = Ring.simulated(1, "contiguous") if ring is None else ring
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
@@ -116,8 +117,8 @@ class RingSelfAttention(nn.Module):
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [b, s, heads, head_dim] of x [b, s, dim] at global positions [s]. Raises ValueError for another x."""
-        if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
-            raise ValueError(f"x must be [batch, rows, {self.q_proj.in_features}], got {tuple(x.shape)}")
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be [batch, rows, {self.dim}], got {tuple(x.shape)}")
         q, k, v = (
             rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )

@@ -6,6 +6,7 @@ import math
 import textwrap
 import zlib
 from collections.abc import Iterator
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,7 @@ class Ring:
         check_kernel_name(kernel)
         if grad_dtype is not None and not (isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point):
             raise ValueError(f"grad_dtype must be a floating torch.dtype, or None for that of the sums, got {grad_dtype!r}")
-        if ranks_per_node is not None and (not isinstance(ranks_per_node, int) or ranks_per_node < 1):
+        if ranks_per_node is not None and (not isinstance(ranks_per_node, Integral) or ranks_per_node < 1):
             raise ValueError(f"ranks_per_node must be a whole number of ranks, at least 1, or None, got {ranks_per_node!r}")
         if kv_memory is not None and (not isinstance(kv_memory, int) or kv_memory < 1):
             raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")

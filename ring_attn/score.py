@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ class SoftCap(Score):
     kind = "softcap"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.cap, Real):
+        if isinstance(self.cap, Tensor) and self.cap.requires_grad:
             raise TypeError(f"SoftCap cap must be a number, for it gets no gradient, got {type(self.cap).__name__}")
         if not 0 < self.cap < float("inf"):
             raise ValueError(f"SoftCap cap must be above 0 and finite, got {self.cap}; leave SoftCap out for no cap")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from types import CellType, FunctionType, MethodType
 
 import torch
@@ -107,22 +106,16 @@ def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
     return fn
 
 
-@lru_cache(maxsize=64)
-def check_predicate(mask: MaskMod, device: torch.device) -> None:
-    """Raises ValueError where a mask's function cannot be asked about cells, or does not answer with bools. Asked once a mask:
-    decoding asks at every token.
-    """
-    cell = torch.zeros(1, dtype=torch.int64, device=device)
+def allowed_cells(mask: MaskMod, batch: Tensor, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+    """Which cells a mask's function allows, bool [b, h, i, j], of batch rows [b], heads [h] and positions [i] and [j]."""
     try:
-        with function_transforms():
-            seen = over_cells(mask.fn)(cell, cell + mask.first_head, cell, cell)
+        return over_cells(mask.fn)(batch, heads + mask.first_head, q_pos, kv_pos).bool()
     except Exception as error:
-        raise ValueError(
+        error.add_note(
             f"{mask!r} must be a function (b, h, q_pos, kv_pos) -> bool of integer tensors, without `if`, `and`, `or` or `not` "
-            f"about them; asked about a cell it fails: {error}"
-        ) from error
-    if seen.dtype.is_floating_point:
-        raise ValueError(f"{mask!r} must return bools such as q_pos >= kv_pos, or integers, got {seen.dtype}")
+            f"about them"
+        )
+        raise
 
 
 def global_positions(shard: tuple[range, ...], rows: range, device: torch.device) -> Tensor:

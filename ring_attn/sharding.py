@@ -122,7 +122,7 @@ def global_token_loss(
 ) -> Tensor:
     """Mean cross-entropy over the valid tokens of all ranks, the same scalar on every rank, in nats.
 
-    logits [..., vocabulary] and labels [...] (int64, already shifted) are the rows this process hosts; labels equal to
+    logits [..., vocabulary] and labels [...] (integers, already shifted) are the rows this process hosts; labels equal to
     `ignore_index` do not count. `group`: the process group to sum over where data-parallel ranks stand beside the ring (None:
     the ring alone). Each process's gradient is its own share: parameter gradients *summed* over all processes are those of the
     unsharded run, so scale the loss by the number of processes under DDP, which averages. 0 where no token is valid anywhere.
@@ -133,10 +133,10 @@ def global_token_loss(
         raise ValueError(
             f"labels {tuple(labels.shape)} must have the shape of logits without the vocabulary, {tuple(logits.shape)}"
         )
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, as ring_attn.shift_labels makes them, got {labels.dtype}")
+    if labels.dtype.is_floating_point:
+        raise ValueError(f"labels must be integers, as ring_attn.shift_labels makes them, got {labels.dtype}")
     flat = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    local = F.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    local = F.cross_entropy(flat, labels.flatten().long(), ignore_index=ignore_index, reduction="sum")
     valid = (labels != ignore_index).sum()
     total = ring.sum_over_processes(torch.stack([local.detach().double(), valid.double()]), group)
     num_valid = total[1].clamp(min=1)

@@ -322,22 +322,30 @@ def test_types_and_unbuilt_combinations_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("mask", "message"),
+    "function",
     [
-        (ra.MaskMod(lambda q, k: q >= k), r"must be a function \(b, h, q_pos, kv_pos\) -> bool .*positional arguments"),
-        (ra.MaskMod(lambda b, h, q, k: k if q else q), r"without `if`, `and`, `or` or `not` about them.*data-dependent"),
-        (ra.MaskMod(lambda b, h, q, k: True), r"asked about a cell it fails: "),
-        (
-            ra.MaskMod(lambda b, h, q, k: q / 2 - k),
-            r"must return bools such as q_pos >= kv_pos, or integers, got torch.float32",
-        ),
-        (ra.MaskMod(torch.ones(8, 8)), r"asked about a cell it fails: 'Tensor' object is not callable"),
+        lambda q, k: q >= k,
+        lambda b, h, q, k: k if q else q,
+        lambda b, h, q, k: (q >= k,),
+        torch.ones(8, 8),
     ],
+    ids=["arguments", "control flow", "tuple", "tensor"],
 )
-def test_a_function_that_is_no_mask_is_refused_in_words(mask, message):
+def test_a_function_that_is_no_mask_fails_with_the_rule(function):
     q, k, v, options = broken()
-    with pytest.raises(ValueError, match=message):
-        ra.ring_attention(q, k, v, **(options | {"mask": ra.Causal() & mask}))
+    with pytest.raises(Exception) as found:
+        ra.ring_attention(q, k, v, **(options | {"mask": ra.Causal() & ra.MaskMod(function)}))
+    assert "must be a function (b, h, q_pos, kv_pos) -> bool of integer tensors, without `if`" in found.value.__notes__[0]
+
+
+def test_a_mask_s_function_is_asked_about_cells_that_there_are_alone():
+    """Where its table has no entry for position 0."""
+    ring, (q, k, v) = ra.Ring.simulated(2, "zigzag"), qkv()
+    table = torch.tensor([True, False, True])
+    mask = ra.Full() & ra.KeyPadding(starts=[5])
+    found = ra.ring_attention(q, k, v, ring=ring, mask=mask & ra.MaskMod(lambda b, h, q, k: table[k - 5]))
+    want = ra.ring_attention(q, k, v, ring=ring, mask=mask & ra.MaskMod(lambda b, h, q, k: k != 6))
+    assert torch.equal(found, want)
 
 
 def test_a_function_whose_score_is_no_tensor_is_refused():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ring_attn.kernels.functions import depends_on
-from ring_attn.score_mod import function_transforms, global_positions, over_cells
+from ring_attn.score_mod import allowed_cells, function_transforms, global_positions
 from ring_attn.tiles import Tile
 
 NONE, SOME, ALL = 0, 1, 2
@@ -116,9 +116,9 @@ class _Blocks:
         for predicate, (by_batch, by_head) in zip(self.tile.predicates, self._depends, strict=True):
             last = first + (self.batch if by_batch and self.tile.batch is None else 1)
             batches = torch.arange(first, last, device=self.device)
-            heads = torch.arange(self.num_heads if by_head else 1, device=self.device) + predicate.first_head
+            heads = torch.arange(self.num_heads if by_head else 1, device=self.device)
             with function_transforms():
-                asked.append(over_cells(predicate.fn)(batches, heads, q_pos, kv_pos).bool())
+                asked.append(allowed_cells(predicate, batches, heads, q_pos, kv_pos))
         allowed = reduce(torch.logical_and, asked, (offset >= lo) & (offset <= hi))
         short = [-len(x) % self.block for x in (rows, columns)]
         whole = pad(allowed, (0, short[1], 0, short[0]))

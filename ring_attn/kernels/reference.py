@@ -13,7 +13,7 @@ from ring_attn.kernels import Problem, Upstream
 from ring_attn.kernels.sums import Grads, Totals
 from ring_attn.partial import Partial, accumulator_dtype, finish, merge_, to_add_to
 from ring_attn.score import Cells, Scores
-from ring_attn.score_mod import function_transforms, global_positions, over_cells
+from ring_attn.score_mod import allowed_cells, function_transforms, global_positions
 from ring_attn.tiles import Tile
 
 
@@ -187,8 +187,7 @@ class _Block:
         allowed = (offset >= self.lo) & (offset <= self.hi)
         for predicate in self.tile.predicates:
             c = self._cells
-            heads = c.heads + predicate.first_head
-            allowed = allowed & over_cells(predicate.fn)(c.batch, heads, c.q_pos, c.kv_pos).bool()
+            allowed = allowed & allowed_cells(predicate, c.batch, c.heads, c.q_pos, c.kv_pos)
         return allowed
 
     @cached_property
