@@ -288,8 +288,8 @@ def given_to(x: Any) -> Any:
 def _found(x: Any) -> Any:
     found = cast(x, py_object).value if _BY_ID and isinstance(x, int) else x
     # A compiler hands over what the function itself made as an object without attributes.
-    kept = getattr(found, "__dict__", True) if not is_dataclass(found) else all(hasattr(found, x.name) for x in fields(found))
-    if not kept:
+    names = [x.name for x in fields(found)] if is_dataclass(found) else ["transport"] if type(found).__name__ == "Ring" else []
+    if not all(hasattr(found, name) for name in names):
         raise ValueError(
             f"rings, masks, scores and layouts must be made outside of the compiled function, and a {type(found).__name__} was "
             f"made inside; make it where the function is called and hand it over, or keep it"

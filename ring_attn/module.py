@@ -72,8 +72,9 @@ class RingSelfAttention(nn.Module):
         """[b, s, dim] -> [b, s, dim], s the rows this process hosts. `mask` and `score` hold in global positions.
 
         `cache`: an empty one, which is filled with these rows for `decode` to go on from; without gradient. `seq_len`: how many
-        positions it is filled with, where the last ones are padding (`ra.pad_to`). `ring`: the layer's own in another layout,
-        for this call alone, as `Ring.with_layout` makes it for the documents of a batch.
+        positions it is filled with, where the last ones are padding (`ra.pad_to`), which a mask that is not causal must hide.
+        `ring`: the layer's own in another layout, for this call alone, as `Ring.with_layout` makes it for the documents of a
+        batch.
         """
         if ring is not None and ring.transport is not self.ring.transport:
             raise ValueError(
@@ -113,7 +114,7 @@ class RingSelfAttention(nn.Module):
         with cache.kept_where_refused():
             cache.append(k, v)
             out = tree_decode(q, cache, ring=self.ring, mask=mask, score=score)
-        return self.o_proj(rearrange(out, "b n h d -> b n (h d)"))
+            return self.o_proj(rearrange(out, "b n h d -> b n (h d)"))
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [b, s, heads, head_dim] of x [b, s, dim] at global positions [s]. Raises ValueError for another x."""

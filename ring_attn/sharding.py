@@ -135,8 +135,9 @@ def global_token_loss(
         )
     if labels.dtype.is_floating_point:
         raise ValueError(f"labels must be integers, as ring_attn.shift_labels makes them, got {labels.dtype}")
+    labels = labels.long()
     flat = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
-    local = F.cross_entropy(flat, labels.flatten().long(), ignore_index=ignore_index, reduction="sum")
+    local = F.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
     valid = (labels != ignore_index).sum()
     total = ring.sum_over_processes(torch.stack([local.detach().double(), valid.double()]), group)
     num_valid = total[1].clamp(min=1)

@@ -136,13 +136,16 @@ def forget_functions() -> AbstractContextManager:
 
 
 def batch_for_head() -> AbstractContextManager:
-    over_cells = reference.over_cells
-    return patch.object(reference, "over_cells", lambda fn: over_cells(lambda b, h, q, k: fn(h, b, q, k)))
+    return _asked_by(lambda fn: lambda b, h, q, k: fn(h, b, q, k))
 
 
 def query_for_key() -> AbstractContextManager:
-    over_cells = reference.over_cells
-    return patch.object(reference, "over_cells", lambda fn: over_cells(lambda b, h, q, k: fn(b, h, k, q)))
+    return _asked_by(lambda fn: lambda b, h, q, k: fn(b, h, k, q))
+
+
+def _asked_by(change: Callable) -> AbstractContextManager:
+    allowed = reference.allowed_cells
+    return patch.object(reference, "allowed_cells", lambda mod, *cells: allowed(replace(mod, fn=change(mod.fn)), *cells))
 
 
 def skip_blocks_by_their_first_head() -> AbstractContextManager:

@@ -105,8 +105,12 @@ def test_loss_refuses_labels_that_are_none():
     logits, labels, ring = torch.randn(2, 4, 9), torch.zeros(2, 4), ra.Ring.simulated(1)
     with pytest.raises(ValueError, match=r"labels must be integers, as ring_attn.shift_labels makes them, got torch.float32"):
         ra.global_token_loss(logits, labels, ring=ring)
-    narrow, wide = (ra.global_token_loss(logits, labels.to(dtype), ring=ring) for dtype in (torch.int32, torch.int64))
-    assert torch.equal(narrow, wide)
+    # 156 is what uint8 makes of -100.
+    logits, labels = torch.randn(2, 4, 256), torch.tensor([[156, 156, 1, 255]]).expand(2, 4)
+    *narrow, wide = (
+        ra.global_token_loss(logits, labels.to(dtype), ring=ring) for dtype in (torch.uint8, torch.int32, torch.int64)
+    )
+    assert all(torch.equal(one, wide) for one in narrow)
     with pytest.raises(TypeError, match=r"ring must be a Ring, on one device Ring.simulated\(1\), got NoneType"):
         ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 4, dtype=torch.long), ring=None)
     with pytest.raises(ValueError, match=r"labels \(2, 3\) must have the shape of logits"):
