@@ -86,7 +86,7 @@ def kv_rows_met(q_shard: Shard, kv_layout: Layout, mask: Mask) -> list[range]:
     found = {
         rows
         for rule in dict.fromkeys(mask.rules())
-        for q, kv in _pairs(queries, _keys_of(kv_layout, rule), rule)
+        for q, kv in _pairs(queries, _keys_of(kv_layout, replace(rule, left=None, right=None, predicates=())), rule)
         for rows in _rows_met(q, kv, rule)
     }
     joined: list[range] = []
@@ -234,9 +234,9 @@ def _keys(pieces: list[_Piece], rule: Rule) -> _Keys:
     return found
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _keys_of(layout: Layout, rule: Rule) -> _Keys:
-    """Of the shards of all ranks joined; every rank asks."""
+    """Of the shards of all ranks joined, by a rule's documents and padding; every rank asks, for every packing of a batch."""
     return _keys(_pieces(r for rank in range(layout.ring_size) for r in layout.shard(rank)), rule)
 
 
