@@ -121,7 +121,7 @@ def wants_gradients(*tensors: Tensor) -> bool:
 def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
     """(q, k, scale) whose scaled products are the scores, scale above 0; differentiable."""
     if torch.is_grad_enabled() and isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
-        raise TypeError("softmax_scale must be a number, for it gets no gradient; multiply q by a scale that learns")
+        raise ValueError("softmax_scale must be a number, for it gets no gradient; multiply q by a scale that learns")
     scale = max(1, q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale)
     if cosine is not None:
         if softmax_scale is not None:

@@ -275,6 +275,9 @@ def name_kept(scale: float, *given: Ring | Mask | Score | LayoutChoice | int | N
     `given_to` makes them. Runs while compiling, which takes no list.
     """
     ring, mask, kv_layout, *scores = map(_found, given)
+    _refuse_made_inside(ring, ["transport"])
+    for one in (mask, kv_layout, *scores):
+        _refuse_made_inside(one, [field.name for field in fields(one)] if is_dataclass(one) else [])
     name, call = named(Call.make(ring, mask, scores, scale, kv_layout))
     _kept.append(call)
     return name
@@ -286,15 +289,16 @@ def given_to(x: Any) -> Any:
 
 
 def _found(x: Any) -> Any:
-    found = cast(x, py_object).value if _BY_ID and isinstance(x, int) else x
-    # A compiler hands over what the function itself made as an object without attributes.
-    names = [x.name for x in fields(found)] if is_dataclass(found) else ["transport"] if type(found).__name__ == "Ring" else []
-    if not all(hasattr(found, name) for name in names):
+    return cast(x, py_object).value if _BY_ID and isinstance(x, int) else x
+
+
+def _refuse_made_inside(x: Any, names: Sequence[str]) -> None:
+    """Raises ValueError for what the compiled function made itself, which a compiler hands over without its attributes."""
+    if not all(hasattr(x, name) for name in names):
         raise ValueError(
-            f"rings, masks, scores and layouts must be made outside of the compiled function, and a {type(found).__name__} was "
+            f"rings, masks, scores and layouts must be made outside of the compiled function, and a {type(x).__name__} was "
             f"made inside; make it where the function is called and hand it over, or keep it"
         )
-    return found
 
 
 def part_names(name: str, num_heads: int) -> tuple[str, ...]:

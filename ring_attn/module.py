@@ -76,6 +76,7 @@ class RingSelfAttention(nn.Module):
         `ring`: the layer's own in another layout, for this call alone, as `Ring.with_layout` makes it for the documents of a
         batch.
         """
+        self._check(x)
         if ring is not None and ring.transport is not self.ring.transport:
             raise ValueError(
                 f"ring must be the layer's in another layout, made by its with_layout; {ring} is of other wires than the "
@@ -109,6 +110,7 @@ class RingSelfAttention(nn.Module):
 
         Where it raises, they are not in the cache.
         """
+        self._check(x)
         start = len(cache)
         q, k, v = self._project(x, torch.arange(start, start + x.shape[1], device=x.device))
         with cache.kept_where_refused():
@@ -116,10 +118,12 @@ class RingSelfAttention(nn.Module):
             out = tree_decode(q, cache, ring=self.ring, mask=mask, score=score)
             return self.o_proj(rearrange(out, "b n h d -> b n (h d)"))
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [b, s, heads, head_dim] of x [b, s, dim] at global positions [s]. Raises ValueError for another x."""
+    def _check(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"x must be [batch, rows, {self.dim}], got {tuple(x.shape)}")
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [b, s, heads, head_dim] of x [b, s, dim] at global positions [s]."""
         q, k, v = (
             rearrange(proj(x), "b s (h d) -> b s h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )

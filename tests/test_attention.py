@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 
 import ring_attn as ra
 from ring_attn import attention, call
+from ring_attn.mask import Mask, Rule
 from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT, allowed, dense, random_qkv, rel_error
 
 torch.manual_seed(0)
@@ -170,6 +171,19 @@ def test_what_a_compiled_function_makes_itself_is_refused(kind):
         compiled(*qkv())
 
 
+class OwnMask(Mask):
+    """Without attributes of its own, and no dataclass."""
+
+    def rules(self):
+        return (Rule(right=0),)
+
+
+def test_a_mask_of_the_user_s_own_kind_compiles():
+    ring, mask, (q, k, v) = ra.Ring.simulated(2, "zigzag"), OwnMask(), qkv()
+    compiled = torch.compile(lambda q, k, v: ra.ring_attention(q, k, v, ring=ring, mask=mask), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), ra.ring_attention(q, k, v, ring=ring))
+
+
 def test_an_eager_call_is_forgotten_with_its_graph():
     import gc
 
@@ -315,7 +329,7 @@ def test_types_and_unbuilt_combinations_are_refused():
         ra.ring_attention(q, k, v, **options, score=[object()])
     with pytest.raises(TypeError, match=r"ring must be a Ring, on one device Ring.simulated\(1, .contiguous.\), got NoneType"):
         ra.ring_attention(q, k, v, **(options | {"ring": None}))
-    with pytest.raises(TypeError, match="softmax_scale must be a number, for it gets no gradient; multiply q"):
+    with pytest.raises(ValueError, match="softmax_scale must be a number, for it gets no gradient; multiply q"):
         ra.ring_attention(q, k, v, **options, softmax_scale=torch.ones((), requires_grad=True))
     with pytest.raises(TypeError, match="SoftCap cap must be a number, for it gets no gradient, got Parameter"):
         ra.SoftCap(torch.nn.Parameter(torch.ones(())))

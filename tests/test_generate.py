@@ -78,6 +78,10 @@ def test_tokens_that_are_refused_are_not_in_the_cache(filled):
         with pytest.raises(ValueError, match="the documents add up to 99 positions"):
             ringed.decode(tokens, cache, mask=ra.Causal() & ra.Documents([99]))
         assert len(cache) == filled
+    no_memory = patch.object(ringed.o_proj, "forward", side_effect=RuntimeError("out of memory"))
+    with no_memory, pytest.raises(RuntimeError, match="out of memory"):
+        ringed.decode(refused, cache)
+    assert len(cache) == filled
     found = torch.cat([ringed.decode(x[:, n : n + 1], cache) for n in range(filled, 10)], 1)
     assert rel_error(found, plain(x)[:, filled:]) < FLOAT64_LIMIT
 

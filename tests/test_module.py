@@ -74,7 +74,7 @@ def test_bad_shapes_are_named(args, message):
         ra.RingSelfAttention(*args)
 
 
-@pytest.mark.parametrize("shape", [(4, 12), (1, 4, 11), (1, 4, 2, 12)])
+@pytest.mark.parametrize("shape", [(12,), (4, 12), (1, 4, 11), (1, 4, 2, 12)])
 def test_an_input_that_is_none_is_named(shape):
     layer, message = ra.RingSelfAttention(12, 2), re.escape(f"x must be [batch, rows, 12], got {shape}")
     for attend in (layer, lambda x: layer.decode(x, ra.KVCache(layer.ring))):
