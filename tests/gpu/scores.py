@@ -3,7 +3,8 @@
     python -m tests.gpu.scores                               costs of the Triton kernel
     python -m tests.gpu.scores --check triton reference      whether rings are right with these kernels
 
-Rings of 3 and 4 in one process, every score of tests/scores.py in both 16-bit dtypes: at most OUT_FACTOR (out) and GRAD_FACTOR
+Rings of 3 and 4 in one process, every score of tests/scores.py, every mask, other shapes, cross-attention and decoding in both
+16-bit dtypes: at most OUT_FACTOR (out) and GRAD_FACTOR
 (gradients, also those of the scores' tensors) times the error of the same written plainly in that dtype. The costs are of one
 visit, causal where nothing else is said, over the same without modifiers. Without a GPU the same runs in Triton's interpreter,
 which shows that it runs and no speed.
@@ -17,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from ring_attn.score import Alibi, Cells, Scores, SoftCap, sort_scores
 from ring_attn.tiles import Tile, tiles
 from tests.scores import MASKS, SCORES, Sizes, compared, pieces_of, plain, seen_cells
 from tests.support import GRAD_FACTOR, OUT_FACTOR, random_qkv, rel_error
+from tests.test_decode import filled
 
 BOUND = 3.0  # of "bounded": in every dtype one that the Triton forward uses
 WAYS = "forward", "backward"
@@ -109,28 +112,54 @@ def milliseconds(runs: dict[tuple[str, str], Callable[[], object]], device: str,
     return {key: tuple(map(statistics.median, zip(*times[2:], strict=True))) for key, times in taken.items()}
 
 
+class Check(NamedTuple):
+    """A score, the masks that it is checked under, and what differs from the usual sizes; `decodes`: without gradients."""
+
+    score: str
+    masks: Sequence[str] = ("causal", "documents", "function")
+    sizes: dict[str, object] = {}  # noqa: RUF012 (of a NamedTuple)
+    decodes: bool = False
+
+
+# The gradient of a table of one number is 0: no softmax notices what all scores of a row have in common.
+CHECKS = {name: Check(name) for name in SCORES if name != "relative bias of one"} | {
+    "every mask": Check("nothing", tuple(MASKS)),
+    "cross-attention": Check("nothing", ("full", "causal", "window"), {"kv_len": 144, "kv_layout": "striped"}),
+    "head dims 192 and 128": Check("nothing", sizes={"d": 192, "dv": 128}),
+    "one KV head": Check("nothing", sizes={"g": 1}),
+    "decoding": Check("sinks", tuple(MASKS), decodes=True),
+}
+
+
 def checks(kernel_names: Sequence[str], device: str) -> Iterator[tuple[str, bool]]:
-    """(a line, whether it is right) for every score and kernel."""
+    """(a line, whether it is right) for every check and kernel."""
     ways = cycle(product((3, 4), ("ring", "gather", "pull"), ("contiguous", "striped", "zigzag")))
-    # The gradient of a table of one number is 0: no softmax notices what all scores of a row have in common.
-    names = [name for name in SCORES if name != "relative bias of one"]
-    for name, kernel in product(names, kernel_names):
+    for (name, check), kernel in product(CHECKS.items(), kernel_names):
         worst, refused = {"out": 0.0, "gradients": 0.0}, ""
-        for mask, dtype in product(("causal", "documents", "function"), (torch.bfloat16, torch.float16)):
+        for mask, dtype in product(check.masks, (torch.bfloat16, torch.float16)):
+            options = {"sizes": check.sizes, "decodes": check.decodes}
             try:
-                found = times_plain(name, mask, kernel, dtype, device, *next(ways))
+                found = times_plain(check.score, mask, kernel, dtype, device, *next(ways), **options)
             except KernelUnavailable as refusal:
                 refused = f"  without {mask}: {str(refusal)[:60]}"
                 continue
             worst["out"] = max(worst["out"], found.pop("out"))
-            worst["gradients"] = max(worst["gradients"], *found.values())
+            worst["gradients"] = max([worst["gradients"], *found.values()])
         right = worst["out"] <= OUT_FACTOR and worst["gradients"] <= GRAD_FACTOR
         verdict = refused + ("" if right else "  FAILED")
         yield f"{name:38s} {kernel:10s} {worst['out']:5.2f} {worst['gradients']:5.2f}{verdict}", right
 
 
 def times_plain(
-    name: str, mask_name: str, kernel: str, dtype: torch.dtype, device: str, *way, seeds: int = 4
+    name: str,
+    mask_name: str,
+    kernel: str,
+    dtype: torch.dtype,
+    device: str,
+    *way,
+    seeds: int = 4,
+    sizes: dict[str, object] | None = None,
+    decodes: bool = False,
 ) -> dict[str, float]:
     """Errors of out and every gradient, as multiples of those of plain PyTorch in that dtype; NaN counts as infinite.
 
@@ -138,7 +167,9 @@ def times_plain(
     """
     ring_size, exchange, layout = way
     ring = ra.Ring.simulated(ring_size, layout, exchange=exchange, kernel=kernel)
-    found = [both_errors(name, mask_name, ring, Sizes(t=96, d=48, dv=48, dtype=dtype, seed=n), device) for n in range(seeds)]
+    problems = (Sizes(**({"t": 96, "d": 48, "dv": 48, "dtype": dtype, "seed": n} | (sizes or {}))) for n in range(seeds))
+    errors = errors_of_decoding if decodes else both_errors
+    found = [errors(name, mask_name, ring, problem, device) for problem in problems]
     ratios = {
         tensor: math.hypot(*(x[tensor][0] for x in found)) / math.hypot(*(x[tensor][1] for x in found)) for tensor in found[0]
     }
@@ -149,7 +180,7 @@ def both_errors(name: str, mask_name: str, ring: ra.Ring, n: Sizes, device: str)
     """The errors of out and every gradient, and those of plain PyTorch in the dtype of the problem."""
     dtype, mask, pieces = n.dtype, MASKS[mask_name](n.t), pieces_of(name, n)
     found = compared(ring, n, mask, pieces, lse_grad=False, device=device)
-    q, k, v, dout = random_qkv(n.b, n.t, n.t, n.h, n.g, n.d, n.dv, dtype=dtype, seed=n.seed)
+    q, k, v, dout = random_qkv(n.b, n.t, n.keys, n.h, n.g, n.d, n.dv, dtype=dtype, seed=n.seed)
     leaves = [x.requires_grad_() for x in (q, k, v)] + [x for piece in pieces for x in piece.leaves]
     out, _ = plain(*leaves[:3], seen_cells(mask, n), pieces)
     grads = torch.autograd.grad(out, leaves, dout, allow_unused=True, materialize_grads=True)
@@ -159,6 +190,18 @@ def both_errors(name: str, mask_name: str, ring: ra.Ring, n: Sizes, device: str)
         tensor: (rel_error(x, exact), max(rel_error(rough.to(dtype), exact), 1e-4))
         for (tensor, (x, exact)), rough in zip(found.items(), (out, *grads), strict=True)
     }
+
+
+@torch.no_grad()
+def errors_of_decoding(name: str, mask_name: str, ring: ra.Ring, n: Sizes, device: str) -> dict[str, tuple[float, float]]:
+    """The same of the newest 3 positions over a cache, without gradients."""
+    dtype, mask, pieces = n.dtype, MASKS[mask_name](n.t), pieces_of(name, n)
+    q, k, v, _ = random_qkv(n.b, n.t, n.t, n.h, n.g, n.d, n.dv, dtype=dtype, seed=n.seed)
+    rough, exact = (plain(*(x.to(wide) for x in (q, k, v)), seen_cells(mask, n), pieces)[0] for wide in (dtype, torch.float64))
+    q, k, v = (x.to(device) for x in (q, k, v))
+    scores = [piece.make([leaf.to(device, dtype) for leaf in piece.leaves], ring) for piece in pieces]
+    out = ra.tree_decode(q[:, -3:], filled(ring, k, v, n.t // 2), ring=ring, mask=mask, score=scores or None).cpu()
+    return {"out": (rel_error(out, exact[:, -3:]), max(rel_error(rough.to(dtype)[:, -3:], exact[:, -3:]), 1e-4))}
 
 
 def main() -> int:
