@@ -1,7 +1,7 @@
 """Stand-ins for flash-attn 2.5 to 2.8 and 4 in plain PyTorch: signatures, returns, shapes, windows, softcap, on any device.
 
 They check what the CUDA code takes on trust: that lse is contiguous and of the one right shape, and that dq, dk, dv are buffers
-of the right dtype. A window is read as the CUDA code reads it, sides of Sk or more being open.
+of the right dtype. A window is read as the CUDA code reads it: by version 2 sides of Sk or more as open, by version 4 as given.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _function(name: str, parameters: str, version: str, calls: list):
 def _forward(version, q, k, v, **options):
     out, lse = torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1])
     for b in range(len(q)):
-        out[b], lse[b] = _attend(q[b], k[b], v[b], _Rule.of(options, k.shape[1]))
+        out[b], lse[b] = _attend(q[b], k[b], v[b], _Rule.of(version, options, k.shape[1]))
     return _forward_result(version, q, k, v, out, lse)
 
 
@@ -128,7 +128,7 @@ def _backward(version, dout, q, k, v, out, softmax_lse, dq, dk, dv, **options):
     _check_lse(softmax_lse, (q.shape[0], q.shape[2], q.shape[1]))
     for b in range(len(q)):
         rows = dout[b], q[b], k[b], v[b], out[b], softmax_lse[b]
-        _fill((dq[b], dk[b], dv[b]), _differentiate(*rows, _Rule.of(options, k.shape[1])))
+        _fill((dq[b], dk[b], dv[b]), _differentiate(*rows, _Rule.of(version, options, k.shape[1])))
     return _backward_result(version, dq, dk, dv)
 
 
@@ -136,7 +136,7 @@ def _varlen_forward(version, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, 
     out, lse = torch.empty_like(q), torch.empty(q.shape[1], q.shape[0])
     padded = torch.full((len(cu_seqlens_q) - 1, q.shape[1], max_seqlen_q), torch.nan)
     for i, (a, b) in enumerate(_members(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
-        out[a], lse[:, a] = _attend(q[a], k[b], v[b], _Rule.of(options, max_seqlen_k))
+        out[a], lse[:, a] = _attend(q[a], k[b], v[b], _Rule.of(version, options, max_seqlen_k))
         padded[i, :, : a.stop - a.start] = lse[:, a]
     return _forward_result(version, q, k, v, out, padded if version < "2.6" else lse)
 
@@ -151,28 +151,29 @@ def _varlen_backward(
     for i, (a, b) in enumerate(_members(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
         lse = softmax_lse[i, :, : a.stop - a.start] if pads else softmax_lse[:, a]
         rows = dout[a], q[a], k[b], v[b], out[a], lse
-        _fill((dq[a], dk[b], dv[b]), _differentiate(*rows, _Rule.of(options, max_seqlen_k)))
+        _fill((dq[a], dk[b], dv[b]), _differentiate(*rows, _Rule.of(version, options, max_seqlen_k)))
     return _backward_result(version, dq, dk, dv)
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """What the options of a call say of its scores; `sides` (left, right) as the CUDA code reads them, None for no window."""
+    """What the options of a call say of its scores; `sides` (left, right) as that version reads them, None for no window."""
 
     scale: float
     softcap: float
     sides: tuple[int, int] | None
 
     @staticmethod
-    def of(options: dict, max_kv: int) -> _Rule:
+    def of(version: str, options: dict, max_kv: int) -> _Rule:
         """The other options must be off."""
-        assert (options["dropout_p"], options["alibi_slopes"]) == (0.0, None)
+        assert (options["dropout_p"], options["alibi_slopes"], options["causal"]) == (0.0, None, False)
         left, right = options.get("window_size") or (options["window_size_left"], options["window_size_right"])
-        assert min(left, right) >= -1, f"window ({left}, {right}) would hide a whole row"
-        left, right = (-1 if side >= max_kv else side for side in (left, right))
-        if options["causal"]:
-            right = 0
-        sides = None if max(left, right) < 0 else tuple(max_kv if side < 0 else side for side in (left, right))
+        if version == "4":
+            sides = tuple(sys.maxsize if side is None else side for side in (left, right))
+        else:
+            sides = tuple(-1 if side >= max_kv else side for side in (left, right))
+            sides = None if max(sides) < 0 else tuple(max_kv if side == -1 else side for side in sides)
+        assert sides is None or min(sides) >= 0, f"window ({left}, {right}) would hide a whole row"
         return _Rule(options["softmax_scale"], options.get("softcap", 0.0), sides)
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | float]:
@@ -264,8 +265,8 @@ def _recorded(name: str, body: Callable, calls: list) -> Callable:
 def _forward4(q, k, v, *, return_lse, cu_seqlens_q=None, **options):
     assert return_lse
     if cu_seqlens_q is None:
-        return *_forward("4", q, k, v, **_OFF, **_as_version_2(options))[:2], None
-    return *_varlen_forward("4", q, k, v, cu_seqlens_q, **_OFF, **_as_version_2(options))[:2], None
+        return *_forward("4", q, k, v, **_OFF, **options)[:2], None
+    return *_varlen_forward("4", q, k, v, cu_seqlens_q, **_OFF, **options)[:2], None
 
 
 def _backward4(q, k, v, out, dout, lse, *, deterministic, dlse, cu_seqlens_q=None, **options):
@@ -273,15 +274,10 @@ def _backward4(q, k, v, out, dout, lse, *, deterministic, dlse, cu_seqlens_q=Non
     grads = [torch.empty_like(x) for x in (q, k, v)]
     arguments = dout, q, k, v, out, lse, *grads
     if cu_seqlens_q is None:
-        _backward("4", *arguments, **_OFF, **_as_version_2(options))
+        _backward("4", *arguments, **_OFF, **options)
     else:
-        _varlen_backward("4", *arguments, cu_seqlens_q, **_OFF, **_as_version_2(options))
+        _varlen_backward("4", *arguments, cu_seqlens_q, **_OFF, **options)
     return *grads, None
 
 
 _OFF = {"dropout_p": 0.0, "alibi_slopes": None, "causal": False}
-
-
-def _as_version_2(options: dict) -> dict:
-    """Version 4's options with None for an open side as version 2 writes it."""
-    return {name: -1 if value is None else value for name, value in options.items()}

@@ -56,6 +56,16 @@ def test_every_band(calls, kind, size):
     assert calls
 
 
+@pytest.mark.parametrize("size", [(37, 44), (53, 20)])
+@pytest.mark.parametrize("kind", BAND_KINDS)
+def test_version_4_takes_every_window_as_it_is(kind, size):
+    case = example(kind, *size)
+    with installed4() as calls:
+        check(case, FLASH4, FLASH4)
+    (tile_list,) = case[1]
+    assert len(calls) <= 2 * len(tile_list)
+
+
 @pytest.mark.parametrize("kind", ["documents", "batch rows", "many"])
 def test_several_visits(calls, kind):
     check(example(kind, 37, 44, visits=3))
