@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
-_SUMS = 350 << 20  # bytes of dq, dK and dV in fp32 from which on parts of the heads still fill a GPU
+_SUMS = 550 << 20  # bytes in fp32 of dq, of own dK and dV and of a visit's, from which on parts of the heads still fill a GPU
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ class Call:
         """In how many parts of the heads a backward goes, see Note [parts of a backward] of `ring_attn.attention`."""
         if not self._heads_are_alike:
             return 1
-        rows = len(self.ring.hosted) * max(total_rows(parts) for step in plan.meets for parts in step)
+        of_others = ([part for part in parts if part.rank != rank] for step in plan.meets for rank, parts in enumerate(step))
+        rows = len(self.ring.hosted) * (plan.kv_layout.shard_len + max(map(total_rows, of_others)))
         sums = q.numel() + rows * sum(x.shape[0] * x.shape[2] * x.shape[3] for x in (k, v))
         wanted, heads = sums * accumulator_dtype(q.dtype).itemsize / _SUMS, k.shape[2]
         return next(n for n in range(1, heads + 1) if heads % n == 0 and (n >= wanted or n == heads))
