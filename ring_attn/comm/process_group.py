@@ -1,12 +1,19 @@
-"""torch.distributed: one or more ranks of the ring in each process of a group, over NCCL, gloo or any other backend."""
+"""torch.distributed: one or more ranks of the ring in each process of a group, over NCCL, gloo or any other backend.
+
+Note [at exit]: gloo's threads may still hold tensors of the last transfers, and end the process by SIGABRT where their group
+goes while the interpreter is being taken down. So a ring that lives as long as its process, in a variable of the script, lets
+go of its groups before: those that `destroy_process_group` was called for then end in good order.
+"""
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -72,6 +79,7 @@ class ProcessGroupTransport:
         self._watch = watch(timeout_of(self.group).total_seconds()) if over_nccl(self.group) else None
         self._roll = Roll.of(self.group, ranks_per_process)
         self._second = None if beside is None else self._over(beside)
+        _living.add(self)
 
     @property
     def beside(self) -> ProcessGroupTransport:
@@ -250,6 +258,16 @@ class ProcessGroupTransport:
                 after()
 
         return Pending(received, finish, what)
+
+
+_living: WeakSet[ProcessGroupTransport] = WeakSet()
+
+
+@atexit.register
+def _let_go() -> None:
+    """See Note [at exit]."""
+    for transport in _living:
+        transport.group = None
 
 
 def _bytes(x: Tensor) -> Tensor:
