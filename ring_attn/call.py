@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
-_SUMS = 550 << 20  # bytes in fp32 of dq, of own dK and dV and of a visit's, from which on parts of the heads still fill a GPU
+_SUMS = 670 << 20  # bytes in fp32 of dq, of own dK and dV and of a visit's, from which on parts of the heads still fill a GPU
 
 
 @dataclass(frozen=True)

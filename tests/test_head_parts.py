@@ -78,7 +78,7 @@ def test_a_ring_that_keeps_kv_goes_at_once(heads_seen):
         (32768, 32, 8, ra.Window(4095), 2),  # a part of little work does not fill a GPU, and what is pulled is little
         (32768, 32, 1, ra.Causal(), 1),
         (131072, 32, 8, ra.Causal(), 8),
-        (8192, 32, 32, ra.Causal(), 4),
+        (8192, 32, 32, ra.Causal(), 2),
     ],
 )
 def test_so_many_parts_as_it_takes(rows, heads, kv_heads, mask, parts):
