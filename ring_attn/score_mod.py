@@ -109,7 +109,10 @@ def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
 def allowed_cells(mask: MaskMod, batch: Tensor, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
     """Which cells a mask's function allows, bool [b, h, i, j], of batch rows [b], heads [h] and positions [i] and [j]."""
     try:
-        return over_cells(mask.fn)(batch, heads + mask.first_head, q_pos, kv_pos).bool()
+        allowed = over_cells(mask.fn)(batch, heads + mask.first_head, q_pos, kv_pos)
+        if allowed.dtype.is_floating_point or allowed.dtype.is_complex:
+            raise TypeError(f"it returned {allowed.dtype}; what changes scores is a ScoreMod")
+        return allowed.bool()
     except Exception as error:
         error.add_note(
             f"{mask!r} must be a function (b, h, q_pos, kv_pos) -> bool of integer tensors, without `if`, `and`, `or` or `not` "

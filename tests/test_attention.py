@@ -341,9 +341,10 @@ def test_types_and_unbuilt_combinations_are_refused():
         lambda q, k: q >= k,
         lambda b, h, q, k: k if q else q,
         lambda b, h, q, k: (q >= k,),
+        lambda b, h, q, k: (q - k) * 0.5,
         torch.ones(8, 8),
     ],
-    ids=["arguments", "control flow", "tuple", "tensor"],
+    ids=["arguments", "control flow", "tuple", "scores", "tensor"],
 )
 def test_a_function_that_is_no_mask_fails_with_the_rule(function):
     q, k, v, options = broken()
