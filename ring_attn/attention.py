@@ -10,9 +10,9 @@ PyTorch, whose softmax takes delta from its own products. So where tensors of sc
 what rounding took from it, again in 16 bits. It is 0 where a library hands back out in 16 bits in one call, as flex may.
 
 Note [parts of a backward]: sums of dq, and of dK and dV of what a visit meets, take more memory than all inputs. Heads
-have nothing to do with each other, so where that is much, a backward goes by parts of the heads, of many rows as few heads as
-still fill a GPU, for the memory of these and of what one part before them has on its way home. Where scores or masks tell heads
-apart or learn, and where a ring keeps KV, all go at once.
+have nothing to do with each other, so where that is much, a backward goes by parts of the heads, for the memory of these and of
+what one part before them has on its way home; in no more parts than are work enough to fill a GPU each. Where scores or masks
+tell heads apart or learn, and where a ring keeps KV, all go at once.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.by_document import LayoutChoice
-from ring_attn.cost import MACHINES, Question, Work, fastest, longest_wait
+from ring_attn.cost import MACHINES, Question, Work, backward_us, fastest, longest_wait
 from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
 from ring_attn.kernels import Problem
 from ring_attn.layout import Layout, total_rows
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
-_SUMS = 670 << 20  # bytes in fp32 of dq, of own dK and dV and of a visit's, from which on parts of the heads still fill a GPU
+_SUMS = 350 << 20  # bytes of the sums of dq, dK and dV that a part of the heads may take
+_LEAST = (
+    4000.0  # us of a backward that a part of the heads takes at least: on four H200s it took 5 to 16 % longer in shorter ones
+)
 
 
 @dataclass(frozen=True)
@@ -200,11 +203,14 @@ class Call:
         """In how many parts of the heads a backward goes, see Note [parts of a backward] of `ring_attn.attention`."""
         if not self._heads_are_alike:
             return 1
-        of_others = ([part for part in parts if part.rank != rank] for step in plan.meets for rank, parts in enumerate(step))
-        rows = len(self.ring.hosted) * (plan.kv_layout.shard_len + max(map(total_rows, of_others)))
+        rows = len(self.ring.hosted) * max(total_rows(parts) for step in plan.meets for parts in step)
         sums = q.numel() + rows * sum(x.shape[0] * x.shape[2] * x.shape[3] for x in (k, v))
         wanted, heads = sums * accumulator_dtype(q.dtype).itemsize / _SUMS, k.shape[2]
-        return next(n for n in range(1, heads + 1) if heads % n == 0 and (n >= wanted or n == heads))
+        if wanted <= 1:
+            return 1
+        us = backward_us(plan, self._work(q, k, v), MACHINES[self.ring.transport.link])
+        possible = [n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or us / n >= _LEAST)]
+        return next((n for n in possible if n >= wanted), possible[-1])
 
     def kept_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, int, int]]:
         """Of what a forward keeps for its backward of what came from other ranks."""

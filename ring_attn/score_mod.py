@@ -111,7 +111,7 @@ def allowed_cells(mask: MaskMod, batch: Tensor, heads: Tensor, q_pos: Tensor, kv
     try:
         allowed = over_cells(mask.fn)(batch, heads + mask.first_head, q_pos, kv_pos)
         if allowed.dtype.is_floating_point or allowed.dtype.is_complex:
-            raise TypeError(f"it returned {allowed.dtype}; what changes scores is a ScoreMod")
+            raise TypeError(f"{mask!r} returned {allowed.dtype}; compare, as in x > 0, or change scores by a ScoreMod")
         return allowed.bool()
     except Exception as error:
         error.add_note(

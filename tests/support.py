@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
 import torch
@@ -246,13 +246,18 @@ def split_tiles(tile_list: Sequence[Tile], visits: int) -> list[tuple[Tile, ...]
     return [tuple(order[i::visits]) for i in range(visits)]
 
 
+def by_head() -> AbstractContextManager:
+    """Inside, a backward goes KV head by KV head, where it may: one byte of sums is too much, and no part too little work."""
+    return patch.multiple(call, _SUMS=1, _LEAST=0.0)
+
+
 @contextmanager
 def way_home_hidden(by_heads: bool) -> Iterator[None]:
     """Inside, a backward by pull meets its own shard in halves; `by_heads`: any goes KV head by KV head, where it may, while
     a forward by pull meets others' KV for one half of the heads after the other.
     """
-    sums, wait = (1, -math.inf) if by_heads else (1 << 60, math.inf)
-    with patch.object(exchange, "HALVES_FROM", 0), patch.multiple(call, _SUMS=sums, _WAIT=wait):
+    parts = by_head() if by_heads else patch.object(call, "_SUMS", 1 << 60)
+    with patch.object(exchange, "HALVES_FROM", 0), parts, patch.object(call, "_WAIT", -math.inf if by_heads else math.inf):
         exchange.make_plan.cache_clear()
         try:
             yield

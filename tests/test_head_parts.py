@@ -13,7 +13,7 @@ from ring_attn.call import Call
 from ring_attn.kernels.reference import ReferenceKernel
 from ring_attn.kernels.triton_kernel import interpreted
 from tests.scores import MASKS, Sizes, compared, errors, pieces_of
-from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT, rel_error
+from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT, by_head, rel_error
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def heads_seen():
         seen.append((q.shape[2], k.shape[2]))
         return backward(self, up, q, k, v, *rest, **options)
 
-    with patch.object(call, "_SUMS", 1), patch.object(ReferenceKernel, "backward", noted):
+    with by_head(), patch.object(ReferenceKernel, "backward", noted):
         yield seen
 
 
@@ -75,17 +75,20 @@ def test_a_ring_that_keeps_kv_goes_at_once(heads_seen):
         (8192, 32, 8, ra.Causal(), 1),
         (16384, 32, 8, ra.Causal(), 2),
         (32768, 32, 8, ra.Causal(), 4),
-        (32768, 32, 8, ra.Window(4095), 2),  # a part of little work does not fill a GPU, and what is pulled is little
         (32768, 32, 1, ra.Causal(), 1),
         (131072, 32, 8, ra.Causal(), 8),
+        # Here more would be too little work each.
+        (32768, 32, 8, ra.Window(4095), 2),
+        (32768, 32, 8, ra.Causal() & ra.Documents([8192] * 16), 2),
         (8192, 32, 32, ra.Causal(), 2),
+        (4096, 32, 32, ra.Causal(), 1),
     ],
 )
 def test_so_many_parts_as_it_takes(rows, heads, kv_heads, mask, parts):
-    """Of a rank among four, with what it pulls from three."""
+    """Of a rank among four GPUs, with what it pulls from three."""
     q, k, v = (torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16).expand(1, rows, h, 128) for h in (heads, kv_heads, kv_heads))
     ring = ra.Ring.simulated(4, exchange="pull")
-    ring.transport.hosted = (0,)
+    ring.transport.hosted, ring.transport.link = (0,), "gpus"
     assert Call.make(ring, mask, None, 1.0).settle(q, k, v).head_parts == parts
 
 
@@ -100,7 +103,7 @@ def test_sums_of_a_part_are_gone_before_the_next_has_its_own():
         most.append(len({id(sums()) for sums in seen if sums() is not None}))
 
     ring = ra.Ring.simulated(2, exchange="pull", kernel="reference")
-    with patch.object(call, "_SUMS", 1), patch.object(ReferenceKernel, "backward", noted):
+    with by_head(), patch.object(ReferenceKernel, "backward", noted):
         assert max(errors(ring, Sizes(h=6, g=3), ra.Causal(), []).values()) <= FLOAT64_LIMIT
     assert most == [1, 2, 2, 2] * 3, "of two ranks, in either visit, for every part"
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import ring_attn as ra
-from ring_attn import call
 from ring_attn.exchange.base import Beside
 from ring_attn.kernels import sums
 from ring_attn.kernels.sums import Sum
 from tests.scores import MASKS, Sizes, compared
-from tests.support import FLOAT64_LIMIT, random_qkv, rel_error
+from tests.support import FLOAT64_LIMIT, by_head, random_qkv, rel_error
 from tests.test_exchange import Living
 
 pytest.importorskip("triton")
@@ -25,7 +24,7 @@ from ring_attn.kernels import triton_sum
 from ring_attn.kernels.triton_kernel import interpreted
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
-BY_HEADS, HALVED = patch.object(call, "_SUMS", 1), patch("ring_attn.exchange.HALVES_FROM", 0)
+BY_HEADS, HALVED = by_head(), patch("ring_attn.exchange.HALVES_FROM", 0)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 Note [at exit]: gloo's threads may still hold tensors of the last transfers, and end the process by SIGABRT where their group
 goes while the interpreter is being taken down. So a ring that lives as long as its process, in a variable of the script, lets
-go of its groups before: those that `destroy_process_group` was called for then end in good order.
+go of its groups before: those that `destroy_process_group` was called for then end in good order. What is registered first runs
+last, hence at import: rings serve what their users do at exit.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class ProcessGroupTransport:
             if after is not None:
                 after()
 
-        return self._pending(received, works, what, keep=(keep, ops), after=finish)
+        return self._pending(received, works, what, keep=(keep, [op.tensor for op in ops]), after=finish)
 
     def all_gather(self, shards: Sequence[Tensor], *, what: str = "all-gather") -> Pending[list[Tensor]]:
         check_payloads(self, shards, what)
@@ -267,7 +268,8 @@ _living: WeakSet[ProcessGroupTransport] = WeakSet()
 def _let_go() -> None:
     """See Note [at exit]."""
     for transport in _living:
-        transport.group = None
+        # None would be the default group to PyTorch.
+        del transport.group
 
 
 def _bytes(x: Tensor) -> Tensor:

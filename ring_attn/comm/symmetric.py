@@ -78,7 +78,7 @@ class SymmetricTransport(ProcessGroupTransport):
         if reason is not None:
             raise ValueError(f"symmetric memory cannot be had: {reason}")
         self.link = "symmetric"
-        self._memory = _Memory(self.group)
+        self._memory = _Memory()
         self._last: _Copies | None = None
         self._places: dict[tuple, tuple[Tensor, Parts]] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -142,7 +142,7 @@ class SymmetricTransport(ProcessGroupTransport):
         if route is None:
             b, s, e = shape
             by_rank = [of(rank, parts, s) for rank in range(self.ring_size)]
-            memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * like.dtype.itemsize, like.device)
+            memory = self._memory.of_size(max(by_rank[0].put_up) * b * e * like.dtype.itemsize, like.device, self.group)
             route = self._new_route(by_rank, shape, like, memory, parts)
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
@@ -264,15 +264,14 @@ class _Memory:
     `routes`: what was kept of transfers over it, by their shape; with the parts that each is for.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self) -> None:
         self.size = 0
         self.shared: Shared | None = None
         self.in_graphs: list[Shared] = []
         self.routes: dict[tuple, tuple[Route, Parts]] = {}
 
-    def of_size(self, size: int, device: torch.device) -> Shared:
-        """Memory of at least that many bytes. Every rank must ask for the same sizes in the same order.
+    def of_size(self, size: int, device: torch.device, group: dist.ProcessGroup) -> Shared:
+        """Memory of the group with at least that many bytes. Every rank must ask for the same sizes in the same order.
 
         Raises RuntimeError where it would have to be made while a CUDA graph is captured.
         """
@@ -286,9 +285,9 @@ class _Memory:
             # Peers may still read the old memory: no rank lets go of its own before all have read.
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            dist.barrier(self.group)
+            dist.barrier(group)
             self.routes.clear()
-            self.shared = rendezvous(wanted, device, self.group)
+            self.shared = rendezvous(wanted, device, group)
             self.size = wanted
         return self.shared
 

@@ -141,7 +141,8 @@ def load() -> _Library | str:
 class Flash4Kernel(Packing):
     """flash-attn 4, written in CuTe for compute capability 9.0 and 10.0; allowed here only what a test has shown right.
 
-    It reads both sides of a window as they are given, however long, and None as open: each tile is one call.
+    It reads both sides of a window as they are given, however long, and None as open, so no tile need be cut. Those of single
+    batch rows are: what they are cut into has few windows, and goes in as few packs.
 
     On 9.0 version 4.0.0b36 returned wrong gradients, without a word, at head dims 40, 48, 72 and 80; 112 did not compile.
     """
@@ -163,7 +164,7 @@ class Flash4Kernel(Packing):
         return refusal(problem, (torch.float16, torch.bfloat16), takes_lse_grad=True, takes_softcap=True)
 
     def pieces(self, tile: Tile) -> Iterable[Tile]:
-        return (tile,)
+        return (tile,) if tile.batch is None else windows(tile)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scaling) -> tuple[Tensor, Tensor]:
         return self._forward(q, k, v, tile.window, scaling)

@@ -45,7 +45,7 @@ def squares(tile: Tile) -> Iterator[Tile]:
 
 
 def windows(tile: Tile) -> Iterator[Tile]:
-    """Tiles whose `window` flash-attention takes at its word.
+    """Tiles whose `window` flash-attn 2 takes at its word.
 
     It reads a side of Sk or more as open, and an open side beside a bounded one as Sk. Counted from the bottom-right corner
     that is harmless while Sq <= Sk; with more queries than keys a right side of Sk or more still hides keys from the first

@@ -168,12 +168,14 @@ class _Rule:
         """The other options must be off."""
         assert (options["dropout_p"], options["alibi_slopes"], options["causal"]) == (0.0, None, False)
         left, right = options.get("window_size") or (options["window_size_left"], options["window_size_right"])
+        hides = f"window ({left}, {right}) would hide a whole row"
         if version == "4":
             sides = tuple(sys.maxsize if side is None else side for side in (left, right))
+            assert min(sides) >= 0, hides
         else:
+            assert min(left, right) >= -1, hides
             sides = tuple(-1 if side >= max_kv else side for side in (left, right))
-            sides = None if max(sides) < 0 else tuple(max_kv if side == -1 else side for side in sides)
-        assert sides is None or min(sides) >= 0, f"window ({left}, {right}) would hide a whole row"
+            sides = None if max(sides) < 0 else tuple(max_kv if side < 0 else side for side in sides)
         return _Rule(options["softmax_scale"], options.get("softcap", 0.0), sides)
 
     def scores(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | float]:

@@ -12,7 +12,7 @@ from ring_attn.kernels import sums, tilewise
 from ring_attn.kernels.flash import Flash4Kernel
 from ring_attn.mask import Causal, Documents, Full, KeyPadding
 from tests import matrix
-from tests.support import random_qkv, rel_error
+from tests.support import by_head, random_qkv, rel_error
 
 triton_sum = pytest.importorskip("ring_attn.kernels.triton_sum")
 from ring_attn.kernels.triton_kernel import interpreted  # noqa: E402
@@ -109,8 +109,6 @@ def test_the_matrix_by_a_library_and_the_launches_that_join_its_calls(made, layo
 
 
 def test_by_parts_of_the_heads_it_is_copied_to_its_place(made):
-    from ring_attn import call
-
-    with patch.object(call, "_SUMS", 1):
+    with by_head():
         run(made, ra.Ring.simulated(1, kernel="flash4"), Causal())
     assert made["passes"] == [1, 2] * 2

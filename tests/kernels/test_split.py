@@ -50,8 +50,8 @@ def check_cells(tile: Tile, pieces: list[Tile]) -> None:
     assert all(is_trimmed(piece) and piece.batch == tile.batch for piece in pieces), (tile, pieces)
 
 
-def as_flash_attention_reads(piece: Tile, max_kv: int) -> set[tuple[int, int]]:
-    """The cells that flash-attention attends, given the piece's window and the longest KV of its call.
+def as_flash_attn_2_reads(piece: Tile, max_kv: int) -> set[tuple[int, int]]:
+    """The cells that flash-attn 2 attends, given the piece's window and the longest KV of its call.
 
     Sides of max_kv or more are open; an open side beside a bounded one is max_kv; rows and columns are counted from the
     bottom-right corner.
@@ -82,12 +82,12 @@ def test_windows_are_taken_at_their_word():
         assert len(pieces) <= 3, tile
         for piece in pieces:
             for max_kv in range(len(piece.kv_rows), 2 * SIZE + 2):
-                assert as_flash_attention_reads(piece, max_kv) == cells(piece), (tile, piece, max_kv)
+                assert as_flash_attn_2_reads(piece, max_kv) == cells(piece), (tile, piece, max_kv)
 
 
 def test_a_window_that_is_taken_at_its_word_is_not_cut():
     for tile in trimmed_tiles():
-        whole = as_flash_attention_reads(tile, len(tile.kv_rows)) == cells(tile)
+        whole = as_flash_attn_2_reads(tile, len(tile.kv_rows)) == cells(tile)
         # A right side of just Sk is fine beside a bounded left one, and cut all the same.
         whole = whole and tile.window[1] != len(tile.kv_rows)
         assert whole == (list(windows(tile)) == [tile]), tile

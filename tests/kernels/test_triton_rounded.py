@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import ring_attn as ra
-from ring_attn import call
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
 from ring_attn.mask import Causal, Documents
 from ring_attn.tiles import tiles
 from tests.kernels.test_triton_tma import KERNEL
-from tests.support import FLOAT32_LIMIT, poison_memory, random_qkv, rel_error
+from tests.support import FLOAT32_LIMIT, by_head, poison_memory, random_qkv, rel_error
 
 pytest.importorskip("triton")
 SEES_NEAR = pytest.importorskip("tests.kernels.triton_functions").SEES_NEAR
@@ -121,7 +120,7 @@ def test_on_rings_where_one_visit_makes_them(size, exchange, lengths, dtypes):
 
 def test_by_parts_of_the_heads():
     """To their places among the others."""
-    with patch.object(call, "_SUMS", 1):
+    with by_head():
         check_on(ra.Ring.simulated(1, kernel="triton"), [48], {ROUNDED})
 
 
