@@ -64,7 +64,7 @@ PAIRS = (
     ("flex", "flex"),
     ("reference", "reference"),
 )
-PARTS = {"triton": 6, "gluon": 16, "flash4": 8, "flex": 8}  # processes for a pair whose forward is this; two for the others
+PARTS = {"triton": 6, "gluon": 16, "flash4": 16, "flex": 8}  # processes for a pair whose forward is this; two for the others
 GRADS = ("dq", "dk", "dv")
 TENSORS = ("out", *GRADS, "lse")
 HEADING = " ".join(["forward+backward  dtype     d       cases ", *(f"{name:>7s}" for name in TENSORS)])
