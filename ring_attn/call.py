@@ -12,7 +12,7 @@ from ctypes import cast, py_object
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -38,6 +38,19 @@ _SUMS = 350 << 20  # bytes of the sums of dq, dK and dV that a part of the heads
 _LEAST = (
     4000.0  # us of a backward that a part of the heads takes at least: on four H200s it took 5 to 16 % longer in shorter ones
 )
+
+
+class Choices(NamedTuple):
+    """What of a ring, and of where the keys lie, must be alike on every rank; named for the words where it is not."""
+
+    layout: LayoutChoice
+    kv_layout: LayoutChoice | None
+    exchange: str
+    ranks_per_node: int | None
+    kv_memory: int | None
+    keep_kv: bool
+    grad_dtype: torch.dtype | None
+    link: str
 
 
 @dataclass(frozen=True)
@@ -154,19 +167,11 @@ class Call:
         """What must be alike on every rank: the three shapes, then everything else. `tensors`: those of the scores."""
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
-        ring = (
-            r.layout_choice,
-            self.kv_layout,
-            r.exchange,
-            r.ranks_per_node,
-            r.kv_memory,
-            r.keep_kv,
-            r.grad_dtype,
-            r.transport.link,
-        )
+        of_ring = r.layout_choice, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.keep_kv, r.grad_dtype
+        choices = Choices(*of_ring, r.transport.link)
         shapes = (tuple(x.shape) for x in (q, k, v))
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
-        return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), ring, of_scores)
+        return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), choices, of_scores)
 
     def key(self, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> tuple:
         """All of a call on this ring that decides what it comes to, see Settled; quicker to make than a signature."""

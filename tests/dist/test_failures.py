@@ -34,7 +34,7 @@ def test_unequal_lengths_are_found_on_every_rank():
     run_processes(_unequal_lengths, 3)
 
 
-def _unequal_masks(rank):
+def _unequal_masks_and_choices(rank):
     ring = ra.Ring.from_group(None, "contiguous")
     here, there = rf"Window\(left={3 + rank}, right=0\)", rf"\[{1 - rank}\]"
     with pytest.raises(
@@ -42,10 +42,13 @@ def _unequal_masks(rank):
     ):
         _call(ring, mask=ra.Window(3 + rank))
     _call(ring, mask=ra.Window(3))
+    here = f"layout='contiguous', kv_layout=None, exchange='pull', ranks_per_node=None, kv_memory={10000 + rank}"
+    with pytest.raises(ValueError, match=f"differ in layout, exchange and wires, which on rank {rank} is Choices.{here}, keep"):
+        _call(ra.Ring.from_group(None, "contiguous", exchange="pull", kv_memory=10000 + rank))
 
 
-def test_unequal_masks_are_found_and_the_ring_goes_on():
-    run_processes(_unequal_masks, 2)
+def test_unequal_masks_and_choices_are_found_and_the_ring_goes_on():
+    run_processes(_unequal_masks_and_choices, 2)
 
 
 def _one_rank_alone_breaks_a_rule(rank):
@@ -64,8 +67,6 @@ def _one_rank_alone_breaks_a_rule(rank):
         _call(contiguous if alone else ra.Ring.from_group(None, "striped"))
     with differ:
         _call(contiguous if alone else ra.Ring.from_group(None, "contiguous", exchange="gather"))
-    with differ:
-        _call(ra.Ring.from_group(None, "contiguous", exchange="pull", kv_memory=10000 + alone))
     with differ:
         _call(contiguous, softmax_scale=math.nan if alone else 0.5)
     scale = torch.ones(2)
