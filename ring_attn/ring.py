@@ -25,6 +25,7 @@ from ring_attn.exchange import EXCHANGE_NAMES
 from ring_attn.kernels import check_kernel_name
 from ring_attn.layout import Layout, Shared
 from ring_attn.typed import typed
+from ring_attn.watched import unseen
 
 if TYPE_CHECKING:
     from ring_attn.settled import Settled
@@ -258,9 +259,12 @@ class Ring:
         if len(self.hosted) < self.size:
             sizes = [size for shape in signature[:3] for size in (*shape, 0, 0, 0, 0)[:4]]
             numbers = [refusal is not None, *sizes, *(zlib.crc32(_text(part)) for part in signature[3:])]
-            mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-            everyone = self.transport.all_gather([mine] * len(self.hosted), what="agreeing on shapes, dtype and mask").wait()
-            refused, *columns = zip(*(row.tolist() for row in everyone), strict=True)
+            with unseen():
+                mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+                everyone = self.transport.all_gather(
+                    [mine] * len(self.hosted), what="agreeing on shapes, dtype and mask"
+                ).wait()
+                refused, *columns = zip(*(row.tolist() for row in everyone), strict=True)
             if any(len(set(column)) > 1 for column in columns):
                 cannot = "" if refusal is None else f"; and this rank cannot make its call: {refusal}"
                 raise ValueError(

@@ -2,11 +2,13 @@
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ring_attn as ra
 from ring_attn import call
@@ -135,3 +137,19 @@ def test_outputs_are_finished_in_place(num_processes):
     if not interpreted():
         pytest.skip("needs TRITON_INTERPRET=1")
     run_processes(_in_place, num_processes)
+
+
+def _first_call_under_a_policy(rank: int) -> None:
+    rings = [ra.Ring.from_group(None, exchange="pull", kernel="reference") for _ in range(2)]
+    *qkv, dout = random_qkv(1, 16, 16, 4, 2, 8, dtype=torch.float64, seed=rank)
+    qkv = [x.requires_grad_() for x in qkv]
+    squares = [lambda *x, ring=ring: ra.ring_attention(*x, ring=ring).view(-1) ** 2 for ring in rings]
+    contexts = partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+    outs = squares[0](*qkv), checkpoint(squares[1], *qkv, use_reentrant=False, context_fn=contexts)
+    plain, again = (torch.autograd.grad(out, qkv, dout.view(-1)) for out in outs)
+    assert all(map(torch.equal, plain, again))
+
+
+def test_checkpointing_sees_in_a_first_call_what_it_sees_in_any():
+    """Under a policy that saves all: what ranks agree on is not called for again."""
+    run_processes(_first_call_under_a_policy, 2)
