@@ -64,8 +64,8 @@ def arrivals(homes: Sequence[range], batch: int) -> Tensor:
         met = [n for n, column in enumerate(columns) if (column[here] >= 0).any()]
         place = max(met, default=-1) + 1
         if place == len(columns):
-            columns.append(torch.full((rows,), -1, dtype=torch.int32))
-        columns[place][here] = torch.arange(arrived, arrived + len(home), dtype=torch.int32)
+            columns.append(torch.full((rows,), -1, dtype=torch.int32, device="cpu"))
+        columns[place][here] = torch.arange(arrived, arrived + len(home), dtype=torch.int32, device="cpu")
         arrived += len(home)
-    places, first = torch.stack(columns, 1), arrived * torch.arange(batch, dtype=torch.int32)
+    places, first = torch.stack(columns, 1), arrived * torch.arange(batch, dtype=torch.int32, device="cpu")
     return torch.where(places < 0, -1, places + first[:, None, None])

@@ -211,9 +211,9 @@ def _causal_or_mask(tile: Tile, dtype: torch.dtype) -> tuple[bool, Tensor | None
     num_q, num_kv, (lo, hi) = len(tile.q_rows), len(tile.kv_rows), tile.band
     if lo is None and (hi is None or (hi == 0 and num_q == num_kv)):
         return hi is not None, None
-    offset = torch.arange(num_kv) - torch.arange(num_q).unsqueeze(1)
+    offset = torch.arange(num_kv, device="cpu") - torch.arange(num_q, device="cpu").unsqueeze(1)
     hidden = (offset < (-num_q if lo is None else lo)) | (offset > (num_kv if hi is None else hi))
-    return False, torch.zeros(num_q, num_kv, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return False, torch.zeros(num_q, num_kv, dtype=dtype, device="cpu").masked_fill_(hidden, -torch.inf)
 
 
 _ADAPTERS = {"cpu": CpuFlash(), "cuda": CudaFlash()}

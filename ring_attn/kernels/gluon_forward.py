@@ -151,7 +151,8 @@ def _alike(shape: torch.Size, strides: tuple[int, ...], rows: int, dtype: torch.
         return None
     b, s, h, d = shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(torch.empty(8, dtype=dtype), [b, h, s, d], [over_b, over_h, over_s, 1], [1, 1, rows, d], layout)
+    memory = torch.empty(8, dtype=dtype, device="cpu")
+    return TensorDescriptor(memory, [b, h, s, d], [over_b, over_h, over_s, 1], [1, 1, rows, d], layout)
 
 
 @gluon.jit(do_not_specialize=["num_q", "programs", "items"])

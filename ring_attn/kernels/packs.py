@@ -62,16 +62,16 @@ def _rows(segments: list[tuple[int, range]], device: torch.device) -> Rows:
     (batch, first), (last_batch, last) = segments[0], segments[-1]
     if batch == last_batch and all(a.stop == b.start for (_, a), (_, b) in pairwise(segments)):
         return batch, slice(first.start, last.stop)
-    batches = torch.cat([torch.full((len(rows),), b) for b, rows in segments])
-    numbers = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in segments])
+    batches = torch.cat([torch.full((len(rows),), b, device="cpu") for b, rows in segments])
+    numbers = torch.cat([torch.arange(rows.start, rows.stop, device="cpu") for _, rows in segments])
     return batches.to(device), numbers.to(device)
 
 
 def _places(segments: list[tuple[int, range]], batch: int, num_rows: int) -> Tensor:
     """Of every row, where segments in order have it."""
-    places, row = torch.full((batch, num_rows), -1, dtype=torch.int32), 0
+    places, row = torch.full((batch, num_rows), -1, dtype=torch.int32, device="cpu"), 0
     for b, rows in segments:
-        places[b, rows.start : rows.stop] = torch.arange(row, row + len(rows))
+        places[b, rows.start : rows.stop] = torch.arange(row, row + len(rows), device="cpu")
         row += len(rows)
     return places
 

@@ -323,5 +323,5 @@ def _flat(programs: list[_Program], entry: int) -> list[int]:
 
 
 def _to_device(ints: list[int], device: torch.device) -> Tensor:
-    table = torch.tensor(ints, dtype=torch.int32)
+    table = torch.tensor(ints, dtype=torch.int32, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
