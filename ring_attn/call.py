@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
 _SUMS = 350 << 20  # bytes of the sums of dq, dK and dV that a part of the heads may take
-_LEAST = (
-    4000.0  # us of a backward that a part of the heads takes at least: on four H200s it took 5 to 16 % longer in shorter ones
-)
+_LEAST = 4000.0  # us of a backward in a part of the heads at least: shorter ones cost four H200s 5 to 16 %
 
 
 class Choices(NamedTuple):
