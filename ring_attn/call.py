@@ -21,6 +21,7 @@ from torch import Tensor
 from ring_attn.by_document import LayoutChoice
 from ring_attn.cost import MACHINES, Question, Work, backward_us, fastest, longest_wait
 from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
+from ring_attn.inputs import check_inputs, check_parts
 from ring_attn.kernels import Problem
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
@@ -349,7 +350,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
     """Raises ValueError for a call that cannot be done, naming the rule and the values."""
     check_inputs(q, k, v)
-    _check_parts(q.shape[2], k.shape[2], call.ring.ulysses)
+    check_parts(q.shape[2], k.shape[2], call.ring.ulysses)
     if call.kv_layout is None and k.shape[1] != q.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} rows here and k {k.shape[1]}; shard both with the same ring, or, for cross-attention, name "
@@ -360,42 +361,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
     settled = call.settle(q, k, v)
     call.check_scores(q, kv_layout.seq_len, tensors)
     settled.kernel("forward")
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError for shapes, dtypes or devices that no attention takes."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [batch, rows, heads, head_dim] or [batch, rows, head_dim], got {tuple(x.shape)}")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}; cast it first")
-    if len({x.dtype for x in (q, k, v)}) > 1:
-        raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
-    if len({x.device for x in (q, k, v)}) > 1:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    (b, s, h, d), (_, skv, g, _) = q.shape, k.shape
-    if k.shape[0] != b or v.shape[:2] != (b, skv):
-        raise ValueError(
-            f"q, k and v must have the same batch, and k and v the same rows, got {tuple(q.shape)}, {tuple(k.shape)}, "
-            f"{tuple(v.shape)}; shard all three with the same ring"
-        )
-    if k.shape[3] != d or v.shape[2] != g:
-        raise ValueError(
-            f"k must share q's head_dim and v must share k's heads, got k {tuple(k.shape)}, q head_dim {d}, v {tuple(v.shape)}"
-        )
-    if min(b, s, skv, h, g, d, v.shape[3]) < 1:
-        raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if h % g:
-        raise ValueError(f"num_heads {h} must be a multiple of num_kv_heads {g}: query head i reads KV head i // (h // g)")
-
-
-def _check_parts(num_heads: int, num_kv_heads: int, ulysses: int) -> None:
-    if num_heads % ulysses:
-        raise ValueError(
-            f"num_heads {num_heads} must be a multiple of ulysses {ulysses}, among whose ranks the heads are split"
-        )
-    if num_kv_heads % ulysses and ulysses % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads {num_kv_heads} must be a multiple of ulysses {ulysses}, or a divisor of it, so that ranks share KV "
-            f"heads; choose another ulysses, or repeat the heads of k and v with repeat_interleave(n, 2)"
-        )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ring_attn.attention import as_given, scaled, unit_stride
 from ring_attn.cache import KVCache, refuse_gradients
-from ring_attn.call import Call, check_inputs
+from ring_attn.call import Call
+from ring_attn.inputs import check_inputs
 from ring_attn.kernels import Problem, resolve
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to, to_merge_into

@@ -25,7 +25,7 @@ LEVELS = [
     {"comm"},
     {"exchange"},
     {"cost"},
-    {"settled", "overlap"},
+    {"settled", "overlap", "inputs"},
     {"call"},
     {"ulysses", "watched"},
     {"attention"},
