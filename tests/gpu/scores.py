@@ -3,8 +3,8 @@
     python -m tests.gpu.scores                               costs of the Triton kernel
     python -m tests.gpu.scores --check triton reference      whether rings are right with these kernels
 
-Rings of 3 and 4 in one process, every score of tests/scores.py, every mask, other shapes, cross-attention and decoding in both
-16-bit dtypes: at most OUT_FACTOR (out) and GRAD_FACTOR
+Rings of 3 and 4 in one process by ring, gather and pull, in every layout; every score of tests/scores.py, every mask, other
+shapes, cross-attention and decoding; both 16-bit dtypes: at most OUT_FACTOR (out) and GRAD_FACTOR
 (gradients, also those of the scores' tensors) times the error of the same written plainly in that dtype. The costs are of one
 visit, causal where nothing else is said, over the same without modifiers. Without a GPU the same runs in Triton's interpreter,
 which shows that it runs and no speed.
@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import cycle, product
+from itertools import product, repeat
 from typing import NamedTuple
 
 import torch
@@ -122,32 +125,40 @@ class Check(NamedTuple):
 
 
 # The gradient of a table of one number is 0: no softmax notices what all scores of a row have in common.
-CHECKS = {name: Check(name) for name in SCORES if name != "relative bias of one"} | {
-    "every mask": Check("nothing", tuple(MASKS)),
+CHECKS = {name: Check(name) for name in SCORES if name != "relative bias of one"}
+CHECKS |= {f"{mask} mask": Check("nothing", (mask,)) for mask in MASKS}
+CHECKS |= {f"decoding, {mask} mask": Check("sinks", (mask,), decodes=True) for mask in MASKS}
+CHECKS |= {
     "cross-attention": Check("nothing", ("full", "causal", "window"), {"kv_len": 144, "kv_layout": "striped"}),
     "head dims 192 and 128": Check("nothing", sizes={"d": 192, "dv": 128}),
     "one KV head": Check("nothing", sizes={"g": 1}),
-    "decoding": Check("sinks", tuple(MASKS), decodes=True),
+    "batch and heads merged": Check("nothing", ("full", "causal", "window"), {"b": 8, "h": 1, "g": 1}),
 }
+WAYS = tuple(product((3, 4), ("ring", "gather", "pull"), ("contiguous", "striped", "zigzag")))
 
 
-def checks(kernel_names: Sequence[str], device: str) -> Iterator[tuple[str, bool]]:
-    """(a line, whether it is right) for every check and kernel."""
-    ways = cycle(product((3, 4), ("ring", "gather", "pull"), ("contiguous", "striped", "zigzag")))
-    for (name, check), kernel in product(CHECKS.items(), kernel_names):
-        worst, refused = {"out": 0.0, "gradients": 0.0}, ""
-        for mask, dtype in product(check.masks, (torch.bfloat16, torch.float16)):
-            options = {"sizes": check.sizes, "decodes": check.decodes}
-            try:
-                found = times_plain(check.score, mask, kernel, dtype, device, *next(ways), **options)
-            except KernelUnavailable as refusal:
-                refused = f"  without {mask}: {str(refusal)[:60]}"
-                continue
-            worst["out"] = max(worst["out"], found.pop("out"))
-            worst["gradients"] = max([worst["gradients"], *found.values()])
-        right = worst["out"] <= OUT_FACTOR and worst["gradients"] <= GRAD_FACTOR
-        verdict = refused + ("" if right else "  FAILED")
-        yield f"{name:38s} {kernel:10s} {worst['out']:5.2f} {worst['gradients']:5.2f}{verdict}", right
+def line_of(name: str, kernel: str, device: str, ways: Sequence[tuple] = WAYS) -> tuple[str, bool]:
+    """(a line, whether it is right) for a check and a kernel, over all of these ways."""
+    check, worst, refused = CHECKS[name], {"out": 0.0, "gradients": 0.0}, ""
+    for mask, dtype, way in product(check.masks, (torch.bfloat16, torch.float16), ways):
+        try:
+            found = times_plain(check.score, mask, kernel, dtype, device, *way, sizes=check.sizes, decodes=check.decodes)
+        except KernelUnavailable as refusal:
+            refused = f"  without {mask}: {str(refusal)[:60]}"
+            continue
+        worst["out"] = max(worst["out"], found.pop("out"))
+        worst["gradients"] = max([worst["gradients"], *found.values()])
+    right = worst["out"] <= OUT_FACTOR and worst["gradients"] <= GRAD_FACTOR
+    verdict = refused + ("" if right else "  FAILED")
+    return f"{name:38s} {kernel:10s} {worst['out']:5.2f} {worst['gradients']:5.2f}{verdict}", right
+
+
+def lines(kernel_names: Sequence[str], device: str) -> Iterator[tuple[str, bool]]:
+    """Those of every check and kernel, each from one of as many processes as there are CPUs: little of it is the device's."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        asked = [(name, kernel) for kernel in kernel_names for name in CHECKS]
+        yield from pool.map(line_of, *zip(*asked, strict=True), repeat(device))
 
 
 def times_plain(
@@ -217,7 +228,7 @@ def main() -> int:
     if options.check:
         print("rings in 16 bits: worst error of out and of gradients, as multiples of plain PyTorch's")
         wrong = 0
-        for line, right in checks(options.check, device):
+        for line, right in lines(options.check, device):
             print(line, flush=True)
             wrong += not right
         return int(wrong > 0)
