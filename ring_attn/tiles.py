@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import groupby, islice
@@ -330,21 +330,27 @@ def _with_band(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int, batch: int 
 
 
 def _coalesce(found: list[Tile], queries: list[_Piece], keys: list[_Piece]) -> list[Tile]:
+    """The same cells in fewer tiles, first those with the same query rows: each that a query row is in is one more to merge."""
+    merged = _joined(_joined(found, lambda a, b: a.q_rows == b.q_rows), lambda a, b: True)
+    return [
+        Tile(t.q_rows, t.kv_rows, t.band, (_positions(queries, t.q_rows), _positions(keys, t.kv_rows)), t.batch) for t in merged
+    ]
+
+
+def _joined(found: list[Tile], may: Callable[[Tile, Tile], bool]) -> list[Tile]:
     """The same cells in fewer tiles. Only near neighbours in row order are tried: the cost stays linear in the tiles."""
     merged: list[Tile] = []
     for tile in sorted(found, key=lambda t: (t.q_rows.start, t.kv_rows.start)):
         at = len(merged) - 1
         while at >= max(0, len(merged) - _NEIGHBOURS):
-            union = _union(merged[at], tile)
+            union = _union(merged[at], tile) if may(merged[at], tile) else None
             if union is None:
                 at -= 1
             else:
                 del merged[at]
                 tile, at = union, len(merged) - 1
         merged.append(tile)
-    return [
-        Tile(t.q_rows, t.kv_rows, t.band, (_positions(queries, t.q_rows), _positions(keys, t.kv_rows)), t.batch) for t in merged
-    ]
+    return merged
 
 
 _NEIGHBOURS = 8

@@ -8,7 +8,8 @@ import pytest
 
 from ring_attn.layout import LAYOUTS, Contiguous, Part, Striped, Zigzag
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
-from ring_attn.tiles import Band, Plan, count_cells, kv_rows_met, tiles
+from ring_attn.parts import needed
+from ring_attn.tiles import Band, Plan, count_cells, kv_rows_met, part_positions, tiles
 
 TWO_SECONDS = 2.0
 
@@ -144,6 +145,16 @@ def test_known_zigzag_schedule():
                 assert (tile.q_rows, tile.kv_rows, tile.band) == (range(16), range(half), Band())
             else:
                 assert (tile.q_rows, tile.kv_rows, tile.band) == (range(half, 16), range(16), Band())
+
+
+def test_what_a_zigzag_rank_gets_of_all_others_meets_a_query_row_once():
+    """Each half of the queries has one tile, with all that it sees; so no row is attended in two calls, and merged again."""
+    for size in range(2, 7):
+        layout = Zigzag(8 * size, size)
+        for rank in range(size):
+            keys = [part_positions(layout, part) for part in needed(layout, layout, Causal(), rank)]
+            rows = sorted((tile.q_rows for tile in tiles(layout.shard(rank), keys, Causal())), key=lambda rows: rows.start)
+            assert all(before.stop <= after.start for before, after in pairwise(rows)), (size, rank, rows)
 
 
 def test_known_striped_schedule():
