@@ -6,7 +6,6 @@ import json
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -114,7 +113,7 @@ def test_where_no_layout_is_named_that_by_document_is_made_for_each_case():
     made = ra.ByDocument(case.documents)
     for one in (one for one in bench.rings if one.layout == "by-document"):
         settled = one.settled(case)
-        assert all(x.at(case).layout_choice == made for x in (one, settled, settled.without_wires(), settled.in_graph()))
+        assert all(x.at(case).layout_choice == made for x in (one, settled, settled.without_wires(), settled.as_graphs()))
         assert torch.equal(one.positions(case), ra.Ring.simulated(2, made).positions(64))
 
 
@@ -178,16 +177,32 @@ def test_times_are_medians_and_operations_count_the_allowed_cells():
     assert found == [(2.0, pytest.approx(tflops), None), (2.0, pytest.approx(3.5 * tflops), None)]
 
 
-@pytest.mark.parametrize("in_graph", [False, True])
-def test_every_run_is_timed_behind_another_one(in_graph, monkeypatch):
+def test_every_run_is_timed_behind_another_one(monkeypatch):
     done, bench = [], small_bench(exchanges=("pull",), layouts=("zigzag",))
     attend = lambda q, k, v: done.append("run") or q + k.sum() + v.sum()  # noqa: E731
     monkeypatch.setattr(OnRing, "attention", lambda one, case: nullcontext(attend))
-    monkeypatch.setattr(bench_ring, "captured", lambda run: (partial(done.append, "run"), None))
     monkeypatch.setattr(Everyone, "meet", lambda everyone: done.append("meet"))
     monkeypatch.setattr(timing, "mark", lambda device: done.append("mark") or float(len(done)))
-    list(bench.speeds(replace(bench.rings[0], captured=in_graph), bench.cases[0]))
+    list(bench.speeds(bench.rings[0], bench.cases[0]))
     assert done == 2 * (["run"] * 2 + bench.options.repeats * ["meet", "run", "mark", "run", "mark"])
+
+
+def test_a_graphed_ring_is_made_with_tensors_like_those_it_gets_and_checked_as_well(monkeypatch):
+    made = []
+
+    def make_graphed_callables(attend, inputs):
+        made.append((attend, inputs))
+        return lambda *given: 1.5 * attend(*given)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    bench = small_bench(exchanges=("pull",), layouts=("zigzag",))
+    one, case = bench.rings[0].as_graphs(), bench.cases[0]
+    inputs = case.shape.random(len(one.positions(case)), seed=1)[:3]
+    with one.attention(case) as attend, torch.no_grad():
+        assert torch.equal(attend(*inputs), 1.5 * made[0][0](*inputs))
+    assert [(x.shape, x.dtype, x.requires_grad) for x in made[0][1]] == [(x.shape, x.dtype, True) for x in inputs]
+    assert bench.entry(bench.rings[0], case).fault is None
+    assert bench.entry(one, case).fault.startswith("wrong: ")
 
 
 def test_the_percentage_is_of_the_bound():

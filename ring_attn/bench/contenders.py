@@ -87,11 +87,11 @@ class Case:
 class Contender(Protocol):
     """A way to do a case. `chosen`: what it took where it had a choice. `processes`: among how many its work is spread.
 
-    `gate_rows`: of a rank, at the length at which it is checked. `captured`: whether it is timed as replayed from a CUDA graph.
+    `gate_rows`: of a rank, at the length at which it is checked. `graphed`: whether its calls replay CUDA graphs.
     `staging`: bytes it holds that PyTorch's allocator does not count.
     """
 
-    captured: bool
+    graphed: bool
     staging: int
     name: str
     layout: str
@@ -121,7 +121,7 @@ class OnRing:
     head_parts: int = 1
     forward_parts: int = 1
     back: Exchange | None = None
-    captured: bool = False
+    graphed: bool = False
 
     gate_rows = 298  # no multiple of a block
 
@@ -171,8 +171,9 @@ class OnRing:
         kept = Ring(ring.transport, layout=ring.layout_choice, exchange=ring.exchange, kernel=ring.kernel, keep_kv=True)
         return replace(self, name=f"{self.name}, KV kept", ring=kept)
 
-    def in_graph(self) -> OnRing:
-        return replace(self, name=f"{self.name}, in a CUDA graph", captured=True)
+    def as_graphs(self) -> OnRing:
+        """Its forward and its backward as PyTorch makes a graphed callable of them, which takes other tensors at every call."""
+        return replace(self, name=f"{self.name}, graphed", graphed=True)
 
     def without_wires(self) -> OnRing:
         """Its bound, see Note [bound]."""
@@ -198,7 +199,11 @@ class OnRing:
                 stack.enter_context(patch.object(call.Call, "_head_parts", lambda *given: self.head_parts))
                 waits = math.inf if self.forward_parts > 1 else -math.inf
                 stack.enter_context(patch.object(call, "longest_wait", lambda *given: waits))
-            yield partial(ring_attention, ring=self.at(case), mask=case.mask)
+            attend = partial(ring_attention, ring=self.at(case), mask=case.mask)
+            if self.graphed:
+                *inputs, _ = case.shape.random(len(self.positions(case)), seed=0)
+                attend = torch.cuda.make_graphed_callables(attend, tuple(inputs))
+            yield attend
 
 
 class OnDocuments(OnRing):

@@ -25,7 +25,7 @@ from ring_attn.bench.peers import peers
 from ring_attn.bench.results import append, machine
 from ring_attn.bench.ring_report import RingRow, draw, table
 from ring_attn.bench.timeline import Timeline, timeline
-from ring_attn.bench.timing import Everyone, captured, timed
+from ring_attn.bench.timing import Everyone, timed
 from ring_attn.by_document import ByDocument
 from ring_attn.comm.start import device_of, is_distributed, process_group
 from ring_attn.comm.transport import Transport
@@ -56,7 +56,7 @@ class RingBenchOptions:
         kernel: As for a ring.
         repeats: Timed runs, of which the median counts; each follows one that is not, and two more warm up.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
-        graphs: On a GPU, also what auto takes, and what is kept, replayed from a CUDA graph, which leaves the host out.
+        graphs: On a GPU, also what auto takes, and what is kept, as a graphed callable, which leaves most of the host out.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
         simulated: Without torchrun, how many ranks this one process hosts.
@@ -131,7 +131,7 @@ class Bench:
         if options.keep_kv:
             self.rings += [one.keeping() for one in self.rings if one.ring.exchange == "pull"]
         if options.graphs and device.type == "cuda":
-            self.rings += [one.in_graph() for one in self.rings if one.ring.exchange == "auto" or one.ring.keep_kv]
+            self.rings += [one.as_graphs() for one in self.rings if one.ring.exchange == "auto" or one.ring.keep_kv]
         alone = OnRing("one device", Ring.simulated(1, "contiguous", exchange="ring", kernel=options.kernel))
         self.others: list[Contender] = [alone, *(peers(transport) if options.peers else [])]
         self.machine = machine(device.type)
@@ -227,11 +227,9 @@ class Bench:
             forward = torch.no_grad()(partial(attend, q, k, v))
             runs = forward, lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
             for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
-                if contender.captured:
-                    run, _ = captured(run)
                 times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
                 # A replay allocates nothing that PyTorch would count.
-                gib = None if extra is None or contender.captured else (extra + contender.staging) / 2**30
+                gib = None if extra is None or contender.graphed else (extra + contender.staging) / 2**30
                 slowest = everyone.tell([*times, torch.nan if gib is None else gib]).amax(0).tolist()
                 ms = statistics.median(slowest[:-1])
                 flops = factor * 4 * options.head_dim * options.heads * case.cells / contender.processes
@@ -241,7 +239,7 @@ class Bench:
         """Of every exchange, in its fastest layout, at the longest case of the first mask."""
         of_case = max(entries[: len(self.options.lengths)], key=lambda row: row[0].case.length)
         of_rings = (entry.contender for entry in of_case[: len(self.rings)])
-        rings = {(one.name, one.layout): one for one in of_rings if not one.captured}
+        rings = {(one.name, one.layout): one for one in of_rings if not one.graphed}
         case, found = of_case[0].case, {}
         for row in sorted(rows, key=lambda row: row.ms or 0.0):
             contender = rings.get((row.name, row.layout))

@@ -97,6 +97,20 @@ def replays(exchange: str, count: int = 20, **options) -> None:
         assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True)), f"replay {number}"
 
 
+def graphed_layers(exchange: str, count: int = 20) -> None:
+    """Two graphed callables in a row, with calls as they are in between, give on new inputs what two such calls give."""
+    ring = ra.Ring.from_group(None, "zigzag", exchange=exchange)
+    make = {"dtype": torch.bfloat16, "device": DEVICE}
+    of = lambda seed: random_qkv(1, 300, 300, 4, 2, 128, seed=100 * seed + ring.hosted[0], **make)  # noqa: E731
+    call = lambda q, k, v: ra.ring_attention(q, k, v, ring=ring)  # noqa: E731
+    layers = [torch.cuda.make_graphed_callables(call, tuple(x.requires_grad_() for x in of(n)[:3])) for n in range(2)]
+    for number in range(count):
+        *inputs, dout = of(2 + number)
+        wanted = gradients(lambda q, k, v: call(call(q, k, v), k, v), inputs, dout)
+        found = gradients(lambda q, k, v: layers[1](layers[0](q, k, v), k, v), inputs, dout)
+        assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True)), f"call {number}"
+
+
 def symmetric_ring(layout: str, kernel: str = "auto", keep_kv: bool = False) -> ra.Ring:
     return ra.Ring(SymmetricTransport(), layout=layout, exchange="pull", kernel=kernel, keep_kv=keep_kv)
 
@@ -206,6 +220,7 @@ def graphs(report: Report) -> None:
     """CUDA graphs of whole calls."""
     for exchange in ("pull", "gather", "ring", "two-way"):
         report.attempt(f"CUDA graph, {exchange}", replays, exchange)
+        report.attempt(f"graphed callables, {exchange}", graphed_layers, exchange)
     report.attempt("CUDA graph, pull, KV kept", lambda: replays("pull", keep_kv=True))
     report.attempt("CUDA graph, pull in parts", lambda: replays("pull", kv_memory=1 << 18))
 
