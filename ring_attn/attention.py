@@ -37,6 +37,7 @@ from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.score import CosineSim, Score, listed, sort_scores
 from ring_attn.settled import Settled
 from ring_attn.ulysses import over_heads
+from ring_attn.unit_norm import of_unit_norm
 from ring_attn.watched import watched
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float 
     if cosine is not None:
         if softmax_scale is not None:
             raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
-        q, k, scale = cosine.prepare(q, k)
+        q, k, scale = cosine.prepare(q, k, of_unit_norm)
     if not math.isfinite(scale):
         raise ValueError(f"the scale of scores must be finite, got {scale}")
     if scale > 0:

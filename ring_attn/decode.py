@@ -116,7 +116,7 @@ _REMEMBERED = 64
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
     """Raises ValueError for a call that cannot be done, naming the rule and the values."""
-    check_inputs(q, k, v)
+    check_inputs(q, k, v, merged="")
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} rows, but the cache {k.shape[1]} positions; append their keys before decoding")
     call.mask.check(k.shape[1], k.shape[1], q.shape[0])

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError for shapes, dtypes or devices that no attention takes."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, merged: str = " or [batch, rows, head_dim]") -> None:
+    """Raises ValueError for shapes, dtypes or devices that no attention takes. `merged`: what else callers take, in words."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"{name} must be [batch, rows, heads, head_dim] or [batch, rows, head_dim], got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be [batch, rows, heads, head_dim]{merged}, got {tuple(x.shape)}")
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}; cast it first")
     if len({x.dtype for x in (q, k, v)}) > 1:

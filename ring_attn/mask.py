@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
-from ring_attn.typed import is_jitted
+from ring_attn.typed import is_jitted, whole
 
 Ends = tuple[int, ...]
 
@@ -103,7 +103,7 @@ class Window(Mask):
             reach = getattr(self, side)
             if reach is None:
                 continue
-            reach = _whole("Window", reach)
+            reach = whole("Window", reach)
             if reach < 0:
                 raise ValueError(f"Window {side} must be at least 0 positions, or None for an open side, got {reach}")
             object.__setattr__(self, side, reach)
@@ -257,15 +257,7 @@ def _rows_of_ints(name: str, values) -> tuple[tuple[int, ...], ...]:
     if any(nested) and not all(nested):
         raise ValueError(f"{name} takes ints, or one list of ints a batch row, not a mixture: {values}")
     rows = values if nested and all(nested) else [values]
-    return tuple(tuple(_whole(name, value) for value in row) for row in rows)
-
-
-def _whole(name: str, value) -> int:
-    """`value`, an int or an integer scalar of another library, as a Python int."""
-    number = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise ValueError(f"{name} takes whole numbers, got {value!r}")
-    return number
+    return tuple(tuple(whole(name, value) for value in row) for row in rows)
 
 
 def document_ends(who: str, lengths: Sequence | None, cu_seqlens: Sequence | None) -> tuple[Ends, ...]:

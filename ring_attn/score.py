@@ -19,9 +19,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from ring_attn.typed import whole
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,11 @@ class _WithTensor(Score):
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, Tensor | None):
             raise TypeError(f"{self!r} takes a tensor, got {type(self.tensor).__name__}")
+        if self.tensor is not None and not self.tensor.is_floating_point():
+            raise TypeError(
+                f"{self!r} takes a tensor of floating dtype, got {self.tensor.dtype}; which cells are seen is said by a mask, "
+                f"such as MaskMod(lambda b, h, q, k: table[q, k])"
+            )
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
@@ -243,14 +251,19 @@ class CosineSim(Score):
     kind = "cosine"
 
     def __post_init__(self) -> None:
+        learns = isinstance(self.scale, Tensor) and self.scale.is_floating_point()
+        if not (learns or isinstance(self.scale, Real)):
+            got = self.scale.dtype if isinstance(self.scale, Tensor) else type(self.scale).__name__
+            raise TypeError(f"CosineSim scale must be a number or a tensor of floating dtype, got {got}")
+        object.__setattr__(self, "groups", whole("CosineSim groups", self.groups))
         if self.groups < 1:
             raise ValueError(f"CosineSim groups must be at least 1, got {self.groups}")
 
-    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float]:
-        """(q, k, softmax_scale) whose scaled products are the scores; differentiable."""
+    def prepare(self, q: Tensor, k: Tensor, of_unit_norm: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor, float]:
+        """(q, k, softmax_scale) whose scaled products are the scores; differentiable. `of_unit_norm`: in so many groups."""
         if q.shape[-1] % self.groups:
             raise ValueError(f"CosineSim groups {self.groups} must divide head_dim {q.shape[-1]}")
-        q, k = (_normalised(x, self.groups) for x in (q, k))
+        q, k = (of_unit_norm(x, self.groups) for x in (q, k))
         if not isinstance(self.scale, Tensor):
             return q, k, float(self.scale)
         if tuple(self.scale.shape) != (q.shape[2],):
@@ -281,7 +294,8 @@ class Dropout(Score):
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
             raise ValueError(f"Dropout p must be at least 0 and below 1, got {self.p}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        object.__setattr__(self, "seed", whole("Dropout seed", self.seed))
+        if not 0 <= self.seed < 2**64:
             raise ValueError(f"Dropout seed must be an int of up to 64 bits, at least 0, got {self.seed!r}")
 
     def from_head(self, first: int) -> Score:
@@ -378,10 +392,3 @@ def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None
     changing = steps if alone[CosineSim] is None else (alone[CosineSim], *steps)
     bound = reduce(lambda size, one: one.bound(size), changing, math.inf)
     return alone[CosineSim], Scores(steps, alone[Dropout], bound), alone[Sinks]
-
-
-def _normalised(x: Tensor, groups: int) -> Tensor:
-    """x [..., d] with every row's groups of unit norm; a zero group stays zero, and so does its gradient."""
-    parts = x.unflatten(-1, (groups, -1))
-    norm = parts.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1, keepdim=True)
-    return (parts * torch.where(norm > 0, norm, torch.inf).reciprocal()).to(x.dtype).flatten(-2)

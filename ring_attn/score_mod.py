@@ -70,7 +70,8 @@ class ScoreMod(Score):
             )
         first = torch.zeros((), dtype=torch.int64, device=next((x.device for x in self.tensors()), None))
         known = recapture(self.fn, tuple(x.detach() for x in self.tensors()))
-        score = known(first.double(), first, first, first, first)
+        with self._in_words():
+            score = known(first.double(), first, first, first, first)
         if not isinstance(score, Tensor):
             raise TypeError(f"{self!r} must return a tensor that it makes of the score, got {score!r}")
         if score.requires_grad:
@@ -81,9 +82,21 @@ class ScoreMod(Score):
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         heads = cells.heads + self.first_head
-        modified = over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, heads, cells.q_pos, cells.kv_pos)
+        with self._in_words():
+            modified = over_cells(self.fn, (0, 0, 0, 0))(scores, cells.batch, heads, cells.q_pos, cells.kv_pos)
         # On scalars, a captured float64 table makes a float64 score.
         return modified.to(scores.dtype)
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """What the function raises says as well what it should be."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(
+                f"{self!r} must be a function (score, b, h, q_pos, kv_pos) -> score of tensors, without `if` about them"
+            )
+            raise
 
 
 @contextmanager

@@ -7,6 +7,14 @@ from beartype import BeartypeConf, beartype
 typed = beartype(conf=BeartypeConf(violation_param_type=TypeError))
 
 
+def whole(name: str, value: object) -> int:
+    """`value`, an int or an integer scalar of another library, as a Python int; ValueError where it is something else."""
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"{name} takes whole numbers, got {value!r}")
+    return number
+
+
 def is_jitted(x: object) -> bool:
     """Whether x is what @triton.jit makes of a function, compiled or interpreted; Triton is not imported for it."""
     return type(x).__module__.partition(".")[0] == "triton" and hasattr(x, "fn")

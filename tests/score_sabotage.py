@@ -118,15 +118,15 @@ def dropout_out_of_the_sum() -> AbstractContextManager:
 
 
 def norm_of(groups: Callable[[int], int], rows: bool = False) -> AbstractContextManager:
-    normalised = score._normalised
-    return patch.object(score, "_normalised", lambda x, n: x / x.norm() if rows else normalised(x, groups(n)))
+    normalised = attention.of_unit_norm
+    return patch.object(attention, "of_unit_norm", lambda x, n: x / x.norm() if rows else normalised(x, groups(n)))
 
 
 def learned_scale_without_gradient() -> AbstractContextManager:
     prepare = score.CosineSim.prepare
 
-    def broken(self, q, k):
-        return prepare(replace(self, scale=self.scale.detach() + 0 * self.scale), q, k)
+    def broken(self, q, k, of_unit_norm):
+        return prepare(replace(self, scale=self.scale.detach() + 0 * self.scale), q, k, of_unit_norm)
 
     return patch.object(score.CosineSim, "prepare", broken)
 

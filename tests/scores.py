@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import product
 from operator import and_
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,10 @@ from tests.support import allowed, random_qkv, rel_error
 
 @dataclass(frozen=True)
 class Sizes:
-    """b, t, h, g, d, dv of a problem, its dtype and the seed of everything random in it; in cross-attention the keys' too."""
+    """b, t, h, g, d, dv of a problem, its dtype and the seed of everything random in it; in cross-attention the keys' too.
+
+    `merged`: batch and heads are merged where the package is asked.
+    """
 
     b: int = 2
     t: int = 24
@@ -34,6 +39,7 @@ class Sizes:
     seed: int = 0
     kv_len: int | None = None
     kv_layout: str | None = None
+    merged: bool = False
 
     @property
     def keys(self) -> int:
@@ -231,6 +237,29 @@ MASKS: dict[str, Callable[[int], Mask]] = {
 }
 
 
+class Check(NamedTuple):
+    """A score, the masks that it is checked under, and what differs from the usual sizes; `decodes`: without gradients."""
+
+    score: str
+    masks: Sequence[str] = ("causal", "documents", "function")
+    sizes: dict[str, object] = {}  # noqa: RUF012 (of a NamedTuple)
+    decodes: bool = False
+
+
+# The gradient of a table of one number is 0: no softmax notices what all scores of a row have in common.
+CHECKS = {name: Check(name) for name in SCORES if name != "relative bias of one"}
+CHECKS |= {f"{mask} mask": Check("nothing", (mask,)) for mask in MASKS}
+CHECKS |= {f"decoding, {mask} mask": Check("sinks", (mask,), decodes=True) for mask in MASKS}
+CHECKS |= {
+    "cross-attention": Check("nothing", ("full", "causal", "window"), {"kv_len": 144, "kv_layout": "striped"}),
+    "head dims 192 and 128": Check("nothing", sizes={"d": 192, "dv": 128}),
+    "one KV head": Check("nothing", sizes={"g": 1}),
+    "batch and heads merged": Check("nothing", ("full", "causal", "window"), {"b": 8, "h": 1, "g": 1, "merged": True}),
+}
+WAYS = tuple(product((3, 4), ("ring", "gather", "pull"), ("contiguous", "striped", "zigzag")))
+"""Ring size, exchange and layout of the rings on which each of these is checked."""
+
+
 def seen_cells(mask: Mask, n: Sizes) -> Tensor:
     """[b, h, t, keys] bool: which cells a mask allows; functions are asked about all cells at once."""
     b, h, q, k = (
@@ -308,7 +337,11 @@ def compared(
     local = [ring.shard(x, layout=layout) for x, layout in zip(mine, layouts, strict=False)]
     local = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in local] if strided else local
     options = {"softmax_scale": scale, "return_lse": True, "kv_layout": n.kv_layout}
+    if n.merged:
+        local = [x.squeeze(2) for x in local]
     found = ra.ring_attention(*local, ring=ring, mask=mask, score=scores or None, **options)
+    if n.merged:
+        found = found[0].unsqueeze(2), found[1].unsqueeze(1)
     got = [ring.unshard(found[0]), ring.unshard(found[1], 2)]
     up = dout.to(device), dlse.to(device, got[1].dtype)
     grads = torch.autograd.grad(got[asked], mine, up[asked], **unused)

@@ -28,6 +28,7 @@ LEVELS = [
     {"settled", "overlap", "inputs"},
     {"call"},
     {"ulysses", "watched"},
+    {"unit_norm"},
     {"attention"},
     {"sharding"},
     {"ring"},

@@ -284,7 +284,7 @@ def small(ring, t=8, **options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q[0], r"q must be \[batch, rows, heads, head_dim\]"),
+        (lambda q: q[0], r"q must be \[batch, rows, heads, head_dim\], got"),
         (lambda q: q.double(), r"share one dtype, got torch.float64, torch.float32"),
         (lambda q: q.repeat(2, 1, 1, 1), r"same batch.*got \(2, 8, 4, 6\), \(1, 8, 2, 6\)"),
         (lambda q: q[:, :, :3], r"num_heads 3 must be a multiple of num_kv_heads 2"),

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -287,7 +288,21 @@ HOLDER = holds(w=GRAD)
         (lambda: ra.Dropout(-0.1, 0), ValueError, "Dropout p must be at least 0 and below 1, got -0.1"),
         (lambda: ra.Dropout(0.1, -1), ValueError, "Dropout seed must be an int of up to 64 bits, at least 0, got -1"),
         (lambda: ra.Dropout(0.1, 2**64), ValueError, "Dropout seed must be an int of up to 64 bits"),
-        (lambda: ra.Dropout(0.1, 0.5), ValueError, "Dropout seed must be an int of up to 64 bits, at least 0, got 0.5"),
+        (lambda: ra.Dropout(0.1, 0.5), ValueError, "Dropout seed takes whole numbers, got 0.5"),
+        (lambda: ra.Dropout(0.1, True), ValueError, "Dropout seed takes whole numbers, got True"),
+        (lambda: ra.CosineSim(1.0, 2.0), ValueError, "CosineSim groups takes whole numbers, got 2.0"),
+        (lambda: ra.CosineSim("8"), TypeError, "CosineSim scale must be a number or a tensor of floating dtype, got str"),
+        (lambda: ra.CosineSim(torch.ones(4, dtype=torch.int64)), TypeError, "floating dtype, got torch.int64"),
+        (
+            lambda: ra.Bias(torch.ones(24, 24) > 0),
+            TypeError,
+            r"Bias takes .* floating dtype, got torch.bool; .* MaskMod\(lambda",
+        ),
+        (
+            lambda: ra.Alibi(torch.ones(4, dtype=torch.complex64)),
+            TypeError,
+            "Alibi takes .* floating dtype, got torch.complex64",
+        ),
         (lambda: ra.ScoreMod(holds(__call__=lambda self, s, b, h, q, k: s * GRAD)), ValueError, "that cannot be followed"),
         (
             lambda: ra.ScoreMod(lambda s, *x, held=HOLDER: s * held.w),
@@ -312,6 +327,19 @@ HOLDER = holds(w=GRAD)
 def test_a_wrong_score_is_named(score, error, message):
     with pytest.raises(error, match=message):
         ra.ring_attention(*inputs(), ring=ra.Ring.simulated(2), score=score())
+
+
+def test_a_function_of_scores_that_raises_says_what_it_should_be():
+    q, k, v = inputs()
+    for of in (q, q.detach()):
+        with pytest.raises(TypeError) as found:
+            ra.ring_attention(of, k.detach(), v.detach(), ring=ra.Ring.simulated(2), score=ra.ScoreMod(lambda s, b, h: s))
+        assert "must be a function (score, b, h, q_pos, kv_pos) -> score of tensors" in found.value.__notes__[0]
+
+
+def test_integers_of_another_library_are_whole_numbers():
+    assert ra.Dropout(0.1, np.uint64(2**64 - 1)) == ra.Dropout(0.1, 2**64 - 1)
+    assert ra.CosineSim(1.0, torch.tensor(2)).groups == 2
 
 
 def test_cosine_similarity_has_a_scale_of_its_own():

@@ -10,11 +10,10 @@ import ring_attn as ra
 from ring_attn.kernels import reference, resolve
 from tests.gpu.scores import times_plain
 from tests.score_sabotage import SABOTAGES
-from tests.scores import MASKS, SCORES, Sizes, errors, pieces_of
+from tests.scores import CHECKS, MASKS, SCORES, WAYS, Sizes, errors, pieces_of
 from tests.support import FLOAT32_LIMIT, FLOAT64_LIMIT
+from tests.test_decode import errors as decoding_errors
 
-LAYOUTS, EXCHANGES = ("contiguous", "striped", "zigzag"), ("ring", "gather", "pull")
-WAYS = list(product((3, 4), EXCHANGES, LAYOUTS))
 SIZES = (Sizes(), Sizes(h=3, g=1, seed=1), Sizes(b=1, h=2, g=2, dv=6, seed=2), Sizes(b=3, h=6, g=3, dv=2, seed=3))
 
 
@@ -28,11 +27,20 @@ def cells_of_the_matrix():
         yield score, mask, WAYS[(5 * row + column) % len(WAYS)], n
 
 
-def wrong(score, mask, way, n, limit=FLOAT64_LIMIT, **options):
+def ring_of(way):
     ring_size, exchange, layout = way
-    ring = ra.Ring.simulated(ring_size, layout, exchange=exchange, kernel="reference", hostile=True)
-    found = errors(ring, n, MASKS[mask](n.t), pieces_of(score, n))
+    return ra.Ring.simulated(ring_size, layout, exchange=exchange, kernel="reference", hostile=True)
+
+
+def wrong(score, mask, way, n, limit=FLOAT64_LIMIT):
+    found = errors(ring_of(way), n, MASKS[mask](n.t), pieces_of(score, n))
     return {name: error for name, error in found.items() if not error <= limit}
+
+
+def decoded_wrong(score, mask, way, n):
+    """The same of the newest 3 positions over a cache, without gradients."""
+    found = decoding_errors(ring_of(way), n, MASKS[mask](n.t), pieces_of(score, n), prefill=n.t // 2, new=3)
+    return {name: error for name, error in zip(("out", "lse"), found, strict=True) if not error <= FLOAT64_LIMIT}
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -41,11 +49,13 @@ def test_every_mask(score):
     assert not any(found.values()), {case: errors for case, errors in found.items() if errors}
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way)))
-@pytest.mark.parametrize("score", ["bias htt", "all", "global mod, closure mod, sinks"])
-def test_every_layout_exchange_and_ring_size(score, way):
-    for mask in ("documents", "blind rows"):
-        assert not wrong(score, mask, way, SIZES[0])
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_layout_exchange_and_ring_size(name):
+    check = CHECKS[name]
+    n, found = Sizes(**check.sizes), {}
+    for mask, way in product(check.masks, WAYS):
+        found[mask, way] = decoded_wrong(check.score, mask, way, n) if check.decodes else wrong(check.score, mask, way, n)
+    assert not any(found.values()), {case: errors for case, errors in found.items() if errors}
 
 
 @pytest.fixture(params=[(1, 1), (5, 4), (3, 512)], ids=str)

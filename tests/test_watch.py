@@ -35,6 +35,16 @@ def test_an_overdue_transfer_is_named_once_and_then_ends_the_process(caplog):
     assert len(ended) == 1 and 0.39 < ended[0] - start < 0.8
 
 
+def test_many_that_are_done_before_it_do_not_put_its_end_off():
+    ended, works, start = [], [Work() for _ in range(100)], time.monotonic()
+    watch = Watch(0.4, lambda: ended.append(time.monotonic()))
+    watch.add([*works, Work()], "of a step", Roll(dist.HashStore(), 0, range(2)))
+    for work in works:
+        work.done = True
+    time.sleep(0.8)
+    assert len(ended) == 1 and ended[0] - start < 0.6
+
+
 def test_what_is_done_in_time_is_not_named(caplog):
     watch, works = Watch(0.4, lambda: None), [Work() for _ in range(3)]
     for work in works:

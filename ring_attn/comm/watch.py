@@ -71,6 +71,7 @@ class Watch:
 
     def __init__(self, timeout_s: float, end: Callable[[], None] = os.abort) -> None:
         self.timeout_s, self._end = timeout_s, end
+        self._lock = threading.Lock()
         self._posted: deque[_Posted] = deque()
         self._named: _Posted | None = None
         threading.Thread(target=self._look, name="ring_attn watch", daemon=True).start()
@@ -79,12 +80,13 @@ class Watch:
         """Watches `works`, which all belong to the transfer `what` of those on the roll. Not under CUDA graph capture, where
         nothing runs yet.
         """
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            self._posted.clear()
-            return
-        while self._posted and self._posted[0].work.is_completed():
-            self._posted.popleft()
-        self._posted.extend(_Posted(work, what, time.monotonic(), roll) for work in works)
+        with self._lock:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                self._posted.clear()
+                return
+            while self._posted and self._posted[0].work.is_completed():
+                self._posted.popleft()
+            self._posted.extend(_Posted(work, what, time.monotonic(), roll) for work in works)
 
     def _look(self) -> None:
         while True:
@@ -92,13 +94,10 @@ class Watch:
             if self._named is not None and _is_done(self._named):
                 _told(self._named.roll.strike, self.timeout_s / 10)
                 self._named = None
-            oldest = next(iter(tuple(self._posted)), None)
-            waited = 0.0 if oldest is None else time.monotonic() - oldest.at
-            if waited < self.timeout_s / 2:
+            oldest = self._overdue()
+            if oldest is None:
                 continue
-            if _is_done(oldest):
-                self._posted.remove(oldest)
-                continue
+            waited = time.monotonic() - oldest.at
             if oldest is not self._named:
                 self._named = oldest
                 logger.error("%s is not done after %.0f s: a peer died, stalls or makes other calls", oldest.what, waited)
@@ -109,6 +108,17 @@ class Watch:
                 logger.error(text, oldest.what, self.timeout_s, absent)
                 self._end()
                 return
+
+    def _overdue(self) -> _Posted | None:
+        """The oldest transfer that is not done after half of the timeout. All before it are let go: a host asks for many in
+        little time, and may then ask for none that would.
+        """
+        with self._lock:
+            while self._posted and time.monotonic() - self._posted[0].at >= self.timeout_s / 2:
+                if not _is_done(self._posted[0]):
+                    return self._posted[0]
+                self._posted.popleft()
+        return None
 
 
 def _is_done(posted: _Posted) -> bool:

@@ -4,10 +4,10 @@
     python -m tests.gpu.scores --check triton reference      whether rings are right with these kernels
 
 Rings of 3 and 4 in one process by ring, gather and pull, in every layout; every score of tests/scores.py, every mask, other
-shapes, cross-attention and decoding; both 16-bit dtypes: at most OUT_FACTOR (out) and GRAD_FACTOR
-(gradients, also those of the scores' tensors) times the error of the same written plainly in that dtype. The costs are of one
-visit, causal where nothing else is said, over the same without modifiers. Without a GPU the same runs in Triton's interpreter,
-which shows that it runs and no speed.
+shapes, cross-attention and decoding; both 16-bit dtypes: at most OUT_FACTOR (out) and GRAD_FACTOR (gradients, also those of the
+scores' tensors) times the error of the same written plainly in that dtype. The costs are of one visit, causal where nothing is
+said, or of a whole call on a ring of one, over those of a visit without modifiers. Without a GPU the same runs in Triton's
+interpreter, which shows that it runs and no speed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product, repeat
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +35,12 @@ from ring_attn.kernels.triton_kernel import interpreted
 from ring_attn.partial import only_sinks
 from ring_attn.score import Alibi, Cells, Scores, SoftCap, sort_scores
 from ring_attn.tiles import Tile, tiles
-from tests.scores import MASKS, SCORES, Sizes, compared, pieces_of, plain, seen_cells
+from tests.scores import CHECKS, MASKS, WAYS, Sizes, compared, pieces_of, plain, seen_cells
 from tests.support import GRAD_FACTOR, OUT_FACTOR, random_qkv, rel_error
 from tests.test_decode import filled
 
 BOUND = 3.0  # of "bounded": in every dtype one that the Triton forward uses
-WAYS = "forward", "backward"
+DIRECTIONS = "forward", "backward"
 NAMES = ("softcap", "wide softcap", "alibi", "softcap, alibi", "alibi, softcap", "function", "bounded")
 WIDE = 20.0  # how many times as large scores are under "wide softcap", so that many come near its 50
 
@@ -104,6 +104,17 @@ class Visit(kernels.Visit):
         return lambda: get_kernel("triton").backward(up, *inputs, scale=self.scale, score=self.score, into=self.grads())
 
 
+def whole_call(name: str, score: ra.CosineSim | None, shape: Sequence[int], device: str) -> dict[tuple[str, str], Callable]:
+    """What a ring of one does: with what comes before and after its one visit, such as norms and their gradients."""
+    ring = ra.Ring.simulated(1, "contiguous", exchange="ring", kernel="triton")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    *inputs, dout = (torch.randn(shape, dtype=dtype, device=device).requires_grad_() for _ in range(4))
+    call = partial(ra.ring_attention, *inputs, ring=ring, score=score)
+    out = call()
+    backward = partial(torch.autograd.grad, out, inputs, dout.detach(), retain_graph=True)
+    return {(name, "forward"): torch.no_grad()(call), (name, "backward"): backward}
+
+
 def milliseconds(runs: dict[tuple[str, str], Callable[[], object]], device: str, rounds: int) -> dict[tuple, tuple]:
     """(milliseconds, those of "plain" the same way beside it) of all (name, way): medians of some rounds over all of them.
 
@@ -113,28 +124,6 @@ def milliseconds(runs: dict[tuple[str, str], Callable[[], object]], device: str,
     for _, key in product(range(2 + rounds), runs):
         taken[key].append(tuple(second_of_two(run, torch.device(device)) for run in (runs[key], runs["plain", key[1]])))
     return {key: tuple(map(statistics.median, zip(*times[2:], strict=True))) for key, times in taken.items()}
-
-
-class Check(NamedTuple):
-    """A score, the masks that it is checked under, and what differs from the usual sizes; `decodes`: without gradients."""
-
-    score: str
-    masks: Sequence[str] = ("causal", "documents", "function")
-    sizes: dict[str, object] = {}  # noqa: RUF012 (of a NamedTuple)
-    decodes: bool = False
-
-
-# The gradient of a table of one number is 0: no softmax notices what all scores of a row have in common.
-CHECKS = {name: Check(name) for name in SCORES if name != "relative bias of one"}
-CHECKS |= {f"{mask} mask": Check("nothing", (mask,)) for mask in MASKS}
-CHECKS |= {f"decoding, {mask} mask": Check("sinks", (mask,), decodes=True) for mask in MASKS}
-CHECKS |= {
-    "cross-attention": Check("nothing", ("full", "causal", "window"), {"kv_len": 144, "kv_layout": "striped"}),
-    "head dims 192 and 128": Check("nothing", sizes={"d": 192, "dv": 128}),
-    "one KV head": Check("nothing", sizes={"g": 1}),
-    "batch and heads merged": Check("nothing", ("full", "causal", "window"), {"b": 8, "h": 1, "g": 1}),
-}
-WAYS = tuple(product((3, 4), ("ring", "gather", "pull"), ("contiguous", "striped", "zigzag")))
 
 
 def line_of(name: str, kernel: str, device: str, ways: Sequence[tuple] = WAYS) -> tuple[str, bool]:
@@ -236,9 +225,11 @@ def main() -> int:
     for name in ("plain", "window", "documents", "softcap", "alibi", "softcap, alibi", "function", "sinks", "cosine"):
         visit = Visit.of(name, options.rows, options.heads, options.dim, device)
         runs |= {(name, "forward"): visit.attend, (name, "backward"): visit.backward()}
+    for name, score in (("a call", None), ("a call, cosine", ra.CosineSim(BOUND))):
+        runs |= whole_call(name, score, (1, options.rows, options.heads, options.dim), device)
     found = milliseconds(runs, device, options.repeats)
     for name in dict.fromkeys(name for name, _ in runs):
-        ways = {way: found[name, way] for way in WAYS}
+        ways = {way: found[name, way] for way in DIRECTIONS}
         ways["both"] = tuple(map(sum, zip(*ways.values(), strict=True)))
         costs = (f"{way} {mine:8.3f} ms ({mine / plain - 1:+6.1%})" for way, (mine, plain) in ways.items())
         print(f"{name:15s} {'  '.join(costs)}")

@@ -27,6 +27,7 @@ from ring_attn.kernels.triton_rows import Call
 from ring_attn.kernels.triton_scores import Links
 from ring_attn.kernels.triton_sum import sum_call
 from ring_attn.kernels.triton_take import take_call
+from ring_attn.kernels.triton_unit_norm import norm_call
 from ring_attn.partial import empty
 from tests.kernels.triton_compile import calls, scores
 
@@ -94,6 +95,8 @@ def launches() -> list[Call]:
         adding(sample(), 2, places=1),
         adding(sample(), 5, places=3),
         taking(sample()),
+        norm_call(sample(), sample()),
+        norm_call(sample(), sample(), sample()),
     )
     return [*ours, *attending("plain", "function")]
 
