@@ -1,5 +1,6 @@
 """Generation over sharded caches: the layer, the decoder and the tokens of the same weights on one device without a cache."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -14,9 +15,10 @@ from tests.test_module import layers
 CONFIG = DecoderConfig(dim=24, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=11)
 
 
-def decoders(ring):
+def decoders(ring, **options):
     torch.manual_seed(0)
-    plain, ringed = Decoder(CONFIG).double(), Decoder(CONFIG, ring).double()
+    config = replace(CONFIG, **options)
+    plain, ringed = Decoder(config).double(), Decoder(config, ring).double()
     ringed.load_state_dict(plain.state_dict())
     # Logits of about unit size: the likeliest token is not the last one again.
     plain.head.weight = torch.nn.Parameter(torch.randn_like(plain.head.weight))
@@ -87,9 +89,10 @@ def test_tokens_that_are_refused_are_not_in_the_cache(filled):
 
 
 @pytest.mark.parametrize(("ring_size", "layout"), [(1, "zigzag"), (2, "striped"), (3, "zigzag"), (4, "contiguous")])
+@pytest.mark.parametrize("options", [{}, {"window": 3, "full_every": 2}])
 @torch.no_grad()
-def test_logits_of_every_prompt_length_and_of_the_tokens_behind(ring_size, layout):
-    plain, ringed = decoders(ra.Ring.simulated(ring_size, layout, hostile=True))
+def test_logits_of_every_prompt_length_and_of_the_tokens_behind(ring_size, layout, options):
+    plain, ringed = decoders(ra.Ring.simulated(ring_size, layout, hostile=True), **options)
     tokens = torch.randint(0, 11, (2, 4 * ring_size + 4))
     want = plain(tokens)
     for length in range(1, 4 * ring_size + 2):
@@ -98,6 +101,19 @@ def test_logits_of_every_prompt_length_and_of_the_tokens_behind(ring_size, layou
         for start, stop in ((length, length + 1), (length + 1, length + 3)):
             assert rel_error(ringed.decode(tokens[:, start:stop], caches), want[:, start:stop]) < FLOAT64_LIMIT
         assert [len(cache) for cache in caches] == [length + 3] * 2
+
+
+@pytest.mark.parametrize(("full_every", "reach"), [(None, 12), (3, 20), (4, 12)])
+def test_blocks_see_their_window_and_every_so_many_all(full_every, reach):
+    """Over 3 blocks with windows of 4 a token comes 12 positions far; where one of them sees all, to the last of 20."""
+    _, ringed = decoders(ra.Ring.simulated(2, "zigzag"), num_layers=3, window=4, full_every=full_every)
+    tokens = torch.arange(20).unsqueeze(0) % 11
+    other = tokens.clone()
+    other[:, 0] = 5
+    ring = ringed.blocks[0].attention.ring
+    logits = [ring.unshard(ringed(ring.shard(x))) for x in (tokens, other)]
+    differ = (logits[0] - logits[1]).abs().amax(-1)[0] > 1e-9
+    assert differ.nonzero().max() == min(reach, 19)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

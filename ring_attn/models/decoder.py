@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ring_attn.cache import KVCache
-from ring_attn.mask import Causal, Mask
+from ring_attn.mask import Causal, Mask, Window
 from ring_attn.module import RingSelfAttention
 from ring_attn.ring import Ring
 
@@ -29,6 +29,8 @@ class DecoderConfig:
         vocab_size: Number of tokens.
         rope_theta: Base of the rotary embedding.
         norm_eps: Added inside the RMS norms.
+        window: How many positions before its own a token sees; default all.
+        full_every: Every so many blocks there is one without a window; default none.
         tie_head: Read logits with the embedding's weights.
         checkpoint_blocks: Keep only each block's input for the backward and run the block again there.
     """
@@ -42,14 +44,24 @@ class DecoderConfig:
     vocab_size: int = 256
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    window: int | None = None
+    full_every: int | None = None
     tie_head: bool = True
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "vocab_size"):
+        sizes = "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "vocab_size", "window", "full_every"
+        for name in sizes:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {value}")
+        if self.full_every is not None and self.window is None:
+            raise ValueError("model.full_every says which blocks have no model.window, and there is none")
+
+    def window_of(self, block: int) -> Window | None:
+        """What holds in that block, counted from 0, beside the mask of a call."""
+        full = self.window is None or (self.full_every is not None and (block + 1) % self.full_every == 0)
+        return None if full else Window(self.window, None)
 
 
 class Decoder(nn.Module):
@@ -63,7 +75,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, ring) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, ring, config.window_of(n)) for n in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -104,10 +116,11 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each behind its own RMS norm and added to its input [b, s, dim]."""
+    """Attention, then SwiGLU, each behind its own RMS norm and added to its input [b, s, dim]; always in its `window`."""
 
-    def __init__(self, config: DecoderConfig, ring: Ring | None = None) -> None:
+    def __init__(self, config: DecoderConfig, ring: Ring | None = None, window: Window | None = None) -> None:
         super().__init__()
+        self.window = window
         self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.attention = RingSelfAttention(
             config.dim, config.num_heads, config.num_kv_heads, config.head_dim, ring=ring, rope_theta=config.rope_theta
@@ -116,12 +129,15 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.dim, config.hidden_dim or -(-8 * config.dim // 96) * 32)
 
     def forward(self, x: Tensor, mask: Mask, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask=mask, cache=cache)
+        x = x + self.attention(self.attention_norm(x), mask=self._mask(mask), cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
     def decode(self, x: Tensor, mask: Mask, cache: KVCache) -> Tensor:
-        x = x + self.attention.decode(self.attention_norm(x), cache, mask=mask)
+        x = x + self.attention.decode(self.attention_norm(x), cache, mask=self._mask(mask))
         return x + self.mlp(self.mlp_norm(x))
+
+    def _mask(self, mask: Mask) -> Mask:
+        return mask if self.window is None else mask & self.window
 
 
 class SwiGLU(nn.Module):
