@@ -15,24 +15,16 @@ triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 SHARED = {"large": 227 * 1024, "small": 99 * 1024}
-# "last" reads the carried accumulator as well as normalising: no other forward takes more.
-LAUNCHES = ("forward last", "dkdv", "dq")
+# Everything that is shipped, each with all of its launches.
 KINDS = ("bfloat16", "large"), ("bfloat16", "small"), ("float32", "small")
-REQUESTS = [f"{dtype}:{d}:{size}:plain:{launch}" for (dtype, size), d, launch in product(KINDS, (64, 128, 256), LAUNCHES)]
-MODIFIED = [
-    *product(("bfloat16:64:large", "bfloat16:128:large"), ("softcap", "alibi", "softcap alibi", "function")),
-    ("bfloat16:256:large", "softcap"),
-    *product(("bfloat16:64:small", "bfloat16:128:small", "float32:128:small"), ("softcap alibi",)),
-]
-REQUESTS += [f"{where}:{scores}:{launch}" for (where, scores), launch in product(MODIFIED, LAUNCHES)]
-REQUESTS += [f"{dtype}:{d}:{size}:plain:prepare" for (dtype, size), d in product(KINDS, (64, 256))]
-REQUESTS += [f"bfloat16:{d}:large:bounded:forward last" for d in (64, 128, 256)]
-# These end otherwise, which once cost them registers in the loop.
-REQUESTS += [f"bfloat16:128:large:plain:forward {visit}" for visit in ("first", "middle")]
-REQUESTS += [f"bfloat16:128:large:plain:{launch}" for launch in ("dq adding", "dq narrow", "forward narrow")]
-REQUESTS += [f"bfloat16:128:large:{scores}:dkdv adding" for scores in ("plain", "softcap", "alibi")]
-REQUESTS += [f"bfloat16:128:large:{scores}:forward narrow" for scores in ("softcap", "alibi")]
-TMA_REQUESTS = [
+SHIPPED = [f"{dtype}:{d}:{size}:plain" for (dtype, size), d in product(KINDS, (64, 128, 256))]
+SHIPPED += [f"float16:{d}:large:plain" for d in (64, 128)]
+SHIPPED += [f"bfloat16:{d}:large:{name}" for d, name in product((64, 128), ("softcap", "alibi", "softcap alibi", "function"))]
+SHIPPED += ["bfloat16:256:large:softcap"]
+SHIPPED += [f"{where}:small:softcap alibi" for where in ("bfloat16:64", "bfloat16:128", "float32:128")]
+# Nothing but their forwards is different.
+SHIPPED += [f"bfloat16:{d}:large:bounded:forward last" for d in (64, 128, 256)]
+TMA = [
     f"bfloat16:{d}:large:{scores}:{launch}"
     for d, scores, launch in product((64, 128), ("plain", "softcap alibi"), ("dkdv", "dq"))
 ]
@@ -41,67 +33,103 @@ TMA_REQUESTS = [
 BUDGETS_OF = "3.6."
 # Bytes. Most lie before and after the inner loop, where they cost next to nothing.
 SPILLS = {
-    "bfloat16:64:large:function:dkdv": 100,
-    "bfloat16:128:large:plain:dkdv adding": 300,
-    "bfloat16:128:large:softcap:dkdv adding": 400,
+    "bfloat16:128:large:alibi:dkdv": 280,
     "bfloat16:128:large:alibi:dkdv adding": 500,
-    "bfloat16:128:large:softcap:dkdv": 200,
-    "bfloat16:128:large:alibi:dkdv": 300,
-    "bfloat16:128:large:softcap alibi:dkdv": 500,
-    "bfloat16:128:large:softcap alibi:dq": 520,
+    "bfloat16:128:large:alibi:dkdv rounded": 400,
+    "bfloat16:128:large:alibi:dq adding": 160,
+    "bfloat16:128:large:alibi:dq rounded": 140,
+    "bfloat16:128:large:function:dkdv adding": 220,
     "bfloat16:128:large:function:dq": 120,
-    "bfloat16:256:large:softcap:dkdv": 100,
-    "bfloat16:256:large:plain:forward last": 1100,
+    "bfloat16:128:large:function:dq adding": 220,
+    "bfloat16:128:large:function:dq rounded": 180,
+    "bfloat16:128:large:plain:dkdv adding": 280,
+    "bfloat16:128:large:plain:dkdv rounded": 200,
+    "bfloat16:128:large:softcap alibi:dkdv": 300,
+    "bfloat16:128:large:softcap alibi:dkdv adding": 460,
+    "bfloat16:128:large:softcap alibi:dkdv rounded": 420,
+    "bfloat16:128:large:softcap alibi:dq": 540,
+    "bfloat16:128:large:softcap alibi:dq adding": 660,
+    "bfloat16:128:large:softcap alibi:dq rounded": 540,
+    "bfloat16:128:large:softcap:dkdv": 180,
+    "bfloat16:128:large:softcap:dkdv adding": 440,
+    "bfloat16:128:large:softcap:dkdv rounded": 320,
+    "bfloat16:128:large:softcap:dq adding": 80,
+    "float16:128:large:plain:dkdv adding": 280,
+    "float16:128:large:plain:dkdv rounded": 200,
     # With a constant baseline what was carried and what the loop made are both rescaled, all of it after the loop.
     "bfloat16:256:large:bounded:forward last": 1300,
-    "bfloat16:256:large:softcap:forward last": 1300,
-    "bfloat16:64:small:softcap alibi:dkdv": 100,
+    "bfloat16:256:large:plain:dkdv adding": 360,
+    "bfloat16:256:large:plain:dkdv rounded": 140,
+    "bfloat16:256:large:plain:forward last": 1120,
+    "bfloat16:256:large:plain:forward middle": 1060,
+    "bfloat16:256:large:plain:forward only": 80,
+    "bfloat16:256:large:softcap:dkdv adding": 340,
+    "bfloat16:256:large:softcap:dkdv rounded": 120,
+    "bfloat16:256:large:softcap:forward last": 1380,
+    "bfloat16:256:large:softcap:forward middle": 1820,
+    "bfloat16:64:small:plain:dq adding": 140,
+    "bfloat16:64:small:plain:dq rounded": 100,
+    "bfloat16:64:small:softcap alibi:dkdv adding": 100,
+    "bfloat16:64:small:softcap alibi:dkdv rounded": 100,
     "float32:128:small:plain:dkdv": 140,
+    "float32:128:small:plain:dkdv adding": 140,
+    "float32:128:small:plain:dkdv rounded": 140,
 }
 SPILLS_OTHERWISE = 64
 # Instructions in the inner loop: two products in flight are worth more, as `ring-attn bench tune` measured; two modifiers at
 # once keep more numbers than there are registers.
 LOOP_SPILLS = {
+    "bfloat16:128:large:alibi:dkdv": 27,
+    "bfloat16:128:large:alibi:dkdv adding": 27,
+    "bfloat16:128:large:alibi:dkdv rounded": 27,
+    "bfloat16:128:large:softcap alibi:dkdv": 33,
+    "bfloat16:128:large:softcap alibi:dkdv adding": 33,
+    "bfloat16:128:large:softcap alibi:dkdv rounded": 33,
+    "bfloat16:128:large:softcap alibi:dq": 12,
+    "bfloat16:128:large:softcap alibi:dq adding": 12,
+    "bfloat16:128:large:softcap alibi:dq rounded": 17,
     "bfloat16:128:large:softcap:dkdv": 20,
     "bfloat16:128:large:softcap:dkdv adding": 20,
-    "bfloat16:128:large:alibi:dkdv adding": 25,
-    "bfloat16:128:large:alibi:dkdv": 25,
-    "bfloat16:128:large:softcap alibi:dkdv": 60,
-    "bfloat16:128:large:softcap alibi:dq": 12,
+    "bfloat16:128:large:softcap:dkdv rounded": 20,
 }
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict]:
-    """What each request takes; two processes share the work, without the interpreter that the other tests turn on."""
+    """What each launch takes; two processes share the work, without the interpreter that the other tests turn on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.triton_compile"]
     runs = [
         subprocess.Popen(
             [*command, *part], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for part in (REQUESTS[::2], REQUESTS[1::2])
+        for part in (SHIPPED[::2], SHIPPED[1::2])
     ]
     lines = []
     for run in runs:
-        output, errors = run.communicate(timeout=900)
+        output, errors = run.communicate(timeout=1800)
         assert run.returncode == 0, errors
         lines += output.splitlines()
     return {taken["request"]: taken for taken in map(json.loads, lines)}
 
 
-@pytest.mark.parametrize("request_name", REQUESTS)
-def test_fits(compiled, request_name):
-    taken = compiled[request_name]
-    size = request_name.split(":")[2]
-    assert taken["shared"] <= SHARED[size], taken
-    assert not taken["serialized"], taken
-    if triton.__version__.startswith(BUDGETS_OF):
-        assert taken["spills"] <= SPILLS.get(request_name, SPILLS_OTHERWISE), taken
-        assert taken["loop_spills"] <= LOOP_SPILLS.get(request_name, 0), taken
+@pytest.mark.parametrize("shipped", SHIPPED)
+def test_fits(compiled, shipped):
+    found = {name: taken for name, taken in compiled.items() if name == shipped or name.startswith(f"{shipped}:")}
+    assert len(found) >= (1 if shipped.endswith("forward last") else 11)
+    for name, taken in found.items():
+        assert taken["shared"] <= SHARED[shipped.split(":")[2]], taken
+        assert not taken["serialized"], taken
+        if triton.__version__.startswith(BUDGETS_OF):
+            assert taken["spills"] <= SPILLS.get(name, SPILLS_OTHERWISE), taken
+            assert taken["loop_spills"] <= LOOP_SPILLS.get(name, 0), taken
 
 
-@pytest.mark.parametrize("request_name", TMA_REQUESTS)
-def test_copies_by_tma(compiled, request_name):
+def test_budgets_are_of_what_is_shipped(compiled):
+    assert not {*SPILLS, *LOOP_SPILLS} - {*compiled}
+
+
+@pytest.mark.parametrize("launch", TMA)
+def test_copies_by_tma(compiled, launch):
     """Two tensors of rows, and where KV rows are owned two of numbers."""
-    assert compiled[request_name]["bulk_copies"] >= (2 if request_name.endswith("dq") else 4)
+    assert compiled[launch]["bulk_copies"] >= (2 if launch.endswith("dq") else 4)

@@ -74,6 +74,9 @@ def calls(dtype: torch.dtype, head_dim: int, size: str, score: Scores) -> Iterat
     rounded = grads._replace(dq=q, dk=k, dv=k)
     yield "dkdv rounded", dkdv_call(visited, rounded, kv, config.dkdv)
     yield "dq rounded", dq_call(visited, rounded, queries, config.dq)
+    if config.dkdv.tma:
+        short = kv_table(plan, k, config.short.own, placed=chain.placed)
+        yield "dkdv short", dkdv_call(visited, grads.written, short, config.short)
     if config.dq.narrow is not None:
         narrow = query_table(plan, q, config.dq.narrow.own, placed=chain.placed)
         yield "dq narrow", dq_call(visited, grads, narrow, config.dq.narrow)
