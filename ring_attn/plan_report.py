@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ring_attn.by_document import ByDocument
-from ring_attn.cost import MACHINES, Estimate, Question, Work, asked, estimates
+from ring_attn.cost import MACHINES, Estimate, Link, Question, Work, asked, estimates
 from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES, get_exchange, make_plan
 from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
@@ -118,11 +118,16 @@ def explained(options: PlanOptions) -> list[str]:
     ranks = asked(options.ring_size)
     slowest = f"the slowest {'rank' if len(ranks) == options.ring_size else f'of ranks {ranks}'}"
     lines = [f"on {machine.name}: {machine.tflops:g} TFLOP/s a rank, {heads}, bf16; forward and backward of {slowest}"]
-    for name in EXCHANGES:
-        link = getattr(machine, name)
-        moves = f"{name} moves {link.gb_s:g} GB/s after {link.latency_us:g} us"
-        lines.append(f"  {moves}; compute beside it takes {link.slowdown:g} times as long")
+    lines += [_moves(name, machine.link(name, 0)) for name in EXCHANGES]
+    if "two-level" in (estimate.exchange for estimate in found):
+        places = {"two-level between nodes": 0, "two-level inside nodes": 1}
+        lines += [_moves(place, machine.link("two-level", step)) for place, step in places.items()]
     return [*lines, *(f"  {estimate}" for estimate in found), f"auto takes {found[0].exchange}"]
+
+
+def _moves(what: str, link: Link) -> str:
+    moves = f"{what} moves {link.gb_s:g} GB/s after {link.latency_us:g} us"
+    return f"  {moves}; compute beside it takes {link.slowdown:g} times as long"
 
 
 def layout_of(options: PlanOptions) -> Layout:

@@ -1,6 +1,11 @@
 """`ring-attn bench kernels` without a GPU: what it asks, what it says that auto takes, and the order that it leaves."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +40,9 @@ def measured(monkeypatch):
     monkeypatch.setattr(
         kernels,
         "measure",
-        lambda ks, mask, n, direction, options: [Row(k.name, direction, mask, n, 1.0, SPEEDS[k.name, n], 0.0) for k in ks],
+        lambda ks, mask, n, direction, options: [
+            Row(k.name, direction, mask, n, 1.0, SPEEDS[k.name, n], n / 2**17) for k in ks
+        ],
     )
     for module in (results, kernels):
         monkeypatch.setattr(module, "machine", lambda: "a GPU")
@@ -59,6 +66,20 @@ def test_the_table_says_what_auto_takes_and_how_near_the_fastest_it_is(measured)
     assert forward == ["auto", "takes", "triton", "(100)", "triton", "(", "98)"]
     assert backward == ["auto", "takes", "triton", "(100)", "triton", "(100)"]
     assert "flash4 window backward: it has no backward" in text
+
+
+def test_the_table_has_the_memory_beside_each_speed(measured):
+    rows = [*measured.rows, Row("cudnn", "forward", "window", 2048, 1.0, 30.0)]
+    lines = [line.split() for line in results.table(rows, measured.options).splitlines()]
+    assert ["triton", "300", "(100)", "0.016", "392", "(", "98)", "0.062"] in lines
+    assert ["flash4", "200", "(", "67)", "0.016", "400", "(100)", "0.062"] in lines
+    assert ["cudnn", "30", "(", "10)", "-"] in lines
+    assert "GiB" in results.table(rows, measured.options).splitlines()[1]
+
+
+def test_the_columns_of_the_table_stand_below_their_lengths(measured):
+    lines = results.table(measured.rows, measured.options).splitlines()
+    assert {len(line) for line in lines if line.startswith(("window ", "  "))} == {20 + 20 * len(LENGTHS)}
 
 
 def test_a_kernel_of_which_no_graph_can_be_made_is_named_and_the_others_are_timed(monkeypatch):
@@ -106,3 +127,65 @@ def test_the_order_is_by_speed_and_replaces_what_was_measured_before(measured, m
         ("backward", 2048): ["triton"],
         ("backward", 8192): ["triton"],
     }
+
+
+def install(folder: Path, **versions: str) -> None:
+    """What importlib.metadata knows of installed distributions; there is nothing to import."""
+    for name, version in versions.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+
+
+def repository(folder: Path, *files: Path) -> str:
+    """The commit of these files, in a repository made there."""
+    git = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", *map(str, files)], ["commit", "-q", "--no-verify", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    return subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.parametrize("kept", ["by its own tree", "beside another's files", "nowhere"])
+def test_the_commit_is_that_of_the_package_wherever_one_stands(kept, monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # of a hook that runs this
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    here, tree = tmp_path / "here", tmp_path / "tree"
+    code = tree / "ring_attn" / "bench" / "results.py"
+    for folder in (here, code.parent):
+        folder.mkdir(parents=True)
+    code.touch()
+    monkeypatch.setattr(results, "__file__", str(code))
+    install(tmp_path / "installed", ring_attn="9.8.7")
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    repository(here)
+    found = {"by its own tree": lambda: repository(tree, code), "beside another's files": lambda: repository(tree)}
+    expected = found[kept]() if kept in found else ""
+    monkeypatch.chdir(here)
+    options = KernelBenchOptions(results=str(tmp_path / "rows.jsonl"))
+    results.append([Row("triton", "forward", "full", 64)], options, "a GPU")
+    (row,) = map(json.loads, Path(options.results).read_text().splitlines())
+    assert row["commit"] == (expected if kept == "by its own tree" else "ring-attn 9.8.7")
+
+
+def test_without_git_the_version_of_the_package_stands_for_the_commit(monkeypatch, tmp_path):
+    install(tmp_path, ring_attn="9.8.7")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    assert results.commit() == "ring-attn 9.8.7"
+
+
+def test_rows_and_table_have_the_versions_of_what_takes_part_which_is_not_imported(measured, monkeypatch, tmp_path):
+    install(tmp_path, triton="3.9.1", flash_attn="2.7.6", flash_attn_4="4.0.0b99", yunchang="0.5")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = KernelBenchOptions(results=str(tmp_path / "rows.jsonl"))
+    before = set(sys.modules)
+    results.append([Row("triton", "forward", "full", 64)], options, "a GPU", also=["yunchang", "ring-attention-nowhere"])
+    assert set(sys.modules) == before
+    (row,) = map(json.loads, Path(options.results).read_text().splitlines())
+    versions = {"torch": torch.__version__, "triton": "3.9.1", "flash-attn": "2.7.6", "flash-attn-4": "4.0.0b99"}
+    assert row.items() >= (versions | {"yunchang": "0.5", "machine": "a GPU", "kernel": "triton"}).items()
+    assert "ring-attention-nowhere" not in row
+    (head, *_) = results.table(measured.rows, measured.options).splitlines()
+    assert f"torch {torch.__version__}, triton 3.9.1, flash-attn 2.7.6, flash-attn-4 4.0.0b99, bfloat16" in head

@@ -33,6 +33,7 @@ from ring_attn.kernels.reference import ReferenceKernel
 from tests import fake_peers, sabotage
 from tests.dist.harness import run_processes
 from tests.support import way_home_hidden
+from tests.test_bench_kernels import install
 
 SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float32", "device": "cpu"}
 DIRECTIONS = ("forward", "forward + backward")
@@ -153,6 +154,21 @@ def test_results_are_added_to_what_is_there(tmp_path):
     for times in (1, 2):
         assert main([*args, "--simulated", "2", "--results", str(results)]) == 0
         assert len(read(results)) == times * 2 * len(("pull", "pull, KV kept", "no communication", "one device"))
+
+
+def test_rows_and_table_have_the_versions_of_peers_where_they_take_part(tmp_path, monkeypatch, capsys):
+    versions = {"ring-flash-attn": "0.1.8", "yunchang": "0.6.3", "ring-attention-pytorch": "0.7.2"}
+    install(tmp_path, **{name.replace("-", "_"): version for name, version in versions.items()})
+    monkeypatch.syspath_prepend(tmp_path)
+    args = command("--lengths", "32", "--masks", "full", "--layouts", "zigzag", "--exchanges", "ring", "--simulated", "2")
+    for peers_too, more in ((True, []), (False, ["--no-peers"])):
+        results = tmp_path / f"rows-{peers_too}.jsonl"
+        with no_other_library():
+            assert main([*args, *more, "--results", str(results)]) == 0
+        (head, *_) = capsys.readouterr().out.splitlines()
+        for name, version in versions.items():
+            assert [row.get(name) for row in read(results)] == [version if peers_too else None] * len(read(results))
+            assert (f", {name} {version}, " in head) == peers_too
 
 
 @pytest.mark.parametrize("broken", ["push_to_the_next_rank", "pull_a_row_too_late"])
@@ -277,6 +293,21 @@ def test_the_timeline_shows_every_visit_in_order(exchange):
     times = [at for bar in bars for at in (bar.start, bar.stop)]
     assert times == sorted(times) and times[0] > 0
     assert call.get_exchange is get_exchange
+
+
+def test_timelines_are_titled_by_the_ring_that_they_show(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(bench_ring, "draw", lambda *given: drawn.append(given))
+    args = command(
+        "--lengths", "64", "--masks", "causal", "--layouts", "zigzag", "--exchanges", "two-way", "auto", "--no-peers"
+    )
+    assert main([*args, "--simulated", "4", "--ulysses", "1", "2", "--plot", str(tmp_path / "plot.png")]) == 0
+    ((rows, timelines, _),) = drawn
+    labels = {row.label: row.chosen for row in rows}
+    titles = {f"{label}: {chosen}, causal 64" for label, chosen in labels.items() if chosen}
+    assert {"auto (zigzag)", "Ulysses 2 x two-way (zigzag)"} < set(labels) and {one.title for one in timelines} <= titles
+    fastest = min((row for row in rows if row.name.endswith("two-way") and row.direction == DIRECTIONS[-1]), key=lambda r: r.ms)
+    assert any(one.title.startswith(f"{fastest.label}: two-way, ") for one in timelines)
 
 
 def test_the_timeline_by_parts_of_the_heads():

@@ -68,6 +68,16 @@ def test_plan_makes_the_layout_by_document_for_the_documents(capsys):
     assert "auto takes " in text
 
 
+def test_plan_explains_with_the_links_between_and_inside_nodes_where_there_are_several(capsys):
+    args = ["--explain", "--ring-size", "4", "--seq-len", "4096", "--machine", "nodes"]
+    assert cli.main(["plan", *args, "--ranks-per-node", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "  two-level between nodes moves 45 GB/s after 200 us; compute beside it takes 1.2 times as long\n" in text
+    assert "  two-level inside nodes moves 345 GB/s after 30 us; compute beside it takes 1.04 times as long\n" in text
+    assert cli.main(["plan", *args]) == 0
+    assert "two-level" not in capsys.readouterr().out
+
+
 def test_plan_names_steps_that_nobody_needs_and_the_kinds_of_tiles(capsys):
     args = ["--layout", "contiguous", "--ring-size", "4", "--seq-len", "64", "--window", "8"]
     assert cli.main(["plan", *args]) == 0

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from ring_attn.bench import tune
 from ring_attn.bench.kernels import Visit
+from ring_attn.bench.results import software
 from ring_attn.bench.tune import GATE_DOCUMENTS, GATE_ROWS, TuneOptions, calls, main, scored, timed_apart
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
 from ring_attn.bench.tune_report import Timed, brief, report
@@ -68,6 +69,7 @@ def test_the_report_puts_the_best_first_and_writes_it_as_it_is_made():
     timed["forward"].append(Timed("forward", Config(64, 64, 4, 2, tma=True), taken, dict.fromkeys(options.cases, 200.0)))
     timed["dq"].append(Timed("dq", BROKEN, None, {}, "wrong under causal"))
     lines = report([row for rows in timed.values() for row in rows], options).splitlines()
+    assert lines[0].startswith(f"{software()}, bfloat16, ")
     forward = next(i for i, line in enumerate(lines) if line.startswith("forward"))
     assert "Config(64, 64, 4, 2, tma=True)" in lines[forward + 1]
     assert "serialized" in lines[forward + 1]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
     from ring_attn.bench.kernels import KernelBenchOptions
+
+# Distributions whose code kernels run, torch apart.
+LIBRARIES = ("triton", "flash-attn", "flash-attn-4")
 
 
 class Options(Protocol):
@@ -45,7 +50,10 @@ class Measured(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement of a kernel, or the reason why there is none. `auto`: whether kernel="auto" takes it there."""
+    """One measurement of a kernel, or the reason why there is none.
+
+    `extra_gib`: the most it takes beside inputs and results; `auto`: whether kernel="auto" takes it there.
+    """
 
     kernel: str
     direction: str
@@ -63,25 +71,31 @@ class Row:
 
 
 def table(rows: list[Row], options: KernelBenchOptions) -> str:
-    """TFLOP/s by kernel and length, with the percentage of the fastest, and what auto takes; then why kernels are missing."""
-    lines = [f"{machine()}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, "
-             f"{options.heads} query and {options.kv_heads} KV heads: TFLOP/s (percentage of the fastest)"]  # fmt: skip
+    """Speed and memory by kernel and length, and what auto takes; then why kernels are missing."""
+    lines = [
+        f"{machine()}, {software()}, {options.dtype}, head dim {options.head_dim}, {options.heads} query and "
+        f"{options.kv_heads} KV heads",
+        "TFLOP/s (percentage of the fastest), and the most GiB that a kernel takes beside inputs and results",
+    ]
     for mask in options.masks:
         for direction in ("forward", "backward"):
             mine = [row for row in rows if (row.mask, row.direction) == (mask, direction)]
             best = {n: max((row.tflops or 0 for row in mine if row.length == n), default=0) for n in options.lengths}
-            lines += ["", f"{mask + ' ' + direction:20s}" + "".join(f"{n:>13,}" for n in options.lengths)]
+            lines += ["", f"{mask + ' ' + direction:20s}" + "".join(f"{n:>20,}" for n in options.lengths)]
             for kernel in dict.fromkeys(row.kernel for row in mine):
                 cells = [row for row in mine if row.kernel == kernel]
                 lines.append(f"  {kernel:18s}" + "".join(_cell(row, best[row.length]) for row in cells))
             taken = {row.length: f"{row.kernel} ({100 * row.tflops / best[row.length]:3.0f})" for row in mine if row.auto}
-            lines.append(f"  {'auto takes':18s}" + "".join(f"{taken.get(n, '-'):>13s}" for n in options.lengths))
+            lines.append(f"  {'auto takes':18s}" + "".join(f"{taken.get(n, '-'):>20s}" for n in options.lengths))
     reasons = sorted({f"{r.kernel} {r.mask} {r.direction}: {r.why_not}" for r in rows if r.why_not})
     return "\n".join([*lines, "", *reasons])
 
 
 def _cell(row: Row, best: float) -> str:
-    return f"{'-':>13s}" if row.tflops is None else f"{row.tflops:7.0f} ({100 * row.tflops / best:3.0f})"
+    if row.tflops is None:
+        return f"{'-':>20s}"
+    memory = "-" if row.extra_gib is None else f"{row.extra_gib:.3f}"
+    return f"{row.tflops:7.0f} ({100 * row.tflops / best:3.0f}) {memory:>6s}"
 
 
 def machine(device: str = "cuda") -> str:
@@ -89,10 +103,44 @@ def machine(device: str = "cuda") -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
 
 
-def append(rows: Sequence[DataclassInstance], options: Options, machine: str) -> None:
-    """Adds a JSON line a measurement to the results file, with commit, machine, versions and the shape of the inputs."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    where = {"machine": machine, "torch": torch.__version__, "commit": commit or "unknown"}
+def versions(also: Iterable[str] = ()) -> dict[str, str]:
+    """Of torch, and of those of LIBRARIES and the distributions `also` that are installed; none of them is imported."""
+    found = {"torch": torch.__version__}
+    for name in (*LIBRARIES, *also):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def software(also: Iterable[str] = ()) -> str:
+    """The versions in words."""
+    return ", ".join(map(" ".join, versions(also).items()))
+
+
+def commit() -> str:
+    """The commit of the source tree that holds this package; the package's version where git keeps no such tree."""
+    # Git answers anywhere below a repository: also where an environment is that this package is only installed in.
+    with suppress(OSError):
+        if _git("ls-files", Path(__file__).name) and (found := _git("rev-parse", "--short", "HEAD")):
+            return found
+    try:
+        return f"ring-attn {version('ring-attn')}"
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _git(*words: str) -> str:
+    """What git says in this file's folder. Raises OSError where there is no git."""
+    asked = ["git", *words]
+    return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def append(rows: Sequence[DataclassInstance], options: Options, machine: str, also: Iterable[str] = ()) -> None:
+    """Adds a JSON line a measurement to the results file, with commit, machine, versions and the shape of the inputs.
+
+    `also`: distributions that take part beside those of `versions`.
+    """
+    where = {"machine": machine, **versions(also), "commit": commit()}
     shape = {k: getattr(options, k) for k in ("heads", "kv_heads", "head_dim", "dtype")}
     when = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
     with Path(options.results).open("a") as file:

@@ -21,8 +21,8 @@ import torch
 from ring_attn.bench.contenders import Case, Contender, OnDocuments, OnRing, Shape
 from ring_attn.bench.gate import FAILURES, Gate
 from ring_attn.bench.kernels import document_lengths, mask_of
-from ring_attn.bench.peers import peers
-from ring_attn.bench.results import append, machine
+from ring_attn.bench.peers import Peer, peers
+from ring_attn.bench.results import append, machine, software
 from ring_attn.bench.ring_report import RingRow, draw, table
 from ring_attn.bench.timeline import Timeline, timeline
 from ring_attn.bench.timing import Everyone, timed
@@ -135,6 +135,7 @@ class Bench:
         alone = OnRing("one device", Ring.simulated(1, "contiguous", exchange="ring", kernel=options.kernel))
         self.others: list[Contender] = [alone, *(peers(transport) if options.peers else [])]
         self.machine = machine(device.type)
+        self.libraries = tuple(dict.fromkeys(one.distribution for one in self.others if isinstance(one, Peer)))
         self.cases = [self.case(mask, length) for mask, length in product(options.masks, options.lengths)]
         self.gate = Gate(self.everyone, self.case)
 
@@ -166,10 +167,11 @@ class Bench:
             found = list(self.not_timed(of_case) if wrong else self.timed(of_case))
             rows += found
             if self.everyone.leads and self.options.results:
-                append(found, self.options, self.machine)
+                append(found, self.options, self.machine, self.libraries)
         timelines = self.timelines(entries, rows) if self.options.plot and not wrong else []
         if self.everyone.leads:
-            print(table(rows, self.options, self.machine, self.everyone.transport.ring_size))
+            where = f"ring of {self.everyone.transport.ring_size} on {self.machine}, {software(self.libraries)}"
+            print(table(rows, self.options, where))
             if self.options.plot and not wrong:
                 draw(rows, timelines, self.options)
         return int(wrong)
@@ -236,7 +238,7 @@ class Bench:
                 yield ms, flops / ms / 1e9, None if gib is None else slowest[-1]
 
     def timelines(self, entries: Sequence[Sequence[Entry]], rows: Sequence[RingRow]) -> list[Timeline]:
-        """Of every exchange, in its fastest layout, at the longest case of the first mask."""
+        """Of every exchange the fastest ring at the longest case of the first mask."""
         of_case = max(entries[: len(self.options.lengths)], key=lambda row: row[0].case.length)
         of_rings = (entry.contender for entry in of_case[: len(self.rings)])
         rings = {(one.name, one.layout): one for one in of_rings if not one.graphed}

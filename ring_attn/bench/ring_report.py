@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from ring_attn.bench.results import draw_panels
 
 if TYPE_CHECKING:
@@ -45,11 +43,10 @@ class RingRow:
 _COLUMNS = ("ms", "TFLOP/s", "% bound", "GiB more")
 
 
-def table(rows: Sequence[RingRow], options: RingBenchOptions, machine: str, ring_size: int) -> str:
-    """A block a mask and length, a line a contender; then why contenders are missing."""
+def table(rows: Sequence[RingRow], options: RingBenchOptions, where: str) -> str:
+    """A block a mask and length, a line a contender; then why contenders are missing. `where`: ring, machine and versions."""
     lines = [
-        f"ring of {ring_size} on {machine}, torch {torch.__version__}, {options.dtype}, head dim {options.head_dim}, "
-        f"{options.heads} query and {options.kv_heads} KV heads",
+        f"{where}, {options.dtype}, head dim {options.head_dim}, {options.heads} query and {options.kv_heads} KV heads",
         "ms: median of the slowest process; TFLOP/s: a process; % bound: of a ring, what it reaches of the same loop without "
         "communication; of the others, of the fastest such loop",
     ]

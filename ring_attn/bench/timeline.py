@@ -57,7 +57,8 @@ def timeline(contender: OnRing, case: Case, everyone: Everyone) -> Timeline:
         for process, numbers in enumerate(everyone.tell(mine))
         for visit, (start, stop) in zip(seen, numbers.view(-1, 2).tolist(), strict=True)
     )
-    return Timeline(f"{contender.chosen}, {contender.layout}, {case.name} {case.length:,}", bars)
+    who = f"{contender.name} ({contender.layout}): {contender.chosen}"
+    return Timeline(f"{who}, {case.name} {case.length:,}", bars)
 
 
 class _Seen(NamedTuple):

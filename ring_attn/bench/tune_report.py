@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ring_attn.bench.results import software
 from ring_attn.kernels.triton_blocks import Config, configs
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def report(rows: list[Timed], options: TuneOptions) -> str:
     """The candidates of each launch, best first, then the best as lines for the kernel's table."""
     heads = f"{options.heads} query and {options.kv_heads} KV heads"
     what = f"{options.dtype}, head dim {options.head_dim}, {heads}{options.score and f', {options.score}'}"
-    lines = [f"torch {torch.__version__}, {what}: TFLOP/s"]
+    lines = [f"{software()}, {what}: TFLOP/s"]
     best: dict[str, list[Timed]] = {}
     for launch in dict.fromkeys(row.launch for row in rows):
         mine = sorted((row for row in rows if row.launch == launch), key=lambda row: -row.score)
