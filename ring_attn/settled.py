@@ -45,7 +45,7 @@ class Settled:
 
     @cached_property
     def ends_at_home(self) -> bool:
-        """Whether these parts, behind the first, end with the own shard, see Note [way home] of `ring_attn.exchange.pull`."""
+        """Whether these parts, behind the first, end with the own shard, see Note [parts] of `ring_attn.exchange.pull`."""
         return self.overlaps and self.back.name == PullExchange.name and len(self.plan_back.steps) > 1
 
     @cached_property

@@ -10,7 +10,8 @@ import ring_attn as ra
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
 from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull
-from ring_attn.exchange.base import HowHome, PackedSum
+from ring_attn.exchange import ring as ring_exchange
+from ring_attn.exchange.base import HowHome, PackedSum, own_rows
 from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
 from ring_attn.parts import needed
@@ -172,7 +173,7 @@ def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, 
     seen, add = [], pull._PullHomeward.add
 
     def noted(way, visit):
-        own = pull._own_rows(way.plan, visit.step) is not None
+        own = own_rows(way.plan, visit.step) is not None
         add(way, visit)
         seen.append("own" if own else "visit")
 
@@ -184,6 +185,33 @@ def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, 
         check(case, ring)
     assert ", ".join(seen[2 if rows or by_heads else 1 :]) == moved, "after the pulls of the forward"
     assert ring.transport.pieces == {1 if rows else 2}, "what is put up again and again is packed once"
+
+
+@pytest.mark.parametrize("name", ["ring", "two-way"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_backward_in_a_ring_ends_with_the_own_shard(size, name):
+    """While it is met, what the last visit of others gathered goes home; as many shifts as ever, all but that one beside KV."""
+    moved, add = set(), ring_exchange._RingHomeward.add
+    for case in (case for case in cases() if case.exchange == "ring"):
+        with way_home_hidden(by_heads=False):
+            ring, seen = ra.Ring.simulated(size, case.layout, exchange=name, hostile=True), []
+            post = getattr(ring.transport, "shift" if name == "ring" else "pull")
+
+            def noted(*x, seen=seen, post=post, what, **options):
+                kind = "home" if "home" in what else "on" if "dK" in what else "KV"
+                pending = post(*x, what=what, **options)
+                seen.append(f"{kind} asked")
+                return Pending(pending.received, lambda: seen.append(f"{kind} waited") or (pending.wait() and None), what)
+
+            setattr(ring.transport, "shift" if name == "ring" else "pull", noted)
+            visited = lambda way, visit, seen=seen: add(way, visit) or seen.append(f"visit {visit.step}")  # noqa: E731
+            with patch.object(ring_exchange._RingHomeward, "add", visited):
+                check(case, ring)
+        if "home asked" in seen:
+            asked, others, own, waited = seen[-4:]
+            assert (asked, own, waited) == ("home asked", f"visit {size}", "home waited") and others.startswith("visit "), seen
+            moved.add(case.mask)
+    assert "full" in moved
 
 
 def test_parts_whose_first_visit_waits_for_others_go_one_by_one():
@@ -211,8 +239,8 @@ def test_a_backward_by_pull_begins_and_ends_with_the_own_shard():
     for rank in range(4):
         assert sum(plan.cells(rank, step) for step in plan.steps) == sum(whole.cells(rank, step) for step in whole.steps)
     assert for_backward(get_exchange("pull", None), whole, 100) == get_exchange("pull", None), "little is quickly home"
-    ring = get_exchange("ring", None)
-    assert for_backward(ring, whole, 8 << 20) is ring
+    gather = get_exchange("gather", None)
+    assert for_backward(gather, whole, 8 << 20) is gather
 
 
 def test_memory_bounds_parts_as_well():

@@ -15,13 +15,15 @@ from functools import lru_cache
 
 from ring_attn.exchange.base import Exchange
 from ring_attn.exchange.gather import GatherExchange
-from ring_attn.exchange.pull import HALVES_FROM, PullExchange
+from ring_attn.exchange.pull import PullExchange
 from ring_attn.exchange.ring import RingExchange
 from ring_attn.exchange.two_level import TwoLevelExchange
 from ring_attn.exchange.two_way import TwoWayExchange
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.tiles import Plan
+
+HALVES_FROM = 64 << 20  # bytes, from where on a way home takes longer than what more calls of a kernel do
 
 EXCHANGES: dict[str, Exchange] = {exchange.name: exchange for exchange in (RingExchange(), GatherExchange(), PullExchange())}
 """Those among which auto chooses, and beside them "two-level" where nodes are known."""
@@ -37,7 +39,7 @@ def get_exchange(name: str, ranks_per_node: int | None) -> Exchange:
 
 def for_backward(exchange: Exchange, plan: Plan, row_home: int) -> Exchange:
     """The exchange of the backward of a forward by that plan; dK and dV of a KV row take `row_home` bytes on their way home."""
-    if not isinstance(exchange, PullExchange):
+    if not isinstance(exchange, PullExchange | RingExchange):
         return exchange
     most = max((total_rows(parts) for step in plan.steps[1:] for parts in plan.meets[step]), default=0)
     return replace(exchange, halved=most * row_home >= HALVES_FROM)

@@ -1,4 +1,9 @@
-"""The seams of an exchange, and what all of them share: packed rows, a tour with the next visit under way, the way home."""
+"""The seams of an exchange, and what all of them share: packed rows, a tour with the next visit under way, the way home.
+
+Note [way home]: of a backward, the last dK and dV to leave would travel while nothing is computed. So where they are many, the
+own shard is met in halves of its KV rows: first those that the fewest queries of a causal mask see, while the others' KV comes,
+and last the rest, while what was gathered for the others goes home.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from torch import Tensor
 
 from ring_attn.comm.transport import Pending, Pieces, Transport
 from ring_attn.kernels.sums import RowsOfSum, Sum, lay_beside
-from ring_attn.layout import Layout
+from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.tiles import Meets, Plan
 
@@ -102,6 +107,31 @@ def at_hand(kv: list[KV], plan: Plan) -> Pending[list[Tensor]]:
     return Pending([pack(pair) for pair in kv] if len(plan.steps) > 1 else [], lambda: None, "own KV")
 
 
+def own_visits(ring_size: int, length: int, halved: bool) -> list[tuple[tuple[Part, ...], ...]]:
+    """What meets the own shard of `length` rows, by rank: one visit, or its halves in the order of Note [way home]."""
+    rows = [range(length // 2, length), range(length // 2)] if halved else [range(length)]
+    return [tuple((Part(rank, half),) for rank in range(ring_size)) for half in rows]
+
+
+def own_rows(plan: Plan, step: int) -> slice | None:
+    """The rows of the own shard that a step meets, the same on every rank; None where it meets others'."""
+    for rank, parts in enumerate(plan.meets[step]):
+        if parts:
+            own = all(part.rank == rank for part in parts)
+            return slice(parts[0].rows.start, parts[-1].rows.stop) if own else None
+    return None
+
+
+def of_own(kv: list[KV], rows: slice) -> list[KV]:
+    """Those rows of the own shard."""
+    return kv if rows == slice(0, kv[0][0].shape[1]) else [(k[:, rows], v[:, rows]) for k, v in kv]
+
+
+def no_kv() -> Pending[list[Tensor]]:
+    """The pending of a step that meets the own shard: nothing comes."""
+    return Pending([], lambda: None, "own KV")
+
+
 class PackedSum:
     """dK and dV of some KV rows as they add up; for transports rows [b, n, g * d + g * dv] that are `Unpacked`, and `Sums`."""
 
@@ -174,6 +204,19 @@ class PackedHomeward:
     def of_shards(self, visit: Visit) -> list[PackedSum]:
         """Sums of whole shards, to which nothing has been added."""
         return [PackedSum(pair, self.plan.kv_layout.shard_len, self.how) for pair in visit.kv]
+
+
+class OwnApart(PackedHomeward):
+    """The way home where the own shard has visits of its own: what these add goes to the sums of the own rows at once."""
+
+    def meets_traffic(self, plan: Plan) -> bool:
+        # A single visit of others has its KV before anything leaves.
+        return sum(own_rows(plan, step) is None for step in plan.steps) > 1
+
+    def sums(self, visit: Visit) -> list[RowsOfSum]:
+        self.own = self.own or self.aimed(self.of_shards(visit))
+        rows = own_rows(self.plan, visit.step)
+        return super().sums(visit) if rows is None else [RowsOfSum(one.sum, range(rows.start, rows.stop)) for one in self.own]
 
 
 class Widths(NamedTuple):

@@ -12,6 +12,7 @@ document ranks have runs of their own, and the halves are those of the first one
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import Tensor
@@ -19,18 +20,17 @@ from torch import Tensor
 from ring_attn.comm.transport import Pending, Pieces, Transport
 from ring_attn.exchange.ring import RingExchange
 from ring_attn.layout import Layout, Part, places
-from ring_attn.mask import Mask
-from ring_attn.tiles import Meets, Plan
+from ring_attn.tiles import Plan
 
 
+@dataclass(frozen=True)
 class TwoWayExchange(RingExchange):
     """A ring in both directions: a visit holds half a shard of either side, as many rows as in a ring; see Note [two ways]."""
 
     name = "two-way"
 
-    def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
-        one_way = super().meets(layout, kv_layout, mask, max_rows)
-        return tuple(_visited(kv_layout, step) for step in range(len(one_way)))
+    def passing(self, kv_layout: Layout, step: int) -> tuple[tuple[Part, ...], ...]:
+        return _visited(kv_layout, step)
 
     def pass_on(
         self, transport: Transport, rows: list[Tensor], plan: Plan, start: int, stop: int, *, what: str

@@ -57,6 +57,19 @@ def test_two_ways(num_processes: int, ranks_per_process: int):
     run_processes(_two_ways, num_processes, ranks_per_process)
 
 
+def _own_last(rank: int, ranks_per_process: int) -> None:
+    with way_home_hidden(by_heads=False):
+        for case in cases():
+            for exchange in ("ring", "two-way") if case.exchange == "ring" else ():
+                options = {"kernel": case.kernel, "ranks_per_process": ranks_per_process}
+                check(case, ra.Ring.from_group(None, case.layout, exchange=exchange, **options))
+
+
+@pytest.mark.parametrize("ranks_per_process", [1, 2])
+def test_backwards_that_end_with_the_own_shard(ranks_per_process: int):
+    run_processes(_own_last, 4 // ranks_per_process, ranks_per_process)
+
+
 def _by_heads(rank: int, ranks_per_process: int) -> None:
     more = {"ring": ("two-way", "two-level")}
     with way_home_hidden(by_heads=True):
