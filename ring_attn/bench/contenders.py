@@ -1,7 +1,8 @@
 """What `ring-attn bench ring` holds against each other: the cases, what a contender is, ring attention itself, and its bound.
 
-Note [bound]: the bound of a ring is the same call over wires that bring nothing, at once: the same plan, loop, kernels, merges
-and copies, and no communication. What it computes is nonsense, how long it takes is not.
+Note [bound]: the bound of a ring is the same call over wires that bring nothing, at once: the same plan, loop, kernels and
+merges, and no communication; a way home by pushes is neither written for others nor added when it comes. What it computes is
+nonsense, how long it takes is not.
 """
 
 from __future__ import annotations

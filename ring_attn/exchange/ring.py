@@ -58,7 +58,7 @@ class RingExchange:
         def onward(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
             if step not in away:
                 return no_kv()
-            before = ([0, *away])[away.index(step)]
+            before = [0, *away][away.index(step)]
             return self.pass_on(transport, came, plan, before, step, what=f"{what}, KV for step {step}")
 
         def read(step: int, came: list[Tensor]) -> list[KV]:
@@ -96,7 +96,7 @@ class _RingHomeward(OwnApart):
         if visit.step not in self.away:
             return
         self.add_arrived(self.of_visit)
-        to = ([*self.away, 0])[self.away.index(visit.step) + 1]
+        to = [*self.away, 0][self.away.index(visit.step) + 1]
         where = f"{self.exchange.name} backward, dK and dV {'on' if to else 'home'} from step {visit.step}"
         sent, rows = [one.packed() for one in self.of_visit], range(self.plan.kv_layout.shard_len)
         self.of_visit = []
