@@ -5,12 +5,19 @@ The ordinary run takes the same cases every time; a run by RING_ATTN_FUZZ takes 
 
 import os
 from collections import Counter
+from contextlib import contextmanager
+from itertools import product
+from unittest.mock import patch
 
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+import ring_attn as ra
+from ring_attn import exchange, parts
+from tests import fuzz
 from tests.fuzz import case, cases
+from tests.sabotage import window_one_too_wide
 
 PARTS = 4
 NUMBER = int(os.environ.get("RING_ATTN_FUZZ", "0"))
@@ -38,9 +45,6 @@ def test_every_case_is_right_or_refused(part):
 
 
 def test_a_failure_is_a_line_that_runs_it_again(monkeypatch):
-    import ring_attn as ra
-    from tests import fuzz
-
     apply = ra.Alibi.apply
     monkeypatch.setattr(ra.Alibi, "apply", lambda self, s, cells: apply(self, s, cells) * 1.0001)
     arguments = {"ring": 2, "kernel": "auto", "mask": (("Window", 3, None),), "scores": (("alibi",), ("sinks",)), "seed": 3}
@@ -52,3 +56,33 @@ def test_a_failure_is_a_line_that_runs_it_again(monkeypatch):
     assert str(second.value).splitlines()[0] == str(first.value).splitlines()[0]
     monkeypatch.undo()
     assert case(**arguments) == "right"
+
+
+def slopes_5_percent_too_steep():
+    apply = ra.Alibi.apply
+    return patch.object(ra.Alibi, "apply", lambda self, s, cells: s + 1.05 * (apply(self, s, cells) - s))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("broken", [slopes_5_percent_too_steep, window_one_too_wide])
+def test_what_is_wrong_in_16_bits_is_noticed(broken, dtype):
+    """Everywhere by out or a gradient, and not by lse alone, which is in 32 bits."""
+    for seed, (layout, way) in enumerate(product(fuzz.LAYOUTS, ("ring", "gather", "pull"))):
+        arguments = {"ring": 3, "layout": layout, "exchange": way, "t": 24, "b": 2, "heads": (4, 2), "dims": (6, 5)}
+        arguments |= {"dtype": dtype, "mask": (("Window", 9, 0),), "scores": (("alibi",),), "seed": seed}
+        with planned_anew():
+            assert case(**arguments) == "right"
+        with planned_anew(), broken(), pytest.raises(AssertionError, match=r"\{.*'(out|d[qkv]|gradient of tensor 0)'.*: case"):
+            case(**arguments)
+
+
+@contextmanager
+def planned_anew():
+    """Nothing that is known of masks is used inside, or later."""
+    for cached in (exchange.make_plan, parts.needed):
+        cached.cache_clear()
+    try:
+        yield
+    finally:
+        for cached in (exchange.make_plan, parts.needed):
+            cached.cache_clear()

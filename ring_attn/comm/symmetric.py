@@ -287,7 +287,14 @@ class _Memory:
                 torch.cuda.synchronize(device)
             dist.barrier(group)
             self.routes.clear()
-            self.shared = rendezvous(wanted, device, group)
+            try:
+                self.shared = rendezvous(wanted, device, group)
+            except RuntimeError as error:
+                error.add_note(
+                    "copy engines need such memory on all ranks; exchange='ring' and 'gather' do not, nor does a pull by "
+                    "messages, Ring(ProcessGroupTransport(group), exchange='pull')"
+                )
+                raise
             self.size = wanted
         return self.shared
 

@@ -7,23 +7,28 @@ import ctypes
 import random
 import re
 import time
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as torch_memory
 
 import ring_attn as ra
 from ring_attn.comm import copy_engines, process_group, symmetric
 from ring_attn.comm.process_group import split_group
+from ring_attn.comm.reads import arrivals, pulled, pushed
 from ring_attn.comm.stream_flags import _EQUAL, _WAIT, _WRITE, Flags, flags_at_first
 from ring_attn.comm.symmetric import SymmetricTransport
-from ring_attn.comm.transport import Pieces
+from ring_attn.comm.transport import Pending, Pieces
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
+from tests.dist.rounds import rounds_that_went_wrong
 from tests.matrix import cases, check
 from tests.support import Rows, way_home_hidden
 from tests.test_transport import conform
@@ -132,25 +137,6 @@ def test_it_conforms_and_gives_the_matrix(num_processes, tmp_path):
     run_processes(_conforms, num_processes, str(tmp_path))
 
 
-def rounds_that_went_wrong(transport, rounds, device="cpu", doze=lambda: None):
-    """Transfers of changing sizes and contents, one posted ahead, every one checked against what all ranks know was sent."""
-    size, (rank,) = transport.ring_size, transport.hosted
-    wrong, under_way = 0, None
-    for number in range(rounds):
-        gen = torch.Generator().manual_seed(number)
-        rows = int(torch.randint(3, 40, (1,), generator=gen))
-        shards = torch.randn(size, 2, rows, 3, generator=gen, dtype=torch.float64).to(device)
-        parts = [[Part(other, range(rows // 3, rows)) for other in range(size) if other != mine] for mine in range(size)]
-        doze()
-        pending = transport.pull([Pieces([shards[rank]])], parts, what=f"round {number}")
-        want = torch.cat([shards[part.rank][:, part.rows.start :] for part in parts[rank]], 1)
-        if under_way is not None:
-            (got,) = under_way[0].wait()
-            wrong += not torch.equal(got, under_way[1])
-        under_way = pending, want
-    return wrong + (not torch.equal(under_way[0].wait()[0], under_way[1]))
-
-
 def _lets_go(rank, folder):
     made, new = [], symmetric._Copies
     with pretended(MappedFiles, folder), patch.object(symmetric, "_Copies", lambda *x: made.append(new(*x)) or made[-1]):
@@ -257,7 +243,7 @@ class TooLate(Dawdling):
 def _dawdles(rank, folder, handle, late, expected):
     Dawdling.chance, TooLate.late = random.Random(rank), late
     with pretended(handle, folder):
-        wrong = torch.tensor(rounds_that_went_wrong(SymmetricTransport(), 300))
+        wrong = torch.tensor(rounds_that_went_wrong(SymmetricTransport(), 300, doze=Dawdling.doze))
         dist.all_reduce(wrong)
         assert (wrong > 0) == expected, f"{wrong} of 300 rounds"
 
@@ -269,7 +255,7 @@ def test_ranks_that_dawdle_never_write_or_read_too_early(tmp_path):
 def _two_rings(rank, folder):
     Dawdling.chance = random.Random(rank)
     with pretended(Dawdling, folder):
-        assert rounds_that_went_wrong(SymmetricTransport(split_group(None, 2, 1)), 100) == 0
+        assert rounds_that_went_wrong(SymmetricTransport(split_group(None, 2, 1)), 100, doze=Dawdling.doze) == 0
 
 
 def test_two_rings_at_once_do_not_meet(tmp_path):
@@ -281,6 +267,43 @@ def test_flags_must_be_waited_for_in_time(late, tmp_path):
     """The test above can fail: flags that are waited for only when a rank has written come too late for what others still read,
     and those that are waited for only when it has read, for what others have not written yet."""
     run_processes(_dawdles, 3, str(tmp_path), TooLate, late, True)
+
+
+def _a_row_early(reads):
+    """The same reads, each from a row before its own where there is one."""
+
+    def broken(*args):
+        found = reads(*args)
+        starts = [max(rows.start - 1, 0) for _, rows in found.reads]
+        moved = [read._replace(rows=range(n, n + len(read.rows))) for n, read in zip(starts, found.reads, strict=True)]
+        return found._replace(reads=moved)
+
+    return broken
+
+
+def _not_waited_for(received, finish, what):
+    """A pull that is over before its copies have begun."""
+    return Pending(received, finish if received is None else lambda: None, what)
+
+
+BROKEN = {
+    "pulls are not waited for": ("Pending", _not_waited_for),
+    "pulls read a row too early": ("pulled", _a_row_early(pulled)),
+    "pushes read a row too early": ("pushed", _a_row_early(pushed)),
+    "pushes go home a row too late": ("arrivals", lambda *args: arrivals(*args).roll(1, 1)),
+}
+
+
+def _notices(rank, folder, broken):
+    with pretended(MappedFiles, folder), patch.object(symmetric, *BROKEN[broken]) if broken else nullcontext():
+        wrong = torch.tensor(rounds_that_went_wrong(SymmetricTransport(), 40))
+        dist.all_reduce(wrong)
+        assert (wrong > 0) == bool(broken), f"{wrong} of 40 rounds"
+
+
+@pytest.mark.parametrize("broken", [None, *BROKEN])
+def test_rounds_notice_what_is_broken(broken, tmp_path):
+    run_processes(_notices, 3, str(tmp_path), broken)
 
 
 def _is_refused(rank):
@@ -329,3 +352,20 @@ def _falls_back_by_name(reason):
 
 def test_it_is_refused_where_it_cannot_work():
     run_processes(_is_refused, 2)
+
+
+@pytest.mark.parametrize("multicast", [0, 1 << 40])
+def test_memory_with_multicast_is_refused(multicast, monkeypatch):
+    made, group = [], SimpleNamespace(size=lambda: 3)
+    get_buffer = lambda rank, sizes, dtype, start=0: made[0][start:].view(dtype)[: sizes[0]]  # noqa: E731
+    handle = SimpleNamespace(multicast_ptr=multicast, rank=1, get_buffer=get_buffer)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch_memory, "empty", lambda *args, **options: made.append(torch.empty(*args, **options)) or made[0])
+    monkeypatch.setattr(torch_memory, "rendezvous", lambda memory, of: handle if memory is made[0] and of is group else None)
+    if multicast:
+        with pytest.raises(RuntimeError, match="came with NVLink multicast; set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 earlier"):
+            symmetric.rendezvous(1 << 10, torch.device("cpu"), group)
+    else:
+        shared = symmetric.rendezvous(1 << 10, torch.device("cpu"), group)
+        assert shared.get_buffer is get_buffer
+        assert made[0][1 << 10 :].view(torch.int32).tolist() == flags_at_first(3)

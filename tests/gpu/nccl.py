@@ -26,10 +26,12 @@ import torch.distributed as dist
 
 import ring_attn as ra
 from ring_attn.bench.timing import captured
+from ring_attn.comm import symmetric as symmetric_memory
 from ring_attn.comm.process_group import ProcessGroupTransport, split_group
 from ring_attn.comm.second import second_group
+from ring_attn.comm.stream_flags import Operations
 from ring_attn.comm.symmetric import SymmetricTransport
-from tests.dist.test_symmetric import rounds_that_went_wrong
+from tests.dist.rounds import rounds_that_went_wrong
 from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
 from tests.support import GRAD_FACTOR, OUT_FACTOR, allowed, dense, random_qkv, rel_error, way_home_hidden
 from tests.test_transport import conform
@@ -65,15 +67,25 @@ def ratios_in_16_bits(
 
 
 def dozing_rounds(count: int, rings: int = 1) -> None:
-    """Pulls in rings side by side, with a random delay on a random rank before any of them, every one checked."""
-    chance = random.Random(dist.get_rank())
+    """Pulls and pushes in rings side by side, every one checked. Before whatever a rank does, and before either of its streams
+    writes or awaits flags, that stream may be delayed, or the host until it is idle.
+    """
+    chance, at_once = random.Random(dist.get_rank()), symmetric_memory.enqueue
 
     def doze() -> None:
-        if chance.random() < 0.3:
-            torch.cuda._sleep(int(chance.random() * 2e7))
+        chosen = chance.random()
+        if chosen < 0.3:
+            torch.cuda._sleep(int(chance.random() * 5e6))
+        elif chosen < 0.33:
+            torch.cuda.current_stream().synchronize()
+
+    def enqueue(operations: Operations, stream: torch.cuda.Stream) -> None:
+        doze()
+        at_once(operations, stream)
 
     group = split_group(None, dist.get_world_size() // rings, 1)
-    assert rounds_that_went_wrong(SymmetricTransport(group), count, DEVICE, doze) == 0
+    with patch.object(symmetric_memory, "enqueue", enqueue):
+        assert rounds_that_went_wrong(SymmetricTransport(group), count, DEVICE, doze) == 0
 
 
 def replays(exchange: str, count: int = 20, **options) -> None:
