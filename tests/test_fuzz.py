@@ -58,6 +58,12 @@ def test_a_failure_is_a_line_that_runs_it_again(monkeypatch):
     assert case(**arguments) == "right"
 
 
+def test_gradients_of_score_tensors_in_16_bits_are_not_rounded_block_by_block():
+    """Over 16 visits they were: 50 of 900 such calls were off by more than plain PyTorch is."""
+    arguments = {"ring": 16, "layout": "striped", "t": 64, "dtype": "bfloat16", "mask": (), "scores": (("alibi",),)}
+    assert case(**arguments, lse_grad=False, seed=85) == "right"
+
+
 def slopes_5_percent_too_steep():
     apply = ra.Alibi.apply
     return patch.object(ra.Alibi, "apply", lambda self, s, cells: s + 1.05 * (apply(self, s, cells) - s))

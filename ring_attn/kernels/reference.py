@@ -161,8 +161,9 @@ class _Block:
                 tensors[n] = leaf
             return self._apply(self.score.with_tensors(tensors), raw)
 
-        # Not autograd, which does not record inside a custom op.
-        _, pull_back = torch.func.vjp(modified, raw, *(tensors[n] for n in wanted))
+        # Not autograd, which does not record inside a custom op. Gradients have their tensors' dtype: none is rounded yet.
+        leaves = [tensors[n].to(into.score[n].dtype) for n in wanted]
+        _, pull_back = torch.func.vjp(modified, raw, *leaves)
         ds, *grads = pull_back(ds)
         for n, grad in zip(wanted, grads, strict=True):
             into.score[n].add_(grad)
