@@ -36,7 +36,7 @@ def swap_two_sources() -> AbstractContextManager:
     def broken(self, layout, *rest):
         steps = [list(step) for step in meets(self, layout, *rest)]
         if layout.ring_size > 2:
-            steps[1][0], steps[1][1] = steps[1][1], steps[1][0]
+            steps[1][1], steps[1][2] = steps[1][2], steps[1][1]
         return tuple(tuple(step) for step in steps)
 
     return patch.object(exchange.RingExchange, "meets", broken)

@@ -1,5 +1,6 @@
 """Every score and composition under every mask, over a hostile ring, against the dense float64 computation of scores.py."""
 
+from dataclasses import replace
 from itertools import product
 from unittest.mock import patch
 
@@ -38,8 +39,9 @@ def wrong(score, mask, way, n, limit=FLOAT64_LIMIT):
 
 
 def decoded_wrong(score, mask, way, n):
-    """The same of the newest 3 positions over a cache, without gradients."""
-    found = decoding_errors(ring_of(way), n, MASKS[mask](n.t), pieces_of(score, n), prefill=n.t // 2, new=3)
+    """The same of the newest 3 positions over a cache, without gradients; of a prefill that any of these rings can shard."""
+    n = replace(n, t=48)
+    found = decoding_errors(ring_of(way), n, MASKS[mask](n.t), pieces_of(score, n), prefill=24, new=3)
     return {name: error for name, error in zip(("out", "lse"), found, strict=True) if not error <= FLOAT64_LIMIT}
 
 
