@@ -34,10 +34,10 @@ from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.mask import Causal, Mask
 from ring_attn.overlap import PartOfBackward, overlapping, to_its_end
 from ring_attn.partial import accumulator_dtype, only_sinks
-from ring_attn.score import CosineSim, Score, listed, sort_scores
+from ring_attn.scaling import scaled
+from ring_attn.score import Score, listed, sort_scores
 from ring_attn.settled import Settled
 from ring_attn.ulysses import over_heads
-from ring_attn.unit_norm import of_unit_norm
 from ring_attn.watched import watched
 
 if TYPE_CHECKING:
@@ -117,23 +117,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str
 
 def wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float | None) -> tuple[Tensor, Tensor, float]:
-    """(q, k, scale) whose scaled products are the scores, scale above 0; differentiable."""
-    if torch.is_grad_enabled() and isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad:
-        raise ValueError("softmax_scale must be a number, for it gets no gradient; multiply q by a scale that learns")
-    scale = max(1, q.shape[-1]) ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if cosine is not None:
-        if softmax_scale is not None:
-            raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
-        q, k, scale = cosine.prepare(q, k, of_unit_norm)
-    if not math.isfinite(scale):
-        raise ValueError(f"the scale of scores must be finite, got {scale}")
-    if scale > 0:
-        return q, k, scale
-    # Libraries scale scores that they have masked with -inf, which such a factor makes inf or NaN.
-    return (-q, k, -scale) if scale else (q * 0, k, 1.0)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ring_attn.attention import as_given, scaled, unit_stride
+from ring_attn.attention import as_given, unit_stride
 from ring_attn.cache import KVCache, refuse_gradients
 from ring_attn.call import Call
 from ring_attn.inputs import check_inputs
@@ -22,6 +22,7 @@ from ring_attn.kernels import Problem, resolve
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to, to_merge_into
 from ring_attn.ring import Ring
+from ring_attn.scaling import scaled
 from ring_attn.score import Score, sort_scores
 from ring_attn.tiles import tiles
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from ring_attn import attention, mask, score
+from ring_attn import attention, mask, scaling, score
 from ring_attn.kernels import reference
 
 
@@ -118,8 +118,8 @@ def dropout_out_of_the_sum() -> AbstractContextManager:
 
 
 def norm_of(groups: Callable[[int], int], rows: bool = False) -> AbstractContextManager:
-    normalised = attention.of_unit_norm
-    return patch.object(attention, "of_unit_norm", lambda x, n: x / x.norm() if rows else normalised(x, groups(n)))
+    normalised = scaling.of_unit_norm
+    return patch.object(scaling, "of_unit_norm", lambda x, n: x / x.norm() if rows else normalised(x, groups(n)))
 
 
 def learned_scale_without_gradient() -> AbstractContextManager:

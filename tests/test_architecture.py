@@ -29,6 +29,7 @@ LEVELS = [
     {"call"},
     {"ulysses", "watched"},
     {"unit_norm"},
+    {"scaling"},
     {"attention"},
     {"sharding"},
     {"ring"},

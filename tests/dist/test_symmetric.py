@@ -369,3 +369,14 @@ def test_memory_with_multicast_is_refused(multicast, monkeypatch):
         shared = symmetric.rendezvous(1 << 10, torch.device("cpu"), group)
         assert shared.get_buffer is get_buffer
         assert made[0][1 << 10 :].view(torch.int32).tolist() == flags_at_first(3)
+
+
+def test_where_memory_cannot_be_made_the_way_out_is_said(monkeypatch):
+    def no_memory(*_):
+        raise RuntimeError("no room on rank 2")
+
+    monkeypatch.setattr(dist, "barrier", lambda group: None)
+    monkeypatch.setattr(symmetric, "rendezvous", no_memory)
+    with pytest.raises(RuntimeError, match="no room on rank 2") as found:
+        symmetric._Memory().of_size(8, torch.device("cpu"), None)
+    assert "exchange='ring' and 'gather' do not" in found.value.__notes__[0]

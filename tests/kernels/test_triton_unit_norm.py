@@ -13,7 +13,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMITS = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # in 16 bits those of one rounding
 
 
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="-"))])
+@pytest.fixture(
+    params=[
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs CUDA, or TRITON_INTERPRET=1")
+        ),
+    ]
+)
 def fused(request, monkeypatch):
     monkeypatch.setattr(unit_norm, "_fuses", lambda x: request.param)
 
