@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +21,6 @@ from ring_attn.bench import peers, timing
 from ring_attn.bench import ring as bench_ring
 from ring_attn.bench.contenders import OnRing, Silent
 from ring_attn.bench.kernels import document_lengths
-from ring_attn.bench.peers import RingAttentionPytorch, RingFlashAttn
 from ring_attn.bench.ring import Bench, RingBenchOptions, beside
 from ring_attn.bench.ring_report import RingRow
 from ring_attn.bench.timeline import timeline
@@ -30,10 +30,9 @@ from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Transport
 from ring_attn.exchange import EXCHANGES, get_exchange
 from ring_attn.kernels.reference import ReferenceKernel
-from tests import fake_peers, sabotage
+from tests import sabotage
 from tests.dist.harness import run_processes
 from tests.support import way_home_hidden
-from tests.test_bench_kernels import install
 
 SHAPE = {"heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float32", "device": "cpu"}
 DIRECTIONS = ("forward", "forward + backward")
@@ -156,21 +155,6 @@ def test_results_are_added_to_what_is_there(tmp_path):
         assert len(read(results)) == times * 2 * len(("pull", "pull, KV kept", "no communication", "one device"))
 
 
-def test_rows_and_table_have_the_versions_of_peers_where_they_take_part(tmp_path, monkeypatch, capsys):
-    versions = {"ring-flash-attn": "0.1.8", "yunchang": "0.6.3", "ring-attention-pytorch": "0.7.2"}
-    install(tmp_path, **{name.replace("-", "_"): version for name, version in versions.items()})
-    monkeypatch.syspath_prepend(tmp_path)
-    args = command("--lengths", "32", "--masks", "full", "--layouts", "zigzag", "--exchanges", "ring", "--simulated", "2")
-    for peers_too, more in ((True, []), (False, ["--no-peers"])):
-        results = tmp_path / f"rows-{peers_too}.jsonl"
-        with no_other_library():
-            assert main([*args, *more, "--results", str(results)]) == 0
-        (head, *_) = capsys.readouterr().out.splitlines()
-        for name, version in versions.items():
-            assert [row.get(name) for row in read(results)] == [version if peers_too else None] * len(read(results))
-            assert (f", {name} {version}, " in head) == peers_too
-
-
 @pytest.mark.parametrize("broken", ["push_to_the_next_rank", "pull_a_row_too_late"])
 def test_nothing_is_timed_where_an_exchange_is_wrong(broken, tmp_path, capsys):
     results, plot = tmp_path / "rows.jsonl", tmp_path / "plot.png"
@@ -183,6 +167,18 @@ def test_nothing_is_timed_where_an_exchange_is_wrong(broken, tmp_path, capsys):
     assert rows["gather"]["why_not"] == "not timed: ring attention is wrong, see the other rows"
     assert "pull (zigzag): wrong: " in capsys.readouterr().out
     assert not plot.exists()
+
+
+def test_what_is_found_is_told_at_once(capsys):
+    bench = small_bench(exchanges=("pull",), layouts=("zigzag",))
+    entry = bench.entry(bench.rings[0], bench.cases[0])
+    assert capsys.readouterr().err.splitlines() == ["causal 64, pull (zigzag): right"]
+    bench.measured(entry)
+    forward, both = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"causal 64, pull \(zigzag\): forward [\d.]+ ms, \S+ TFLOP/s", forward)
+    assert re.fullmatch(r"causal 64, pull \(zigzag\): forward \+ backward [\d.]+ ms, \S+ TFLOP/s", both)
+    bench.measured(replace(entry, fault="wrong: dq"))
+    assert not capsys.readouterr().err, "it was told when it was found"
 
 
 def test_times_are_medians_and_operations_count_the_allowed_cells():
@@ -406,58 +402,3 @@ def _slowest(rank: int) -> None:
 
 def test_the_slowest_process_counts_in_every_run():
     run_processes(_slowest, 2)
-
-
-def _peers(rank: int, folder: str) -> None:
-    fake_peers.install()
-    args = command("--lengths", "64", "--masks", "causal", "documents", "window", "--layouts", "zigzag", "--exchanges", "ring")
-    assert main([*args, "--results", f"{folder}/rows.jsonl"]) == 0
-
-
-def test_peers_are_sharded_checked_and_timed_as_they_want_it(tmp_path):
-    run_processes(_peers, 2, str(tmp_path))
-    rows = [row for row in read(tmp_path / "rows.jsonl") if "-" in row["name"] or "yunchang" in row["name"]]
-    timed = {(row["name"], row["mask"]) for row in rows if row["ms"]}
-    by_name = "ring-flash-attn zigzag", "ring-flash-attn basic", "ring-flash-attn llama3"
-    others = "yunchang Ulysses", "yunchang Ulysses 2 x ring", "ring-attention-pytorch striped"
-    assert timed == {
-        *product((*by_name, *others), ("causal",)),
-        *product(by_name, ("documents",)),
-        ("ring-flash-attn llama3", "window"),
-    }
-    (wrong,) = (row for row in rows if row["name"] == "ring-flash-attn stripe" and row["mask"] == "causal")
-    assert wrong["why_not"].startswith("wrong: ") and wrong["ms"] is None
-
-
-def test_a_package_whose_init_fails_is_imported_without_it(tmp_path, monkeypatch):
-    package = tmp_path / "ring_flash_attn"
-    package.mkdir()
-    (package / "__init__.py").write_text("from transformers import gone_since_5_0")
-    (package / "zigzag_ring_flash_attn.py").write_text("from .utils import one\nzigzag_ring_flash_attn_func = one")
-    (package / "utils.py").write_text("one = 1")
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        peer = RingFlashAttn("zigzag", "zigzag", LocalTransport(2))
-        assert peer.load("zigzag_ring_flash_attn").zigzag_ring_flash_attn_func == 1
-    finally:
-        _forget("ring_flash_attn")
-
-
-def test_a_package_that_ends_the_process_without_triton_nightly_is_told_tritons_version(tmp_path, monkeypatch):
-    pytest.importorskip("triton")
-    package = tmp_path / "ring_attention_pytorch"
-    package.mkdir()
-    check = "from importlib.metadata import version\ntry:\n    version('triton-nightly')\nexcept Exception:\n    exit()\n"
-    (package / "__init__.py").write_text("")
-    (package / "triton_flash_attn.py").write_text(check)
-    (package / "ring_flash_attention_cuda.py").write_text("ring_flash_attn_cuda = len")
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        assert RingAttentionPytorch("striped", "striped", LocalTransport(2)).load() is len
-    finally:
-        _forget("ring_attention_pytorch")
-
-
-def _forget(package: str) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        del sys.modules[name]

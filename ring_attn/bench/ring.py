@@ -87,7 +87,8 @@ class RingBenchOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a table; 1 where ring attention is wrong, and then nothing was timed; 2 where the options break a rule."""
+    """Prints a table, and what is in it to stderr as it is found; 1 where ring attention is wrong, and then nothing was timed; 2
+    where the options break a rule."""
     import tyro
 
     options = tyro.cli(RingBenchOptions, args=list(argv), prog="ring-attn bench ring")
@@ -183,7 +184,9 @@ class Bench:
             return Entry(contender, case, refusal)
         if isinstance(contender, OnRing):
             contender = contender.settled(case)
-        return Entry(contender, case, fault=self.gate.fault(contender, case.name))
+        entry = Entry(contender, case, fault=self.gate.fault(contender, case.name))
+        self.tell(self.row(entry, why_not=entry.fault or "right"))
+        return entry
 
     def not_timed(self, entries: Sequence[Entry]) -> Iterator[RingRow]:
         """Rows without numbers, one a contender."""
@@ -211,10 +214,19 @@ class Bench:
         if why_not is None:
             try:
                 speeds = self.speeds(entry.contender, entry.case)
-                return [self.row(entry, direction, *speed) for direction, speed in zip(DIRECTIONS, speeds, strict=True)]
+                rows = [self.row(entry, direction, *speed) for direction, speed in zip(DIRECTIONS, speeds, strict=True)]
+                for row in rows:
+                    self.tell(row)
+                return rows
             except FAILURES as error:
                 why_not = f"it fails at this length: {type(error).__name__}: {error}"
         return [self.row(entry, why_not=why_not)]
+
+    def tell(self, row: RingRow) -> None:
+        """What is known before the table is, so that a run that is cut off has not been for nothing."""
+        if self.everyone.leads:
+            found = row.why_not or f"{row.direction} {row.ms:.2f} ms, {row.tflops:.3g} TFLOP/s"
+            print(f"{row.mask} {row.length:,}, {row.label}: {found}", file=sys.stderr, flush=True)
 
     def row(self, entry: Entry, direction: str = "", *speed: float | None, why_not: str | None = None) -> RingRow:
         contender, case = entry.contender, entry.case
