@@ -26,9 +26,9 @@ from ring_attn.kernels import Problem
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.partial import accumulator_dtype
+from ring_attn.plan import Plan
 from ring_attn.score import Score, Scores, Sinks, sort_scores
 from ring_attn.settled import Settled
-from ring_attn.tiles import Plan
 
 if TYPE_CHECKING:
     from ring_attn.ring import Ring

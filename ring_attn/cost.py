@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ring_attn.exchange import EXCHANGES, Exchange, TwoLevelExchange, for_backward, get_exchange, make_plan
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
-from ring_attn.tiles import Plan
+from ring_attn.plan import Plan
 
 logger = logging.getLogger("ring_attn")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ring_attn.layout import Shard
-from ring_attn.tiles import Plan, Tile
+from ring_attn.plan import Plan
+from ring_attn.tiles import Tile
 
 _SAMPLES = 512
 

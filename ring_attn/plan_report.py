@@ -12,7 +12,8 @@ from ring_attn.cost import MACHINES, Estimate, Link, Question, Work, asked, esti
 from ring_attn.exchange import EXCHANGE_NAMES, EXCHANGES, get_exchange, make_plan
 from ring_attn.layout import LAYOUTS, Layout
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
-from ring_attn.tiles import Plan, Tile
+from ring_attn.plan import Plan
+from ring_attn.tiles import Tile
 
 MASKS = {"causal": Causal, "full": Full}
 

@@ -9,7 +9,7 @@ import torch
 
 from ring_attn.exchange import Exchange, PullExchange
 from ring_attn.kernels import Kernel, Problem, resolve
-from ring_attn.tiles import Plan
+from ring_attn.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import groupby, islice
 from typing import NamedTuple
 
@@ -113,46 +113,6 @@ def within(tile: Tile, rows: range, columns: range) -> Tile | None:
         _positions(_pieces(shard), range(part.start - whole.start, part.stop - whole.start)) for shard, whole, part in sides
     )
     return replace(found, positions=positions, predicates=tile.predicates)
-
-
-Meets = tuple[tuple[tuple[Part, ...], ...], ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The tiles of every visit of a tour. `meets[step][rank]` lists the KV rows that the rank sees at that step, in order."""
-
-    layout: Layout
-    kv_layout: Layout
-    mask: Mask
-    meets: Meets
-
-    def __getitem__(self, rank_step: tuple[int, int]) -> tuple[Tile, ...]:
-        cached = self._cache.get(rank_step)
-        if cached is None:
-            rank, step = rank_step
-            kv_shards = [part_positions(self.kv_layout, part) for part in self.meets[step][rank]]
-            cached = self._cache[rank_step] = tiles(self.layout.shard(rank), kv_shards, self.mask)
-        return cached
-
-    @cached_property
-    def steps(self) -> tuple[int, ...]:
-        """The steps that some rank needs, the same on every rank. Step 0 always stands: it meets the own shard."""
-        ranks = range(self.layout.ring_size)
-        return tuple(s for s in range(len(self.meets)) if s == 0 or any(self[rank, s] for rank in ranks))
-
-    @property
-    def begins_at_home(self) -> bool:
-        """Whether the first visits need no rows of others."""
-        return all(part.rank == rank for rank, parts in enumerate(self.meets[0]) for part in parts)
-
-    def cells(self, rank: int, step: int, batch: int = 1) -> int:
-        """Allowed cells of a rank's visit, for one head, over `batch` rows."""
-        return sum(tile.cells * (batch if tile.batch is None else 1) for tile in self[rank, step])
-
-    @cached_property
-    def _cache(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
-        return {}
 
 
 def part_positions(layout: Layout, part: Part) -> Shard:

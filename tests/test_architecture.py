@@ -17,7 +17,7 @@ LEVELS = [
     {"mask"},
     {"by_document"},
     {"tiles"},
-    {"parts"},
+    {"parts", "plan"},
     {"score"},
     {"score_mod"},
     {"partial"},
@@ -45,7 +45,7 @@ LEVELS = [
     {"__init__", "__main__"},
 ]
 RANK = {name: level for level, names in enumerate(LEVELS) for name in names}
-STDLIB_ONLY = ("layout", "mask", "by_document", "tiles", "parts")
+STDLIB_ONLY = ("layout", "mask", "by_document", "tiles", "parts", "plan")
 MAY_NAME_DISTRIBUTED = ("comm", "ring", "train")
 
 

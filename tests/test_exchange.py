@@ -11,7 +11,7 @@ from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
 from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull
 from ring_attn.exchange import ring as ring_exchange
-from ring_attn.exchange.base import HowHome, PackedSum, own_rows
+from ring_attn.exchange.base import HowHome, PackedSum
 from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
 from ring_attn.parts import needed
@@ -173,7 +173,7 @@ def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, 
     seen, add = [], pull._PullHomeward.add
 
     def noted(way, visit):
-        own = own_rows(way.plan, visit.step) is not None
+        own = visit.step in way.plan.own_rows
         add(way, visit)
         seen.append("own" if own else "visit")
 

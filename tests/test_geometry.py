@@ -9,7 +9,8 @@ import pytest
 from ring_attn.layout import LAYOUTS, Contiguous, Part, Striped, Zigzag
 from ring_attn.mask import Causal, Documents, Full, KeyPadding, Window
 from ring_attn.parts import needed
-from ring_attn.tiles import Band, Plan, count_cells, kv_rows_met, part_positions, tiles
+from ring_attn.plan import Plan
+from ring_attn.tiles import Band, count_cells, kv_rows_met, part_positions, tiles
 
 TWO_SECONDS = 2.0
 

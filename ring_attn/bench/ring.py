@@ -87,8 +87,9 @@ class RingBenchOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints a table, and what is in it to stderr as it is found; 1 where ring attention is wrong, and then nothing was timed; 2
-    where the options break a rule."""
+    """Prints a table, and to stderr what is in it as it is found; 1 where ring attention is wrong, and then nothing was timed;
+    2 where the options break a rule.
+    """
     import tyro
 
     options = tyro.cli(RingBenchOptions, args=list(argv), prog="ring-attn bench ring")

@@ -17,9 +17,9 @@ from ring_attn.comm.transport import Transport
 from ring_attn.exchange.base import KV, Exchange, Homeward, HowHome, Visit
 from ring_attn.layout import Layout
 from ring_attn.mask import Mask
+from ring_attn.plan import Meets, Plan
 from ring_attn.ring import Ring
 from ring_attn.settled import Settled
-from ring_attn.tiles import Meets, Plan
 
 
 class Bar(NamedTuple):

@@ -21,7 +21,7 @@ from ring_attn.exchange.two_level import TwoLevelExchange
 from ring_attn.exchange.two_way import TwoWayExchange
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
-from ring_attn.tiles import Plan
+from ring_attn.plan import Plan
 
 HALVES_FROM = 64 << 20  # bytes, from where on a way home takes longer than what more calls of a kernel do
 

@@ -18,7 +18,7 @@ from ring_attn.comm.transport import Pending, Pieces, Transport
 from ring_attn.kernels.sums import RowsOfSum, Sum, lay_beside
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
-from ring_attn.tiles import Meets, Plan
+from ring_attn.plan import Meets, Plan
 
 KV = tuple[Tensor, Tensor]
 
@@ -113,15 +113,6 @@ def own_visits(ring_size: int, length: int, halved: bool) -> list[tuple[tuple[Pa
     return [tuple((Part(rank, half),) for rank in range(ring_size)) for half in rows]
 
 
-def own_rows(plan: Plan, step: int) -> slice | None:
-    """The rows of the own shard that a step meets, the same on every rank; None where it meets others'."""
-    for rank, parts in enumerate(plan.meets[step]):
-        if parts:
-            own = all(part.rank == rank for part in parts)
-            return slice(parts[0].rows.start, parts[-1].rows.stop) if own else None
-    return None
-
-
 def of_own(kv: list[KV], rows: slice) -> list[KV]:
     """Those rows of the own shard."""
     return kv if rows == slice(0, kv[0][0].shape[1]) else [(k[:, rows], v[:, rows]) for k, v in kv]
@@ -211,11 +202,11 @@ class OwnApart(PackedHomeward):
 
     def meets_traffic(self, plan: Plan) -> bool:
         # A single visit of others has its KV before anything leaves.
-        return sum(own_rows(plan, step) is None for step in plan.steps) > 1
+        return len(plan.steps_away) > 1
 
     def sums(self, visit: Visit) -> list[RowsOfSum]:
         self.own = self.own or self.aimed(self.of_shards(visit))
-        rows = own_rows(self.plan, visit.step)
+        rows = self.plan.own_rows.get(visit.step)
         return super().sums(visit) if rows is None else [RowsOfSum(one.sum, range(rows.start, rows.stop)) for one in self.own]
 
 

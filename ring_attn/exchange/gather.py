@@ -12,7 +12,7 @@ from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, Visit
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.parts import evenly, in_position_order, span
-from ring_attn.tiles import Meets, Plan
+from ring_attn.plan import Meets, Plan
 
 
 class GatherExchange:

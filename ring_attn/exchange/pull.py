@@ -28,7 +28,6 @@ from ring_attn.exchange.base import (
     Widths,
     no_kv,
     of_own,
-    own_rows,
     own_visits,
     pack,
     visits,
@@ -37,7 +36,7 @@ from ring_attn.kernels.sums import Sum
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.parts import in_visits, needed, steps_for
-from ring_attn.tiles import Meets, Plan
+from ring_attn.plan import Meets, Plan
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,16 @@ class PullExchange:
     def _tour(self, steps: Sequence[int], transport: Transport, kv: list[KV], plan: Plan, what: str) -> Iterator[Visit]:
         widths = Widths.of(kv[0])
         # In one piece where it is put up again and again.
-        once = sum(own_rows(plan, step) is None for step in plan.steps) == 1
+        once = len(plan.steps_away) == 1
         shards = cache(lambda: [Beside.of(pair) if once else Beside((pack(pair),)) for pair in kv])
 
         def pull(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
-            if own_rows(plan, step) is not None:
+            if step in plan.own_rows:
                 return no_kv()
             return transport.pull(shards(), plan.meets[step], what=f"{what}, KV for step {step}")
 
         def read(step: int, came: list[Tensor]) -> list[KV]:
-            rows = own_rows(plan, step)
+            rows = plan.own_rows.get(step)
             if rows is None:
                 return list(map(widths.unpack, came))
             return of_own(kv, rows)

@@ -18,13 +18,12 @@ from ring_attn.exchange.base import (
     at_hand,
     no_kv,
     of_own,
-    own_rows,
     own_visits,
     visits,
 )
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
-from ring_attn.tiles import Meets, Plan
+from ring_attn.plan import Meets, Plan
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RingExchange:
         return tuple((Part((rank - step) % size, everything),) for rank in range(size))
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
-        widths, away = Widths.of(kv[0]), steps_away(plan)
+        widths, away = Widths.of(kv[0]), plan.steps_away
 
         def onward(step: int, came: list[Tensor]) -> Pending[list[Tensor]]:
             if step not in away:
@@ -62,7 +61,7 @@ class RingExchange:
             return self.pass_on(transport, came, plan, before, step, what=f"{what}, KV for step {step}")
 
         def read(step: int, came: list[Tensor]) -> list[KV]:
-            rows = own_rows(plan, step)
+            rows = plan.own_rows.get(step)
             return list(map(widths.unpack, came)) if rows is None else of_own(kv, rows)
 
         return visits(at_hand(kv, plan), plan.steps, onward, read)
@@ -77,11 +76,6 @@ class RingExchange:
         return _RingHomeward(transport, plan, how, self)
 
 
-def steps_away(plan: Plan) -> list[int]:
-    """The steps that meet what came from other ranks."""
-    return [step for step in plan.steps if own_rows(plan, step) is None]
-
-
 class _RingHomeward(OwnApart):
     """dK and dV follow the KV they belong to, one visit behind, and go home from the last step in one shift.
 
@@ -90,7 +84,7 @@ class _RingHomeward(OwnApart):
 
     def __init__(self, transport: Transport, plan: Plan, how: HowHome, exchange: RingExchange) -> None:
         super().__init__(transport, plan, how)
-        self.exchange, self.away = exchange, steps_away(plan)
+        self.exchange, self.away = exchange, plan.steps_away
 
     def add(self, visit: Visit) -> None:
         if visit.step not in self.away:

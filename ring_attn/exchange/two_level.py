@@ -19,7 +19,7 @@ from ring_attn.kernels.sums import Sum
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
 from ring_attn.parts import needed
-from ring_attn.tiles import Meets, Plan
+from ring_attn.plan import Meets, Plan
 
 
 @dataclass(frozen=True)

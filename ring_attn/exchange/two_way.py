@@ -20,7 +20,7 @@ from torch import Tensor
 from ring_attn.comm.transport import Pending, Pieces, Transport
 from ring_attn.exchange.ring import RingExchange
 from ring_attn.layout import Layout, Part, places
-from ring_attn.tiles import Plan
+from ring_attn.plan import Plan
 
 
 @dataclass(frozen=True)
