@@ -61,9 +61,8 @@ _PLAIN = frozenset((int, bool, float, str, type(None)))
 
 
 def _told_by(x: Any) -> Any:
-    if isinstance(x, Rows):
-        ptr, *strides = x
-        return ptr.dtype, ptr.data_ptr() % 16 == 0, *strides
+    if type(x) is Rows:
+        return x[0].dtype, x[0].data_ptr() % 16 == 0, x[1:]
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if isinstance(x, tuple):
