@@ -253,7 +253,7 @@ def by_head() -> AbstractContextManager:
 
 @contextmanager
 def way_home_hidden(by_heads: bool) -> Iterator[None]:
-    """Inside, a backward by pull or in a ring meets its own shard in halves; `by_heads`: any goes KV head by KV head, where it
+    """Inside, any backward but one by gather meets its own shard in halves; `by_heads`: it goes KV head by KV head, where it
     may, while a forward by pull meets others' KV for one half of the heads after the other.
     """
     parts = by_head() if by_heads else patch.object(call, "_SUMS", 1 << 60)

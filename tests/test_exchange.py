@@ -1,6 +1,7 @@
 """What an exchange moves and holds: position order, only the rows that a mask needs, and no more at a time than kv_memory."""
 
 from collections import Counter
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import ring_attn as ra
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
-from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull
+from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull, two_level
 from ring_attn.exchange import ring as ring_exchange
 from ring_attn.exchange.base import HowHome, PackedSum
 from ring_attn.layout import LAYOUTS, Part, Zigzag, total_rows
@@ -187,15 +188,18 @@ def test_gradients_are_on_their_way_while_others_are_worked_out(by_heads, rows, 
     assert ring.transport.pieces == {1 if rows else 2}, "what is put up again and again is packed once"
 
 
-@pytest.mark.parametrize("name", ["ring", "two-way"])
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_a_backward_in_a_ring_ends_with_the_own_shard(size, name):
+@pytest.mark.parametrize("name", ["ring", "two-way", "two-level"])
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, 1), (3, 1), (4, 2), (6, 2)])
+def test_a_backward_in_a_ring_ends_with_the_own_shard(size, ranks_per_node, name):
     """While it is met, what the last visit of others gathered goes home; as many shifts as ever, all but that one beside KV."""
-    moved, add = set(), ring_exchange._RingHomeward.add
+    homeward, nodes, last, operation = ring_exchange._RingHomeward, {}, size, "pull" if name == "two-way" else "shift"
+    if name == "two-level":
+        homeward, nodes, last = two_level._TwoLevelHomeward, {"ranks_per_node": ranks_per_node}, size // ranks_per_node * 2
+    moved, add = set(), homeward.add
     for case in (case for case in cases() if case.exchange == "ring"):
         with way_home_hidden(by_heads=False):
-            ring, seen = ra.Ring.simulated(size, case.layout, exchange=name, hostile=True), []
-            post = getattr(ring.transport, "shift" if name == "ring" else "pull")
+            ring, seen = ra.Ring.simulated(size, case.layout, exchange=name, hostile=True, **nodes), []
+            post = getattr(ring.transport, operation)
 
             def noted(*x, seen=seen, post=post, what, **options):
                 kind = "home" if "home" in what else "on" if "dK" in what else "KV"
@@ -203,13 +207,13 @@ def test_a_backward_in_a_ring_ends_with_the_own_shard(size, name):
                 seen.append(f"{kind} asked")
                 return Pending(pending.received, lambda: seen.append(f"{kind} waited") or (pending.wait() and None), what)
 
-            setattr(ring.transport, "shift" if name == "ring" else "pull", noted)
+            setattr(ring.transport, operation, noted)
             visited = lambda way, visit, seen=seen: add(way, visit) or seen.append(f"visit {visit.step}")  # noqa: E731
-            with patch.object(ring_exchange._RingHomeward, "add", visited):
+            with patch.object(homeward, "add", visited):
                 check(case, ring)
         if "home asked" in seen:
             asked, others, own, waited = seen[-4:]
-            assert (asked, own, waited) == ("home asked", f"visit {size}", "home waited") and others.startswith("visit "), seen
+            assert (asked, own, waited) == ("home asked", f"visit {last}", "home waited") and others.startswith("visit "), seen
             moved.add(case.mask)
     assert "full" in moved
 
@@ -294,8 +298,14 @@ def test_too_little_memory_is_named():
 
 
 @pytest.mark.parametrize(("ring_size", "ranks_per_node"), [(4, 2), (6, 2), (6, 3), (3, 1), (3, 3)])
-def test_two_levels(ring_size, ranks_per_node):
+@pytest.mark.parametrize("halved", [False, True])
+def test_two_levels(ring_size, ranks_per_node, halved):
     """The matrix, where what travels between nodes is as much as a ring of nodes moves, and pulls stay inside a node."""
+    with way_home_hidden(by_heads=False) if halved else nullcontext():
+        _two_levels(ring_size, ranks_per_node)
+
+
+def _two_levels(ring_size, ranks_per_node):
     for case in cases():
         if case.exchange == "ring":
             choice = {"exchange": "two-level", "ranks_per_node": ranks_per_node, "kernel": case.kernel}

@@ -39,7 +39,7 @@ def get_exchange(name: str, ranks_per_node: int | None) -> Exchange:
 
 def for_backward(exchange: Exchange, plan: Plan, row_home: int) -> Exchange:
     """The exchange of the backward of a forward by that plan; dK and dV of a KV row take `row_home` bytes on their way home."""
-    if not isinstance(exchange, PullExchange | RingExchange):
+    if isinstance(exchange, GatherExchange):
         return exchange
     most = max((total_rows(parts) for step in plan.steps[1:] for parts in plan.meets[step]), default=0)
     return replace(exchange, halved=most * row_home >= HALVES_FROM)

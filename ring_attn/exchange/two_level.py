@@ -14,7 +14,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from ring_attn.comm.transport import Parts, Pending, Pieces, Transport
-from ring_attn.exchange.base import KV, Homeward, HowHome, PackedHomeward, PackedSum, Visit, Widths, at_hand
+from ring_attn.exchange.base import KV, Homeward, HowHome, OwnApart, PackedSum, Visit, Widths, at_hand, of_own, own_visits
 from ring_attn.kernels.sums import Sum
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
@@ -26,10 +26,13 @@ from ring_attn.plan import Meets, Plan
 class TwoLevelExchange:
     """A ring between nodes of `ranks_per_node` neighbouring ranks, and pulls inside them; see Note [two levels].
 
-    Steps 2 m and 2 m + 1 are level m: the shard that the rank holds, then those that its node's other ranks hold.
+    Steps 2 m and 2 m + 1 are level m: the shard that the rank holds, then those that its node's other ranks hold. `halved`: the
+    own shard is met in halves, as a backward may, of which the last has a step behind all levels; see Note [way home] of
+    `ring_attn.exchange.base`.
     """
 
     ranks_per_node: int
+    halved: bool = False
     name = "two-level"
 
     def meets(self, layout: Layout, kv_layout: Layout, mask: Mask, max_rows: int | None) -> Meets:
@@ -42,10 +45,11 @@ class TwoLevelExchange:
                 f"kv_memory is enough for {max_rows}; exchange='pull' and 'gather' take less at a time"
             )
         wanted = [needed(layout, kv_layout, mask, rank) for rank in range(size)]
+        first, *rest = own_visits(size, len(everything), self.halved)
         steps = []
         for level in range(size // self.ranks_per_node):
             held = [(rank - level * self.ranks_per_node) % size for rank in range(size)]
-            steps.append(tuple((Part(source, everything),) for source in held))
+            steps.append(tuple((Part(source, everything),) for source in held) if level else first)
             node = [source // self.ranks_per_node for source in held]
             steps.append(
                 tuple(
@@ -53,11 +57,11 @@ class TwoLevelExchange:
                     for rank, parts in enumerate(wanted)
                 )
             )
-        return tuple(steps)
+        return (*steps, *rest)
 
     def tour(self, transport: Transport, kv: list[KV], plan: Plan, *, what: str) -> Iterator[Visit]:
-        unpack, steps = Widths.of(kv[0]).unpack, plan.steps
-        levels = sorted({step // 2 for step in steps})
+        unpack, steps, own = Widths.of(kv[0]).unpack, plan.steps, plan.own_rows
+        levels = sorted({step // 2 for step in (0, *plan.steps_away)})
         held = at_hand(kv, plan).received
         arriving: Pending[list[Tensor]] | None = None
         for level, following in zip(levels, [*levels[1:], None], strict=True):
@@ -73,9 +77,11 @@ class TwoLevelExchange:
                 away = (following - level) * self.ranks_per_node
                 arriving = transport.shift(held, away, what=f"{what}, KV of {following} nodes back")
             if 2 * level in steps:
-                yield Visit(2 * level, list(map(unpack, held)) if level else kv, 2 * level == steps[-1])
+                yield Visit(2 * level, list(map(unpack, held)) if level else of_own(kv, own[0]), 2 * level == steps[-1])
             if inside in steps:
                 yield Visit(inside, list(map(unpack, pulled.wait())), inside == steps[-1])
+        if steps[-1] > 0 and steps[-1] in own:
+            yield Visit(steps[-1], of_own(kv, own[steps[-1]]), True)
 
     def holders(self, plan: Plan, step: int) -> Parts:
         """The parts of a step inside a node, by the ranks that hold them then."""
@@ -92,50 +98,56 @@ def _held(parts: Parts, away: int) -> Parts:
     return tuple(map(tuple, held))
 
 
-class _TwoLevelHomeward(PackedHomeward):
+class _TwoLevelHomeward(OwnApart):
     """dK and dV are pushed to the rank that holds the shard, and follow it from node to node, one level behind."""
 
     def __init__(self, transport: Transport, plan: Plan, how: HowHome, exchange: TwoLevelExchange) -> None:
         super().__init__(transport, plan, how)
         self.exchange, self.level = exchange, 0
-        self.held: list[PackedSum] | None = None
+        self.held: list[PackedSum] = []
         self.pushed: Pending | None = None
         self.travelling: Pending[list[Tensor]] | None = None
 
     def add(self, visit: Visit) -> None:
+        if not self.of_visit:
+            return
         level, inside = divmod(visit.step, 2)
         if level != self.level:
             self._leave_for(level)
-        if not inside:
+        if inside:
+            self.held = self.held or (self.of_shards(visit) if level else self.own)
+            what, parts = f"two-level backward, dK and dV of step {visit.step}", self.exchange.holders(self.plan, visit.step)
+            self.pushed = self.transport.push(self.of_visit, parts, self.held, what=what)
+        else:
             self.held = self.of_visit
-            return
-        what = f"two-level backward, dK and dV of step {visit.step}"
-        if self.held is None:
-            self.held = self.of_shards(visit)
-        parts = self.exchange.holders(self.plan, visit.step)
-        self.pushed = self.transport.push(self.of_visit, parts, self.held, what=what)
         self.of_visit = []
+        if level and visit.step == self.plan.steps_away[-1]:
+            self._leave_for(0)
 
     def collect(self) -> list[Sum]:
-        self._leave_for(0)
+        self._close()
         self._arrive(self.own)
         return super().collect()
 
     def _leave_for(self, level: int) -> None:
-        """Closes a level: what its shards gathered goes on to another, 0 being home."""
-        if self.pushed is not None:
-            self.pushed.wait()
-        if self.level == 0:
-            self.own = self.held
-        else:
+        """What the shards of this level gathered goes on to another, 0 being home; at level 0 they are home."""
+        self._close()
+        if self.level > 0:
             self._arrive(self.held)
             away = (level - self.level) * self.exchange.ranks_per_node
-            sent, where = [one.packed() for one in self.held], f"from {self.level} nodes away to {level}"
-            self.travelling = self.transport.shift(sent, away, what=f"two-level backward, dK and dV {where}")
-        self.held, self.pushed, self.level = None, None, level
+            what = f"two-level backward, dK and dV {'on' if level else 'home'} from {self.level} nodes away"
+            self.travelling = self.transport.shift([one.packed() for one in self.held], away, what=what)
+        self.held, self.level = [], level
+
+    def _close(self) -> None:
+        """Nothing more is pushed to what this level's ranks hold."""
+        if self.pushed is not None:
+            self.pushed.wait()
+            self.pushed = None
 
     def _arrive(self, to: list[PackedSum]) -> None:
         """Adds what came of the level before."""
         if self.travelling is not None:
             self.pending = [(range(self.plan.kv_layout.shard_len), self.travelling)]
             self.add_arrived(to)
+            self.travelling = None

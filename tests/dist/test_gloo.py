@@ -60,8 +60,9 @@ def test_two_ways(num_processes: int, ranks_per_process: int):
 def _own_last(rank: int, ranks_per_process: int) -> None:
     with way_home_hidden(by_heads=False):
         for case in cases():
-            for exchange in ("ring", "two-way") if case.exchange == "ring" else ():
-                options = {"kernel": case.kernel, "ranks_per_process": ranks_per_process}
+            for exchange in ("ring", "two-way", "two-level") if case.exchange == "ring" else ():
+                options = {"ranks_per_node": 2} if exchange == "two-level" else {}
+                options |= {"kernel": case.kernel, "ranks_per_process": ranks_per_process}
                 check(case, ra.Ring.from_group(None, case.layout, exchange=exchange, **options))
 
 
