@@ -29,9 +29,10 @@ from torch.autograd.forward_ad import unpack_dual
 from ring_attn.by_document import LayoutChoice
 from ring_attn.call import Call, called, given_to, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
+from ring_attn.inputs import check_input
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.sums import Grads, Sum
-from ring_attn.mask import Causal, Mask
+from ring_attn.mask import Causal, Mask, parts_of
 from ring_attn.overlap import PartOfBackward, overlapping, to_its_end
 from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.scaling import scaled
@@ -67,7 +68,8 @@ def ring_attention(
     positions. `softmax_scale`, a number, defaults to d ** -0.5. With `return_lse`, also lse [b, h, s] (natural log; fp32,
     float64 for float64 inputs), differentiable. A row that sees no key has output 0, lse -inf and zero gradients. Every process
     of the ring must make the same calls in the same order. Under torch.compile, make masks and scores outside the compiled
-    function. Until the backward, a score with tensors that learn takes the memory of one more output in 16 bits, Note [rest].
+    function; inside masks may be joined. Until the backward, a score with tensors that learn takes the memory of one more
+    output in 16 bits, Note [rest].
 
     `kv_layout`: for cross-attention, the layout by which k and v [b, skv, g, ...] are sharded, `ring.shard(k, layout=...)`;
     only where it is named may they come from a sequence of another length than the queries'.
@@ -84,14 +86,17 @@ def ring_attention(
     cosine, modifiers, sinks = sort_scores(score)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     try:
+        if cosine is not None:
+            # Norms are of heads, which must be there.
+            check_input("q", q)
+            check_input("k", k)
         q, k, scale = scaled(q, k, cosine, softmax_scale)
     except ValueError as refusal:
         if not torch.compiler.is_compiling():
-            # A rank that left here alone would keep the others waiting.
-            ring.agree(Call.make(ring, mask, score, math.nan, kv_layout).signature(q, k, v, tensors), q.device, refusal)
+            Call.make(ring, mask, score, math.nan, kv_layout).refuse(refusal, q, k, v, tensors)
         raise
     if torch.compiler.is_compiling():
-        name = name_kept(scale, *map(given_to, (ring, mask, kv_layout, *listed(score))))
+        name = name_kept(scale, len(parts_of(mask)), *map(given_to, (ring, kv_layout, *parts_of(mask), *listed(score))))
     else:
         if any(unpack_dual(x).tangent is not None for x in (q, k, v, *tensors)):
             raise NotImplementedError("ring_attention has no forward-mode derivative (jvp); take its gradients by backward")

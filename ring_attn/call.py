@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import cast, py_object
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import count
+from operator import and_
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -172,6 +173,10 @@ class Call:
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
         return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), choices, of_scores)
 
+    def refuse(self, refusal: ValueError, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Raises it, also on the other ranks, which would wait for one that left alone."""
+        self.ring.agree(self.signature(q, k, v, tensors), q.device, refusal)
+
     def key(self, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> tuple:
         """All of a call on this ring that decides what it comes to, see Settled; quicker to make than a signature."""
         of_scores = tuple([(x.shape, x.dtype, x.device) for x in tensors])
@@ -281,15 +286,15 @@ def named(call: Call) -> tuple[str, Call]:
     return name, call
 
 
-def name_kept(scale: float, *given: Ring | Mask | Score | LayoutChoice | int | None) -> str:
-    """The name of a call that a compiled graph may use at any later time: of its ring, mask, kv_layout and scores, as
-    `given_to` makes them. Runs while compiling, which takes no list.
+def name_kept(scale: float, masks: int, *given: Ring | Mask | Score | LayoutChoice | int | None) -> str:
+    """The name of a call that a compiled graph may use at any later time: of its ring, kv_layout, so many `masks` whose join is
+    its mask, and scores, as `given_to` makes them. Runs while compiling, which takes no list.
     """
-    ring, mask, kv_layout, *scores = map(_found, given)
+    ring, kv_layout, *rest = map(_found, given)
     _refuse_made_inside(ring, ["transport"])
-    for one in (mask, kv_layout, *scores):
+    for one in (kv_layout, *rest):
         _refuse_made_inside(one, [field.name for field in fields(one)] if is_dataclass(one) else [])
-    name, call = named(Call.make(ring, mask, scores, scale, kv_layout))
+    name, call = named(Call.make(ring, reduce(and_, rest[:masks]), rest[masks:], scale, kv_layout))
     _kept.append(call)
     return name
 

@@ -7,6 +7,7 @@ all-gather and merge there, in rank order and so to the same bits (tree attentio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ from torch import Tensor
 from ring_attn.attention import as_given, unit_stride
 from ring_attn.cache import KVCache, refuse_gradients
 from ring_attn.call import Call
-from ring_attn.inputs import check_inputs
+from ring_attn.inputs import check_input, check_inputs
 from ring_attn.kernels import Problem, resolve
 from ring_attn.mask import Causal, Mask
 from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to, to_merge_into
@@ -58,7 +59,13 @@ def tree_decode(
     cosine, modifiers, sinks = sort_scores(score)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     whole = cache.whole()
-    shards = [(*scaled(q, shard.k, cosine, softmax_scale), shard) for shard in cache.shards]
+    try:
+        if cosine is not None:
+            check_input("q", q, merged="")
+        shards = [(*scaled(q, shard.k, cosine, softmax_scale), shard) for shard in cache.shards]
+    except ValueError as refusal:
+        Call.make(ring, mask, score, math.nan).refuse(refusal, q, *whole, tensors)
+        raise
     refuse_gradients("tree_decode", *tensors, *(query for query, *_ in shards))
     call = Call.make(ring, mask, score, shards[0][2])
     _validate(q, *whole, tensors, call, cache)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MERGED = " or [batch, rows, head_dim]"
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, merged: str = " or [batch, rows, head_dim]") -> None:
+
+def check_input(name: str, x: Tensor, *, merged: str = MERGED) -> None:
+    """Raises ValueError for a shape or dtype that no attention takes. `merged`: what else callers take, in words."""
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [batch, rows, heads, head_dim]{merged}, got {tuple(x.shape)}")
+    if min(x.shape) < 1:
+        raise ValueError(f"every dimension of {name} must be at least 1, got {tuple(x.shape)}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}; cast it first")
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, merged: str = MERGED) -> None:
     """Raises ValueError for shapes, dtypes or devices that no attention takes. `merged`: what else callers take, in words."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [batch, rows, heads, head_dim]{merged}, got {tuple(x.shape)}")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}; cast it first")
+        check_input(name, x, merged=merged)
     if len({x.dtype for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
     if len({x.device for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
-    (b, s, h, d), (_, skv, g, _) = q.shape, k.shape
+    (b, _, h, d), (_, skv, g, _) = q.shape, k.shape
     if k.shape[0] != b or v.shape[:2] != (b, skv):
         raise ValueError(
             f"q, k and v must have the same batch, and k and v the same rows, got {tuple(q.shape)}, {tuple(k.shape)}, "
@@ -27,8 +36,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, merged: str = " or [batch, 
         raise ValueError(
             f"k must share q's head_dim and v must share k's heads, got k {tuple(k.shape)}, q head_dim {d}, v {tuple(v.shape)}"
         )
-    if min(b, s, skv, h, g, d, v.shape[3]) < 1:
-        raise ValueError(f"every dimension must be at least 1, got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if h % g:
         raise ValueError(f"num_heads {h} must be a multiple of num_kv_heads {g}: query head i reads KV head i // (h // g)")
 

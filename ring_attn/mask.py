@@ -68,10 +68,11 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return All((*_parts(self), *_parts(other)))
+        return All((*parts_of(self), *parts_of(other)))
 
 
-def _parts(mask: Mask) -> tuple[Mask, ...]:
+def parts_of(mask: Mask) -> tuple[Mask, ...]:
+    """The masks that were joined to make this one, or itself."""
     return mask.masks if isinstance(mask, All) else (mask,)
 
 

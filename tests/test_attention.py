@@ -131,6 +131,17 @@ def test_compiles_in_one_graph(by_id, monkeypatch):
         assert rel_error(got, want) < FLOAT64_LIMIT
 
 
+@pytest.mark.parametrize("by_id", [call._BY_ID, True])
+def test_masks_may_be_joined_inside_of_a_compiled_function(by_id, monkeypatch):
+    monkeypatch.setattr(call, "_BY_ID", by_id)
+    ring, causal, windows, score = ra.Ring.simulated(2, "zigzag"), ra.Causal(), ra.Window(5) & ra.Window(3), ra.SoftCap(2.0)
+
+    def function(q, k, v):
+        return ra.ring_attention(q, k, v, ring=ring, mask=causal & windows, score=score)
+
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="eager")(*qkv()), function(*qkv()))
+
+
 def test_a_mask_s_function_is_asked_first_in_a_compiled_call():
     ring, mask = ra.Ring.simulated(2, "zigzag"), ra.Causal() & ra.MaskMod(lambda b, h, q, k: q - k < 3)
     function = lambda q, k, v: ra.ring_attention(q, k, v, ring=ring, mask=mask)  # noqa: E731
@@ -143,8 +154,8 @@ def test_a_mask_s_function_is_asked_first_in_a_compiled_call():
 @pytest.mark.parametrize("by_id", [False, True])
 def test_a_number_that_is_given_for_a_layout_is_no_address(by_id, monkeypatch):
     monkeypatch.setattr(call, "_BY_ID", by_id)
-    given = map(call.given_to, (ra.Ring.simulated(2), ra.Causal(), 4096))
-    assert list(map(call._found, given))[2] == 4096
+    given = map(call.given_to, (ra.Ring.simulated(2), 4096, ra.Causal()))
+    assert list(map(call._found, given))[1] == 4096
 
 
 def test_another_mask_is_compiled_anew(monkeypatch):
@@ -298,7 +309,11 @@ def broken(**change):
             {"q": lambda q: q.long(), "k": lambda k: k.long(), "v": lambda v: v.long()},
             r"q must have dtype float16, bfloat16, float32 or float64, got torch.int64",
         ),
-        ({"q": lambda x: x[:, :0], "k": lambda x: x[:, :0], "v": lambda x: x[:, :0]}, r"every dimension must be at least 1"),
+        (
+            {"q": lambda x: x[:, :0], "k": lambda x: x[:, :0], "v": lambda x: x[:, :0]},
+            r"every dimension of q must be at least 1",
+        ),
+        ({"v": lambda v: v[..., :0]}, r"every dimension of v must be at least 1, got \(1, 8, 2, 0\)"),
         (
             {"q": lambda x: x[:, :6], "k": lambda x: x[:, :6], "v": lambda x: x[:, :6]},
             r"seq_len 6 must be a multiple of 2 \* ring_size = 4",
@@ -319,6 +334,24 @@ def test_bad_input_is_named(change, message):
     q, k, v, options = broken(**change)
     with pytest.raises(ValueError, match=message):
         ra.ring_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": lambda q: q[0, 0]}, r"q must be \[batch, rows, heads, head_dim\] or \[batch, rows, head_dim\], got \(4, 4\)"),
+        ({"k": lambda k: k.unsqueeze(0)}, r"k must be \[batch, rows, heads, head_dim\] or .*, got \(1, 1, 8, 2, 4\)"),
+        (
+            {"q": lambda x: x[..., :0], "k": lambda x: x[..., :0]},
+            r"every dimension of q must be at least 1, got \(1, 8, 4, 0\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("scale", [2.0, torch.ones(4)])
+def test_bad_input_is_named_before_norms_are_taken_of_it(scale, change, message):
+    q, k, v, options = broken(**change)
+    with pytest.raises(ValueError, match=message):
+        ra.ring_attention(q, k, v, **options, score=ra.CosineSim(scale))
 
 
 def test_types_and_unbuilt_combinations_are_refused():

@@ -289,15 +289,16 @@ def small(ring, t=8, **options):
         (lambda q: q.repeat(2, 1, 1, 1), r"same batch.*got \(2, 8, 4, 6\), \(1, 8, 2, 6\)"),
         (lambda q: q[:, :, :3], r"num_heads 3 must be a multiple of num_kv_heads 2"),
         (lambda q: q[..., :4], r"k must share q's head_dim"),
-        (lambda q: q[:, :0], r"every dimension must be at least 1"),
+        (lambda q: q[:, :0], r"every dimension of q must be at least 1"),
         (lambda q: q.repeat(1, 2, 1, 1), r"q has 16 rows, but the cache 8 positions; append their keys"),
     ],
 )
 def test_queries_that_do_not_fit_are_named(change, message):
     ring = ra.Ring.simulated(2)
     q, _, _, cache = small(ring)
-    with pytest.raises(ValueError, match=message):
-        ra.tree_decode(change(q), cache, ring=ring)
+    for score in (None, ra.CosineSim(2.0)):
+        with pytest.raises(ValueError, match=message):
+            ra.tree_decode(change(q), cache, ring=ring, score=score)
 
 
 def test_calls_that_do_not_fit_are_named():

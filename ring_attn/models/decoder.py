@@ -13,6 +13,7 @@ from ring_attn.cache import KVCache
 from ring_attn.mask import Causal, Mask, Window
 from ring_attn.module import RingSelfAttention
 from ring_attn.ring import Ring
+from ring_attn.typed import whole
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class DecoderConfig:
         rope_theta: Base of the rotary embedding.
         norm_eps: Added inside the RMS norms.
         window: How many positions before its own a token sees; default all.
-        full_every: Every so many blocks there is one without a window; default none.
+        full_every: Every so many blocks, 2 to num_layers, there is one without a window; default none.
         tie_head: Read logits with the embedding's weights.
         checkpoint_blocks: Keep only each block's input for the backward and run the block again there.
     """
@@ -53,10 +54,15 @@ class DecoderConfig:
         sizes = "dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "vocab_size", "window", "full_every"
         for name in sizes:
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and whole(f"model.{name}", value) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {value}")
         if self.full_every is not None and self.window is None:
             raise ValueError("model.full_every says which blocks have no model.window, and there is none")
+        if self.full_every is not None and not 2 <= self.full_every <= self.num_layers:
+            raise ValueError(
+                f"model.full_every {self.full_every} of {self.num_layers} blocks leaves none with a window or none without; "
+                f"take 2 to model.num_layers, or leave model.window or model.full_every out"
+            )
 
     def window_of(self, block: int) -> Window | None:
         """What holds in that block, counted from 0, beside the mask of a call."""

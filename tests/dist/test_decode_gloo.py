@@ -81,6 +81,8 @@ def _unequal(rank: int) -> None:
     for options in ({"mask": ra.Window(3 + rank)}, {"score": ra.SoftCap(1.0 + rank)}, {"softmax_scale": 0.5 + rank}):
         with pytest.raises(ValueError, match="every rank must call with the same shapes"):
             ra.tree_decode(last, cache, ring=ring, **options)
+    with pytest.raises(ValueError, match="every rank must call with the same shapes"):
+        ra.tree_decode(last[0] if rank else last, cache, ring=ring, score=ra.CosineSim(2.0))
     # The rank that cannot do it says so to the other.
     said = [r"ranks \[1\] cannot make this call", "kernel 'aten' cannot do this forward"][rank]
     with patch.object(ring, "kernel", ["reference", "aten"][rank]), pytest.raises(ValueError, match=said):

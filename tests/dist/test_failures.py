@@ -13,8 +13,8 @@ from tests.dist.harness import run_processes
 from tests.support import random_qkv
 
 
-def _call(ring, rows=8, mask=None, seed=0, **options):
-    q, k, v, _ = random_qkv(1, rows, rows, 2, 1, 4, seed=seed)
+def _call(ring, rows=8, mask=None, seed=0, head_dim=4, **options):
+    q, k, v, _ = random_qkv(1, rows, rows, 2, 1, head_dim, 4, seed=seed)
     return ra.ring_attention(q, k, v, ring=ring, mask=mask or ra.Causal(), **options)
 
 
@@ -74,6 +74,8 @@ def _one_rank_alone_breaks_a_rule(rank):
         _call(contiguous, score=ra.CosineSim(scale, groups=2 if alone else 1))
     with differ:
         _call(contiguous, score=ra.CosineSim(scale, groups=3 if alone else 1))
+    with differ:
+        _call(contiguous, head_dim=0 if alone else 4, score=ra.CosineSim(scale))
     with differ:
         _call(contiguous, score=ra.Alibi(scale.double() if alone else scale))
     ring = ra.Ring.from_group(None, "contiguous", kernel="cudnn" if alone else "reference")
