@@ -79,7 +79,7 @@ def ring_attention(
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
-    if not hasattr(ring, "settled"):
+    if not hasattr(ring, "transport"):
         raise TypeError(f"ring must be a Ring, on one device Ring.simulated(1, 'contiguous'), got {type(ring).__name__}")
     merged = q.dim() == 3
     q, k, v = (x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v))

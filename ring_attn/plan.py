@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from ring_attn.layout import Layout, Part
 from ring_attn.mask import Mask
@@ -25,8 +25,12 @@ class Plan:
         cached = self._cache.get(rank_step)
         if cached is None:
             rank, step = rank_step
-            kv_shards = [part_positions(self.kv_layout, part) for part in self.meets[step][rank]]
-            cached = self._cache[rank_step] = tiles(self.layout.shard(rank), kv_shards, self.mask)
+            parts = self.meets[step][rank]
+            cached = self._made.get((rank, parts))
+            if cached is None:
+                kv_shards = [part_positions(self.kv_layout, part) for part in parts]
+                cached = self._made[rank, parts] = tiles(self.layout.shard(rank), kv_shards, self.mask)
+            self._cache[rank_step] = cached
         return cached
 
     @cached_property
@@ -62,3 +66,13 @@ class Plan:
     @cached_property
     def _cache(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
         return {}
+
+    @cached_property
+    def _made(self) -> dict[tuple[int, tuple[Part, ...]], tuple[Tile, ...]]:
+        return _made_for(self.layout, self.kv_layout, self.mask)
+
+
+@lru_cache(maxsize=128)
+def _made_for(layout: Layout, kv_layout: Layout, mask: Mask) -> dict[tuple[int, tuple[Part, ...]], tuple[Tile, ...]]:
+    """The tiles of a rank's visits, by the rows that it meets: those of a forward and of its backward are mostly alike."""
+    return {}

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from unittest.mock import patch
 
-from ring_attn import attention, exchange, mask, tiles
+from ring_attn import attention, exchange, mask, plan, tiles
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending, Pieces
 from ring_attn.exchange import base, gather
 from ring_attn.kernels import Upstream, reference
 from tests.matrix import Case, cases, check, simulated
+from tests.support import forget_plans
 
 
 def skip_a_visit(direction: str) -> AbstractContextManager:
@@ -186,7 +187,7 @@ def trim_one_row_too_many() -> AbstractContextManager:
 
 def local_positions() -> AbstractContextManager:
     """Every shard as if it started at position 0."""
-    return patch.object(tiles.Plan, "__getitem__", _local_plan)
+    return patch.object(plan.Plan, "__getitem__", _local_plan)
 
 
 def _local_plan(self, rank_step):
@@ -223,7 +224,7 @@ def red_cases(
     sabotage: Callable[[], AbstractContextManager] | None, ring_size: int = 3, among: Sequence[Case] = ()
 ) -> Iterator[Case]:
     """The cases of the matrix, or of `among`, whose check fails under a sabotage; only a wrong number counts, not a crash."""
-    exchange.make_plan.cache_clear()
+    forget_plans()
     try:
         with sabotage() if sabotage else nullcontext():
             for case in among or cases():
@@ -232,7 +233,7 @@ def red_cases(
                 except AssertionError:
                     yield case
     finally:
-        exchange.make_plan.cache_clear()
+        forget_plans()
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ring_attn import call, exchange
+from ring_attn import call, exchange, plan
 from ring_attn.kernels import Kernel, Upstream
 from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.layout import Contiguous
@@ -258,8 +258,10 @@ def way_home_hidden(by_heads: bool) -> Iterator[None]:
     """
     parts = by_head() if by_heads else patch.object(call, "_SUMS", 1 << 60)
     with patch.object(exchange, "HALVES_FROM", 0), parts, patch.object(call, "_WAIT", -math.inf if by_heads else math.inf):
-        exchange.make_plan.cache_clear()
-        try:
-            yield
-        finally:
-            exchange.make_plan.cache_clear()
+        yield
+
+
+def forget_plans() -> None:
+    """What is planned next is planned anew."""
+    exchange.make_plan.cache_clear()
+    plan._made_for.cache_clear()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import ring_attn as ra
@@ -165,6 +166,17 @@ def test_another_mask_is_compiled_anew(monkeypatch):
     q, k, v = qkv()
     for mask in (ra.Causal() & ra.Window(n) for n in (1, 3, 5)):
         assert torch.equal(compiled(mask, q, k, v), ra.ring_attention(q, k, v, ring=ring, mask=mask))
+
+
+def test_what_a_ring_has_met_compiles_nothing_anew():
+    """Calls of other shapes in between, whose plans the ring keeps; of lengths, the second makes a graph that takes all."""
+    ring, counter = ra.Ring.simulated(2, "zigzag"), CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda q, k, v: ra.ring_attention(q, k, v, ring=ring), backend=counter)
+    for length in (8, 12, 16, 20, 8):
+        inputs = qkv(length)
+        assert torch.equal(compiled(*inputs), ra.ring_attention(*inputs, ring=ring))
+        ra.ring_attention(*qkv(length + 16), ring=ring)
+    assert counter.frame_count == 2
 
 
 MADE_INSIDE = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ring_attn as ra
+from ring_attn import plan as plans
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.transport import Pending
 from ring_attn.exchange import EXCHANGES, for_backward, get_exchange, make_plan, pull, two_level
@@ -19,7 +20,7 @@ from ring_attn.parts import needed
 from ring_attn.tiles import part_positions, tiles
 from tests.matrix import Case, cases, check
 from tests.scores import Sizes, errors
-from tests.support import FLOAT64_LIMIT, random_qkv, way_home_hidden
+from tests.support import FLOAT64_LIMIT, forget_plans, random_qkv, way_home_hidden
 
 
 def held(plan, rank, step):
@@ -216,6 +217,17 @@ def test_a_backward_in_a_ring_ends_with_the_own_shard(size, ranks_per_node, name
             assert (asked, own, waited) == ("home asked", f"visit {last}", "home waited") and others.startswith("visit "), seen
             moved.add(case.mask)
     assert "full" in moved
+
+
+@pytest.mark.parametrize("name", ["ring", "two-way", "two-level", "pull"])
+def test_of_a_backward_that_ends_with_the_own_shard_that_alone_is_planned_anew(name):
+    nodes = {"ranks_per_node": 2} if name == "two-level" else {}
+    ring, made = ra.Ring.simulated(4, "zigzag", exchange=name, **nodes), []
+    noted = lambda q, kv, mask: made.append((q, *kv)) or tiles(q, kv, mask)  # noqa: E731
+    forget_plans()
+    with way_home_hidden(by_heads=False), patch.object(plans, "tiles", noted):
+        check(Case("zigzag", name, "full"), ring)
+    assert made and len(set(made)) == len(made)
 
 
 def test_parts_whose_first_visit_waits_for_others_go_one_by_one():
