@@ -128,10 +128,9 @@ class _WithTensor(Score):
         if not isinstance(self.tensor, Tensor | None):
             raise TypeError(f"{self!r} takes a tensor, got {type(self.tensor).__name__}")
         if self.tensor is not None and not self.tensor.is_floating_point():
-            raise TypeError(
-                f"{self!r} takes a tensor of floating dtype, got {self.tensor.dtype}; which cells are seen is said by a mask, "
-                f"such as MaskMod(lambda b, h, q, k: table[q, k])"
-            )
+            by_mask = "which cells are seen is said by a mask, such as MaskMod(lambda b, h, q, k: table[q, k])"
+            way_out = by_mask if self.tensor.dtype == torch.bool else "cast it with .float()"
+            raise TypeError(f"{self!r} takes a tensor of floating dtype, got {self.tensor.dtype}; {way_out}")
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
@@ -251,8 +250,8 @@ class CosineSim(Score):
     kind = "cosine"
 
     def __post_init__(self) -> None:
-        learns = isinstance(self.scale, Tensor) and self.scale.is_floating_point()
-        if not (learns or isinstance(self.scale, Real)):
+        is_tensor = isinstance(self.scale, Tensor) and self.scale.is_floating_point()
+        if not is_tensor and (isinstance(self.scale, bool) or not isinstance(self.scale, Real)):
             got = self.scale.dtype if isinstance(self.scale, Tensor) else type(self.scale).__name__
             raise TypeError(f"CosineSim scale must be a number or a tensor of floating dtype, got {got}")
         object.__setattr__(self, "groups", whole("CosineSim groups", self.groups))

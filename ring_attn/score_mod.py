@@ -7,7 +7,7 @@ they enter the custom op as inputs of their own, and put back, see Note [tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import CellType, FunctionType, MethodType
 
@@ -87,16 +87,22 @@ class ScoreMod(Score):
         # On scalars, a captured float64 table makes a float64 score.
         return modified.to(scores.dtype)
 
-    @contextmanager
-    def _in_words(self) -> Iterator[None]:
-        """What the function raises says as well what it should be."""
-        try:
-            yield
-        except Exception as error:
-            error.add_note(
-                f"{self!r} must be a function (score, b, h, q_pos, kv_pos) -> score of tensors, without `if` about them"
-            )
-            raise
+    def _in_words(self) -> AbstractContextManager:
+        arguments = "(score, b, h, q_pos, kv_pos) -> score of tensors"
+        return in_words(f"{self!r} must be a function {arguments}, without `if` about them")
+
+
+@contextmanager
+def in_words(rule: str) -> Iterator[None]:
+    """What a user's function raises inside names the rule as well, where it takes other arguments or asks for a tensor's
+    truth. That memory runs out is not its fault.
+    """
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError):
+            error.add_note(rule)
+        raise
 
 
 @contextmanager
@@ -121,17 +127,12 @@ def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
 
 def allowed_cells(mask: MaskMod, batch: Tensor, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
     """Which cells a mask's function allows, bool [b, h, i, j], of batch rows [b], heads [h] and positions [i] and [j]."""
-    try:
+    arguments = "(b, h, q_pos, kv_pos) -> bool of integer tensors"
+    with in_words(f"{mask!r} must be a function {arguments}, without `if`, `and`, `or` or `not` about them"):
         allowed = over_cells(mask.fn)(batch, heads + mask.first_head, q_pos, kv_pos)
         if allowed.dtype.is_floating_point or allowed.dtype.is_complex:
             raise TypeError(f"{mask!r} returned {allowed.dtype}; compare, as in x > 0, or change scores by a ScoreMod")
         return allowed.bool()
-    except Exception as error:
-        error.add_note(
-            f"{mask!r} must be a function (b, h, q_pos, kv_pos) -> bool of integer tensors, without `if`, `and`, `or` or `not` "
-            f"about them"
-        )
-        raise
 
 
 def global_positions(shard: tuple[range, ...], rows: range, device: torch.device) -> Tensor:

@@ -10,12 +10,14 @@ from functools import reduce
 from itertools import pairwise
 from math import lcm
 from operator import and_
+from unittest.mock import patch
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 import ring_attn as ra
+from ring_attn import exchange as exchanges
 from ring_attn.call import Call
 from ring_attn.kernels import KernelUnavailable, get_kernel
 from ring_attn.mask import Mask
@@ -102,6 +104,8 @@ def case(
     scale: float | None = None,
     lse_grad: bool = True,
     keep_kv: bool = False,
+    per_node: int | None = None,
+    own_last: bool = False,
     strided: bool = False,
     seed: int = 0,
 ) -> str:
@@ -114,11 +118,14 @@ def case(
     n = Sizes(b, t, h, g, d, dv, getattr(torch, dtype), seed, kv_len, kv_layout)
     memory = kv_rows and kv_rows * 2 * b * g * (d + dv) * n.dtype.itemsize
     options = {"exchange": exchange, "kernel": kernel, "ulysses": ulysses, "kv_memory": memory, "keep_kv": keep_kv}
+    options["ranks_per_node"] = per_node and per_node * ulysses
     simulated = ra.Ring.simulated(ring * ulysses, layout, **options, hostile=True)
     made, pieces = mask_of(mask), [SCORES[kind](*options)(n) for kind, *options in scores]
     reason = refusal(simulated, n, made, pieces, lse_grad)
     try:
-        found = compared(simulated, n, made, pieces, scale=scale, lse_grad=lse_grad, strided=strided)
+        # Where anything comes home, some of the own shard is met last.
+        with patch.object(exchanges, "HALVES_FROM", 1 if own_last else exchanges.HALVES_FROM):
+            found = compared(simulated, n, made, pieces, scale=scale, lse_grad=lse_grad, strided=strided)
     except KernelUnavailable as unavailable:
         if reason is None or reason not in str(unavailable):
             raise AssertionError(f"refused against its word ({unavailable}): {line}") from unavailable
@@ -255,7 +262,8 @@ def cases(draw) -> dict:
     g = draw(st.integers(1, 3).map(lambda g: g if ulysses % g == 0 else ulysses * g))
     d = draw(st.integers(1 if dtype == "float64" else 3, 9))
     scored = draw(scores(d, dtype) if draw(st.integers(0, 3)) else st.just(()))
-    exchange = draw(st.sampled_from(["ring", "gather", "pull", "two-way"]))
+    exchange = draw(st.sampled_from(["ring", "gather", "pull", "two-way", "two-level"]))
+    per_node = st.sampled_from([n for n in range(1, ring + 1) if ring % n == 0])
     in_parts = exchange in ("gather", "pull")
     rows = draw(st.none() | st.integers(2 * ring if exchange == "gather" else 1, 50)) if in_parts else None
     return {
@@ -265,6 +273,8 @@ def cases(draw) -> dict:
         "exchange": exchange,
         "kv_rows": rows,
         "keep_kv": exchange == "pull" and rows is None and draw(st.booleans()),
+        "per_node": draw(per_node) if exchange == "two-level" else None,
+        "own_last": exchange != "gather" and draw(st.booleans()),
         "kernel": draw(st.sampled_from(KERNELS)),
         "t": t,
         "b": b,

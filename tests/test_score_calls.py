@@ -337,6 +337,15 @@ def test_a_function_of_scores_that_raises_says_what_it_should_be():
         assert "must be a function (score, b, h, q_pos, kv_pos) -> score of tensors" in found.value.__notes__[0]
 
 
+def test_that_memory_runs_out_in_a_function_is_not_its_fault():
+    def greedy(score, b, h, q_pos, kv_pos):
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as found:
+        ra.ring_attention(*inputs(), ring=ra.Ring.simulated(2), score=ra.ScoreMod(greedy))
+    assert not hasattr(found.value, "__notes__")
+
+
 def test_integers_of_another_library_are_whole_numbers():
     assert ra.Dropout(0.1, np.uint64(2**64 - 1)) == ra.Dropout(0.1, 2**64 - 1)
     assert ra.CosineSim(1.0, torch.tensor(2)).groups == 2

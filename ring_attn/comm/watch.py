@@ -80,12 +80,12 @@ class Watch:
         """Watches `works`, which all belong to the transfer `what` of those on the roll. Not under CUDA graph capture, where
         nothing runs yet.
         """
-        with self._lock:
-            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            with self._lock:
                 self._posted.clear()
-                return
-            while self._posted and self._posted[0].work.is_completed():
-                self._posted.popleft()
+            return
+        self._oldest()
+        with self._lock:
             self._posted.extend(_Posted(work, what, time.monotonic(), roll) for work in works)
 
     def _look(self) -> None:
@@ -94,7 +94,7 @@ class Watch:
             if self._named is not None and _is_done(self._named):
                 _told(self._named.roll.strike, self.timeout_s / 10)
                 self._named = None
-            oldest = self._overdue()
+            oldest = self._oldest(self.timeout_s / 2)
             if oldest is None:
                 continue
             waited = time.monotonic() - oldest.at
@@ -109,16 +109,21 @@ class Watch:
                 self._end()
                 return
 
-    def _overdue(self) -> _Posted | None:
-        """The oldest transfer that is not done after half of the timeout. All before it are let go: a host asks for many in
-        little time, and may then ask for none that would.
+    def _oldest(self, age_s: float = 0.0) -> _Posted | None:
+        """The oldest transfer that is not done, where it is that old. All before it are let go: a host asks for many in little
+        time, and may then ask for none that would.
         """
-        with self._lock:
-            while self._posted and time.monotonic() - self._posted[0].at >= self.timeout_s / 2:
-                if not _is_done(self._posted[0]):
-                    return self._posted[0]
-                self._posted.popleft()
-        return None
+        while True:
+            with self._lock:
+                first = self._posted[0] if self._posted else None
+            if first is None or time.monotonic() - first.at < age_s:
+                return None
+            # A device may be slow to answer, and who posts must not wait for who looks.
+            if not _is_done(first):
+                return first
+            with self._lock:
+                if self._posted and self._posted[0] is first:
+                    self._posted.popleft()
 
 
 def _is_done(posted: _Posted) -> bool:

@@ -185,13 +185,6 @@ class PackedHomeward:
                 one.add(arrived, rows)
         self.pending = []
 
-    def aimed(self, own: list[PackedSum]) -> list[PackedSum]:
-        """Sums of own rows that are handed back as they are: where one visit makes them, it may write where they go."""
-        if len(self.plan.steps) == 1 and self.how.aim is not None:
-            for i, one in enumerate(own):
-                one.sum.aim = partial(self.how.aim, i)
-        return own
-
     def of_shards(self, visit: Visit) -> list[PackedSum]:
         """Sums of whole shards, to which nothing has been added."""
         return [PackedSum(pair, self.plan.kv_layout.shard_len, self.how) for pair in visit.kv]
@@ -205,9 +198,16 @@ class OwnApart(PackedHomeward):
         return len(plan.steps_away) > 1
 
     def sums(self, visit: Visit) -> list[RowsOfSum]:
-        self.own = self.own or self.aimed(self.of_shards(visit))
+        self.own = self.own or self._aimed(self.of_shards(visit))
         rows = self.plan.own_rows.get(visit.step)
         return super().sums(visit) if rows is None else [RowsOfSum(one.sum, range(rows.start, rows.stop)) for one in self.own]
+
+    def _aimed(self, own: list[PackedSum]) -> list[PackedSum]:
+        """Sums that are handed back as they are: where one visit makes them, it may write where they go."""
+        if len(self.plan.steps) == 1 and self.how.aim is not None:
+            for i, one in enumerate(own):
+                one.sum.aim = partial(self.how.aim, i)
+        return own
 
 
 class Widths(NamedTuple):

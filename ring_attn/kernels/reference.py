@@ -61,6 +61,10 @@ class ReferenceKernel:
         into: Grads,
     ) -> None:
         into = into.totals().zeroed()
+        if score is not None and score.steps:
+            # Gradients have their tensors' dtype: so none is rounded block by block.
+            tensors = zip(score.tensors(), into.score, strict=True)
+            score = score.with_tensors([x if total is None else x.to(total.dtype) for x, total in tensors])
         for block in self._blocks(q, k, v, tiles, scale, score):
             if block.has_cells:
                 block.backward(up, into)
@@ -161,9 +165,8 @@ class _Block:
                 tensors[n] = leaf
             return self._apply(self.score.with_tensors(tensors), raw)
 
-        # Not autograd, which does not record inside a custom op. Gradients have their tensors' dtype: none is rounded yet.
-        leaves = [tensors[n].to(into.score[n].dtype) for n in wanted]
-        _, pull_back = torch.func.vjp(modified, raw, *leaves)
+        # Not autograd, which does not record inside a custom op.
+        _, pull_back = torch.func.vjp(modified, raw, *(tensors[n] for n in wanted))
         ds, *grads = pull_back(ds)
         for n, grad in zip(wanted, grads, strict=True):
             into.score[n].add_(grad)
