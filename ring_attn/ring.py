@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,7 @@ class Ring:
         self.exchange = exchange
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
+        self.compares_every_call = os.environ.get("RING_ATTN_COMPARE_CALLS") == "1"
         self._agreed: dict[tuple, None] = {}
         # By `Call.key`, what calls of agreed signatures come to: none stays where a signature is forgotten.
         self.settled: dict[tuple, Settled] = {}
@@ -246,8 +248,8 @@ class Ring:
         return sharding.positions(self.layout(seq_len, layout), self.hosted, device)
 
     def has_agreed(self, signature: tuple) -> bool:
-        """Whether a call of this signature has been found good and alike on every rank."""
-        return signature in self._agreed
+        """Whether a call of this signature has been found good and alike on every rank, and need not be compared again."""
+        return signature in self._agreed and not self.compares_every_call
 
     def agree(self, signature: tuple, device: torch.device, refusal: ValueError | None = None) -> None:
         """Raises ValueError on every rank where ranks differ in what they are about to do, or some rank cannot do it.
@@ -267,9 +269,10 @@ class Ring:
                 refused, *columns = zip(*(row.tolist() for row in everyone), strict=True)
             if any(len(set(column)) > 1 for column in columns):
                 cannot = "" if refusal is None else f"; and this rank cannot make its call: {refusal}"
+                differences = _differences(columns, self._said(signature[3:], device))
                 raise ValueError(
                     "every rank must call with the same shapes, dtype, mask and scale, but ranks differ in "
-                    f"{'; and in '.join(_differences(columns, signature, self.hosted[0]))}{cannot}"
+                    f"{'; and in '.join(differences)}{cannot}"
                 ) from refusal
             if refusal is None and any(refused):
                 ranks = [rank for rank, cannot in enumerate(refused) if cannot]
@@ -281,6 +284,17 @@ class Ring:
         if len(self._agreed) > 256:
             del self._agreed[next(iter(self._agreed))]
             self.settled.clear()
+
+    def _said(self, parts: Sequence[object], device: torch.device) -> list[list[str]]:
+        """`[part][rank]`: each of these on every rank, in the words that their first _LETTERS have room for."""
+        words = b"".join(
+            textwrap.shorten(repr(part), _LETTERS, placeholder=" ...").encode()[:_LETTERS].ljust(_LETTERS) for part in parts
+        )
+        mine = torch.tensor(list(words), dtype=torch.uint8, device=device).view(len(parts), _LETTERS)
+        with unseen():
+            everyone = self.transport.all_gather([mine] * len(self.hosted), what="telling what differs").wait()
+            by_rank = [[bytes(row).decode(errors="replace").rstrip() for row in told.tolist()] for told in everyone]
+        return [list(of_part) for of_part in zip(*by_rank, strict=True)]
 
     def sum_over_processes(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """`x` summed over the processes of the ring, or of `group`, without gradient."""
@@ -325,14 +339,19 @@ _PARTS = ("dtype or device", "mask", "score", "scale", "layout, exchange and wir
 """Of a signature, behind the shapes."""
 
 
-def _differences(columns: list[tuple[int, ...]], signature: tuple, here: int) -> Iterator[str]:
-    """What of it differs among ranks, in words, where `columns` are what each rank made of its signature."""
+_LETTERS = 300
+
+
+def _differences(columns: list[tuple[int, ...]], said: Sequence[Sequence[str]]) -> Iterator[str]:
+    """What differs among ranks, in words. `columns`: what each rank made of its signature; `said`: its words for each part."""
     shapes, sums = columns[:12], columns[12:]
     if any(len(set(column)) > 1 for column in shapes):
         by_rank = {rank: (row[:4], row[4:8], row[8:]) for rank, row in enumerate(zip(*shapes, strict=True))}
-        yield f"q, k, v shapes, by rank: {by_rank}; shard with ring.shard, pad with ring_attn.pad_to"
-    for name, column, part in zip(_PARTS, sums, signature[3:], strict=True):
-        others = [rank for rank, found in enumerate(column) if found != column[here]]
-        if others:
-            value = textwrap.shorten(repr(part), 300, placeholder=" ...")
-            yield f"{name}, which on rank {here} is {value}, and something else on ranks {others}"
+        yield (
+            f"q, k, v shapes, by rank: {by_rank}; shard with ring.shard and pad with ring_attn.pad_to, and to decode take the "
+            f"same tokens on every process"
+        )
+    for name, column, of_part in zip(_PARTS, sums, said, strict=True):
+        if len(set(column)) > 1:
+            alike = {found: [rank for rank, other in enumerate(column) if other == found] for found in column}
+            yield f"{name}: " + ", ".join(f"{of_part[ranks[0]]} on ranks {ranks}" for ranks in alike.values())

@@ -238,12 +238,12 @@ class ProcessGroupTransport:
     def _global(self, rank: int) -> int:
         return self._processes[rank // self.ranks_per_process]
 
-    def _guarded(self, post: Callable, what: str):
+    def _guarded(self, post: Callable, what: str, hint: str = ""):
         """`post()`, with a failure named; backends raise RuntimeError or its subclass DistBackendError."""
         try:
             return post()
         except RuntimeError as error:
-            raise RuntimeError(f"{self._who(what)} failed: {error}") from error
+            raise RuntimeError(f"{self._who(what)} failed: {error}{hint}") from error
 
     def _who(self, what: str) -> str:
         return f"rank {list(self.hosted)} of {self.ring_size}{self.among}: {what}"
@@ -254,12 +254,17 @@ class ProcessGroupTransport:
 
         def finish(_sent=keep) -> None:  # sent buffers live until the transfer is done
             for work in works:
-                self._guarded(work.wait, what)
+                self._guarded(work.wait, what, _ELSEWHERE)
             if after is not None:
                 after()
 
         return Pending(received, finish, what)
 
+
+_ELSEWHERE = (
+    "; another rank died, raised (see its error), or made another call: only the first of a kind is compared among ranks, with "
+    "RING_ATTN_COMPARE_CALLS=1 every one"
+)
 
 _living: WeakSet[ProcessGroupTransport] = WeakSet()
 
