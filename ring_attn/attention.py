@@ -32,7 +32,7 @@ from ring_attn.exchange.base import HowHome
 from ring_attn.inputs import check_input
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.sums import Grads, Sum
-from ring_attn.mask import Causal, Mask, parts_of
+from ring_attn.mask import Causal, Mask, check_mask, parts_of
 from ring_attn.overlap import PartOfBackward, overlapping, to_its_end
 from ring_attn.partial import accumulator_dtype, only_sinks
 from ring_attn.scaling import scaled
@@ -77,8 +77,7 @@ def ring_attention(
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, KernelUnavailable (a ValueError) where a kernel
     asked for by name cannot do it, RuntimeError where a transfer failed, NotImplementedError under forward-mode AD.
     """
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
+    check_mask(mask)
     if not hasattr(ring, "transport"):
         raise TypeError(f"ring must be a Ring, on one device Ring.simulated(1, 'contiguous'), got {type(ring).__name__}")
     merged = q.dim() == 3

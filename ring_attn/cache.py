@@ -35,6 +35,14 @@ class KVCache:
         self.shards = [CacheShard(-(-capacity // ring.size)) for _ in ring.hosted]
         self.agreed: set[tuple] = set()  # what tree_decode has found alike on every rank
 
+    def check_ring(self, ring: Ring) -> None:
+        """Raises ValueError unless it was made for this ring."""
+        if self.ring is not ring:
+            raise ValueError(
+                f"the cache was made for another Ring object than this {ring}, for {self.ring}; make it of the ring that "
+                f"decodes: of a layer its `ring` (a `with_layout` of it is another one)"
+            )
+
     def __len__(self) -> int:
         return self.seq_len
 

@@ -20,7 +20,7 @@ from ring_attn.cache import KVCache, refuse_gradients
 from ring_attn.call import Call
 from ring_attn.inputs import check_input, check_inputs
 from ring_attn.kernels import Problem, resolve
-from ring_attn.mask import Causal, Mask
+from ring_attn.mask import Causal, Mask, check_mask
 from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to, to_merge_into
 from ring_attn.ring import Ring
 from ring_attn.scaling import scaled
@@ -49,13 +49,8 @@ def tree_decode(
 
     Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError where a gradient is asked for.
     """
-    if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {type(mask).__name__}")
-    if cache.ring is not ring:
-        raise ValueError(
-            f"the cache was made for another ring than this {ring}, for {cache.ring}; make it of the ring that decodes: of a "
-            f"layer its `ring` (a `with_layout` of it is another one)"
-        )
+    check_mask(mask)
+    cache.check_ring(ring)
     cosine, modifiers, sinks = sort_scores(score)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     whole = cache.whole()

@@ -71,6 +71,14 @@ class Mask:
         return All((*parts_of(self), *parts_of(other)))
 
 
+def check_mask(mask: object) -> None:
+    """Raises TypeError for what is none."""
+    if not isinstance(mask, Mask):
+        kind = isinstance(mask, type) and issubclass(mask, Mask)
+        got = f"the class {mask.__name__}: write {mask.__name__}(...)" if kind else type(mask).__name__
+        raise TypeError(f"mask must be a ring_attn mask such as Causal() & Window(1024), got {got}")
+
+
 def parts_of(mask: Mask) -> tuple[Mask, ...]:
     """The masks that were joined to make this one, or itself."""
     return mask.masks if isinstance(mask, All) else (mask,)

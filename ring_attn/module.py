@@ -87,6 +87,8 @@ class RingSelfAttention(nn.Module):
                 f"seq_len={seq_len} says how much goes into a cache, and there is none; mask padding by KeyPadding"
             )
         ring = self.ring if ring is None else ring
+        if cache is not None:
+            cache.check_ring(self.ring)
         if cache is not None and len(cache):
             raise ValueError(
                 f"the cache already holds {len(cache)} positions, which these {x.shape[1]} rows would not see; "

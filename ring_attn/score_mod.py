@@ -94,12 +94,12 @@ class ScoreMod(Score):
 
 @contextmanager
 def in_words(rule: str) -> Iterator[None]:
-    """What a user's function raises inside names the rule as well, where it takes other arguments or asks for a tensor's
-    truth. That memory runs out is not its fault.
+    """What a user's function raises inside names the rule as well, where it takes other arguments, returns something else or
+    asks for a tensor's truth. That memory runs out is not its fault.
     """
     try:
         yield
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, AttributeError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError):
             error.add_note(rule)
         raise

@@ -370,6 +370,8 @@ def test_types_and_unbuilt_combinations_are_refused():
     q, k, v, options = broken()
     with pytest.raises(TypeError, match="mask must be a ring_attn mask"):
         ra.ring_attention(q, k, v, **(options | {"mask": torch.ones(8, 8)}))
+    with pytest.raises(TypeError, match=r"got the class Causal: write Causal\(\.\.\.\)"):
+        ra.ring_attention(q, k, v, **(options | {"mask": ra.Causal}))
     with pytest.raises(TypeError, match="score must be a ring_attn score"):
         ra.ring_attention(q, k, v, **options, score=[object()])
     with pytest.raises(TypeError, match=r"ring must be a Ring, on one device Ring.simulated\(1, .contiguous.\), got NoneType"):

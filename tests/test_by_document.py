@@ -362,9 +362,8 @@ def test_decoding_goes_on_from_packed_documents(own):
             found.append(ringed.decode(x[:, n : n + 1], cache, mask=mask))
         want = plain(x, mask=ra.Causal() & ra.Documents([20, 3, 16]))
         assert rel_error(torch.cat(found, 1), want[:, 36:]) < FLOAT64_LIMIT
-        elsewhere = ra.KVCache(of_batch)
-        ringed(of_batch.shard(x[:, :36]), cache=elsewhere, ring=of_batch)
-        with pytest.raises(
-            ValueError, match=r"the cache was made for another ring than this Ring.*a `with_layout` of it is another one"
-        ):
-            ringed.decode(x[:, 36:37], elsewhere)
+        elsewhere = r"the cache was made for another Ring object than this Ring.*a `with_layout` of it is another one"
+        with pytest.raises(ValueError, match=elsewhere):
+            ringed(of_batch.shard(x[:, :36]), cache=ra.KVCache(of_batch), ring=of_batch)
+        with pytest.raises(ValueError, match=elsewhere):
+            ra.tree_decode(x[:, 36:37].unflatten(2, (4, 6)), ra.KVCache(of_batch), ring=ring)

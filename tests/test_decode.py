@@ -308,7 +308,7 @@ def test_calls_that_do_not_fit_are_named():
     with pytest.raises(TypeError, match=r"mask must be a ring_attn mask such as Causal\(\) & Window\(1024\), got str"):
         ra.tree_decode(q, cache, ring=ring, mask="causal")
     with pytest.raises(
-        ValueError, match=r"the cache was made for another ring than this Ring.*; make it of the ring that decodes"
+        ValueError, match=r"the cache was made for another Ring object than this Ring.*; make it of the ring that decodes"
     ):
         ra.tree_decode(q, cache, ring=ra.Ring.simulated(2))
     with pytest.raises(ValueError, match="the cache is empty; add the keys of the queries first"):

@@ -65,6 +65,8 @@ def test_a_padded_prompt_and_scores():
         assert rel_error(ringed.decode(x[:, start:stop], cache, score=score), want[:, start:stop]) < FLOAT64_LIMIT
     with pytest.raises(ValueError, match="seq_len=11 says how much goes into a cache, and there is none"):
         ringed(padded, seq_len=11)
+    with pytest.raises(ValueError, match="the cache was made for another Ring object than this"):
+        ringed(padded, cache=ra.KVCache(ra.Ring.simulated(3, "zigzag")))
 
 
 @pytest.mark.parametrize("filled", [0, 8])

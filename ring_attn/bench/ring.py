@@ -35,6 +35,7 @@ from ring_attn.layout import LAYOUTS
 from ring_attn.ring import Ring
 
 DIRECTIONS = {"forward": 1.0, "forward + backward": 3.5}
+LENGTHS = {"cuda": (8192, 32768, 131072), "cpu": (256,)}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RingBenchOptions:
     """Times ring attention beside its bound, one device and other libraries; under torchrun a ring of all its processes.
 
     Attributes:
-        lengths: Lengths of the whole sequence.
+        lengths: Lengths of the whole sequence; none for 8192, 32768 and 131072, on a CPU 256.
         layouts: Which positions each rank holds; by-document is for the documents mask alone, and made for its documents.
         exchanges: How ranks meet each other's KV: auto, or one by name.
         ulysses: How many ranks trade heads for rows, for each of these.
@@ -64,7 +65,7 @@ class RingBenchOptions:
         plot: A PNG file to draw TFLOP/s over length and a timeline of every exchange's visits to; empty for none.
     """
 
-    lengths: tuple[int, ...] = (8192, 32768, 131072)
+    lengths: tuple[int, ...] = ()
     layouts: tuple[str, ...] = (*LAYOUTS, ByDocument.name)
     exchanges: tuple[str, ...] = ("auto", *EXCHANGES)
     ulysses: tuple[int, ...] = (1,)
@@ -95,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(RingBenchOptions, args=list(argv), prog="ring-attn bench ring")
     try:
         device = device_of(options.device)
+        options = replace(options, lengths=options.lengths or LENGTHS[device.type])
         with process_group(device):
             make = Ring.from_group if is_distributed() else partial(Ring.simulated, options.simulated)
             return Bench(options, [make(ulysses=ranks).transport for ranks in (1, *options.ulysses)], device).run()
