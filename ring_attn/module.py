@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ring_attn.attention import ring_attention
 from ring_attn.cache import KVCache
+from ring_attn.call import called, given_to, name_kept
 from ring_attn.decode import tree_decode
 from ring_attn.mask import Causal, Mask
 from ring_attn.ring import Ring
@@ -94,7 +95,7 @@ class RingSelfAttention(nn.Module):
                 f"the cache already holds {len(cache)} positions, which these {x.shape[1]} rows would not see; "
                 f"go on with decode, or start with an empty cache"
             )
-        q, k, v = self._project(x, ring.positions(ring.seq_len(x.shape[1]), x.device))
+        q, k, v = self._project(x, row_positions(x, ring))
         out = ring_attention(q, k, v, ring=ring, mask=mask, score=score)
         if cache is not None:
             cache.extend(k, v, seq_len=seq_len, layout=ring.layout_choice)
@@ -133,6 +134,31 @@ class RingSelfAttention(nn.Module):
             return q, k, v
         cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def row_positions(x: Tensor, ring: Ring) -> Tensor:
+    """Global positions, int64 [s], of the rows of x [b, s, ...] that this process hosts."""
+    if not torch.compiler.is_compiling():
+        return _row_positions(x, ring)
+    # One node, in which no length is fixed: ranges and layouts would make a graph of each.
+    return _positions_op(x.detach(), name_kept(1.0, 1, *map(given_to, (ring, None, _ANY))))
+
+
+def _row_positions(x: Tensor, ring: Ring) -> Tensor:
+    return ring.positions(ring.seq_len(x.shape[1]), x.device)
+
+
+@torch.library.custom_op("ring_attn::positions", mutates_args=())
+def _positions_op(x: Tensor, call: str) -> Tensor:
+    return _row_positions(x, called(call).ring)
+
+
+@_positions_op.register_fake
+def _(x: Tensor, call: str) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.int64)
+
+
+_ANY = Causal()  # rings are known by calls on them, of whatever mask
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:

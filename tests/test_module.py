@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ring_attn as ra
 from ring_attn.module import rotary_angles, rotate
@@ -80,3 +81,21 @@ def test_an_input_that_is_none_is_named(shape):
     for attend in (layer, lambda x: layer.decode(x, ra.KVCache(layer.ring))):
         with torch.no_grad(), pytest.raises(ValueError, match=message):
             attend(torch.zeros(shape))
+
+
+def test_a_compiled_layer_takes_every_length():
+    """The second length makes a graph that takes all, and one by documents is as whole as any."""
+    torch._dynamo.reset()
+    ring, counter = ra.Ring.simulated(2, "zigzag", kernel="reference"), CompileCounterWithBackend("aot_eager")
+    _, layer = layers(ring)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for length in (8, 12, 16, 20, 8):
+        x = torch.randn(1, length, 24, dtype=torch.float64, requires_grad=True)
+        found, want = (torch.autograd.grad(run(x).sin().sum(), x)[0] for run in (compiled, layer))
+        assert rel_error(found, want) < FLOAT64_LIMIT
+    assert counter.frame_count == 2
+    lengths = [7, 0, 9]
+    of_batch, mask = ring.with_layout(ra.ByDocument(lengths)), ra.Causal() & ra.Documents(lengths)
+    compiled = torch.compile(lambda x: layer(x, mask=mask, ring=of_batch), backend="aot_eager", fullgraph=True)
+    x = torch.randn(1, 16, 24, dtype=torch.float64)
+    assert rel_error(compiled(x), layer(x, mask=mask, ring=of_batch)) < FLOAT64_LIMIT
