@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ring_attn import cli
+from ring_attn.bench import BENCHMARKS
 from ring_attn.by_document import ByDocument
 from ring_attn.exchange import EXCHANGES, make_plan
 from ring_attn.kernels import get_kernel
@@ -148,6 +149,9 @@ def test_plan_draws(capsys, tmp_path):
     assert f"drawn to {path}" in capsys.readouterr().out
     picture = matplotlib.image.imread(path)
     assert min(picture.shape[:2]) > 300
+    assert cli.main(["plan", "--seq-len", "1024", "--plot", str(tmp_path / "plan.foo")]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "ring-attn plan: Format 'foo' is not supported" in said.err
     assert picture.std() > 0.1
 
 
@@ -202,6 +206,9 @@ def test_the_command_line_helps_and_refuses(capsys):
     assert cli.main([]) == 2
     assert cli.main(["trian"]) == 2
     assert "'trian' is not one of the commands plan, train, " in capsys.readouterr().err
+    assert cli.main(["bench", "--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in BENCHMARKS)
     assert cli.main(["bench", "rings"]) == 2
     assert "'rings' is not one of the benchmarks kernels, ring, tune" in capsys.readouterr().err
     assert cli.main(["check", "--head-dim", "0"]) == 2
