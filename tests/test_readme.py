@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import ring_attn as ra
@@ -66,11 +67,24 @@ def test_packed_documents():
     torch.testing.assert_close(names["packed"].unshard(names["out"]), want)
 
 
+def test_a_model_of_hugging_face():
+    pytest.importorskip("transformers")
+    from tests.test_transformers import alone, model_of, tokens
+
+    model, ring = model_of("Llama"), ra.Ring.simulated(2)
+    wanted, _ = alone(model)
+    names = {"model": model, "ring": ring, "tokens": tokens()}
+    exec(examples()[5], names)
+    torch.testing.assert_close(ring.unshard(names["logits"]), wanted)
+    loss = torch.nn.functional.cross_entropy(wanted[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+    torch.testing.assert_close(names["loss"], loss)
+
+
 def test_graphed_callables(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda function, inputs: (function(*inputs), function)[1])
     ring, (q, k, v) = ra.Ring.simulated(2), torch.randn(3, 1, 8, 2, 4)
     names = {"torch": torch, "ra": ra, "ring": ring, "q": q, "k": k, "v": v}
-    exec(examples()[5], names)
+    exec(examples()[6], names)
     torch.testing.assert_close(names["out"], ra.ring_attention(q, k, v, ring=ring))
 
 
