@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property, reduce
 from itertools import count
 from operator import and_
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -25,7 +25,7 @@ from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchang
 from ring_attn.inputs import check_inputs, check_parts
 from ring_attn.kernels import Problem
 from ring_attn.layout import Layout, total_rows
-from ring_attn.mask import Mask
+from ring_attn.mask import Causal, Mask
 from ring_attn.partial import accumulator_dtype
 from ring_attn.plan import Plan
 from ring_attn.score import Score, Scores, Sinks, sort_scores
@@ -51,6 +51,7 @@ class Choices(NamedTuple):
     keep_kv: bool
     grad_dtype: torch.dtype | None
     link: str
+    compares_every_call: bool
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,12 @@ class Call:
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
         of_ring = r.layout_choice, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.keep_kv, r.grad_dtype
-        choices = Choices(*of_ring, r.transport.link)
+        choices = Choices(*of_ring, r.transport.link, r.compares_every_call)
         shapes = (tuple(x.shape) for x in (q, k, v))
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
         return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), choices, of_scores)
 
-    def refuse(self, refusal: ValueError, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> None:
+    def refuse(self, refusal: ValueError, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> NoReturn:
         """Raises it, also on the other ranks, which would wait for one that left alone."""
         self.ring.agree(self.signature(q, k, v, tensors), q.device, refusal)
 
@@ -299,6 +300,14 @@ def name_kept(scale: float, masks: int, *given: Ring | Mask | Score | LayoutChoi
     return name
 
 
+def name_of_ring(ring: Ring) -> str:
+    """A name under which a compiled graph finds the ring, that of a call on it."""
+    return name_kept(1.0, 1, *map(given_to, (ring, None, _SOME_MASK)))
+
+
+_SOME_MASK = Causal()
+
+
 def given_to(x: Any) -> Any:
     """x as a compiler hands it to `name_kept`: before PyTorch 2.13 by its `id`, which it takes as a number and guards."""
     return id(x) if _BY_ID and not isinstance(x, str | None) else x
@@ -334,7 +343,7 @@ name_kept._dynamo_marked_constant = part_names._dynamo_marked_constant = True
 def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> Settled:
     """What the call comes to. Raises unless it can be done and all ranks make the same one.
 
-    That is remembered, so it costs once a signature.
+    That is remembered, so it costs once a signature, unless the ring compares every call.
     """
     key = call.key(q, k, v, tensors)
     settled = call.ring.settled.get(key)

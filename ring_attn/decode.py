@@ -60,7 +60,6 @@ def tree_decode(
         shards = [(*scaled(q, shard.k, cosine, softmax_scale), shard) for shard in cache.shards]
     except ValueError as refusal:
         Call.make(ring, mask, score, math.nan).refuse(refusal, q, *whole, tensors)
-        raise
     refuse_gradients("tree_decode", *tensors, *(query for query, *_ in shards))
     call = Call.make(ring, mask, score, shards[0][2])
     _validate(q, *whole, tensors, call, cache)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ring_attn.attention import ring_attention
 from ring_attn.cache import KVCache
-from ring_attn.call import called, given_to, name_kept
+from ring_attn.call import called, name_of_ring
 from ring_attn.decode import tree_decode
 from ring_attn.mask import Causal, Mask
 from ring_attn.ring import Ring
@@ -141,7 +141,7 @@ def row_positions(x: Tensor, ring: Ring) -> Tensor:
     if not torch.compiler.is_compiling():
         return _row_positions(x, ring)
     # One node, in which no length is fixed: ranges and layouts would make a graph of each.
-    return _positions_op(x.detach(), name_kept(1.0, 1, *map(given_to, (ring, None, _ANY))))
+    return _positions_op(x.detach(), name_of_ring(ring))
 
 
 def _row_positions(x: Tensor, ring: Ring) -> Tensor:
@@ -156,9 +156,6 @@ def _positions_op(x: Tensor, call: str) -> Tensor:
 @_positions_op.register_fake
 def _(x: Tensor, call: str) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.int64)
-
-
-_ANY = Causal()  # rings are known by calls on them, of whatever mask
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:

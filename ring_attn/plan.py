@@ -41,7 +41,7 @@ class Plan:
 
     @cached_property
     def own_rows(self) -> dict[int, slice]:
-        """Of each of these steps that meets the own shard alone, which of its rows; the same on every rank."""
+        """Of each of `steps` that meets the own shard alone, which of its rows; the same on every rank."""
         found = {}
         for step in self.steps:
             rank, parts = next(((rank, parts) for rank, parts in enumerate(self.meets[step]) if parts), (0, ()))
@@ -51,13 +51,13 @@ class Plan:
 
     @cached_property
     def steps_away(self) -> tuple[int, ...]:
-        """Those that meet what comes from other ranks."""
+        """Those of `steps` that meet what comes from other ranks."""
         return tuple(step for step in self.steps if step not in self.own_rows)
 
     @property
     def begins_at_home(self) -> bool:
         """Whether the first visits need no rows of others."""
-        return all(part.rank == rank for rank, parts in enumerate(self.meets[0]) for part in parts)
+        return 0 in self.own_rows
 
     def cells(self, rank: int, step: int, batch: int = 1) -> int:
         """Allowed cells of a rank's visit, for one head, over `batch` rows."""
@@ -74,5 +74,7 @@ class Plan:
 
 @lru_cache(maxsize=128)
 def _made_for(layout: Layout, kv_layout: Layout, mask: Mask) -> dict[tuple[int, tuple[Part, ...]], tuple[Tile, ...]]:
-    """The tiles of a rank's visits, by the rows that it meets: those of a forward and of its backward are mostly alike."""
+    """The tiles of a rank's visits, by the rows that it meets: those of a forward and of its backward are mostly alike. As many
+    as there are plans, for each of which `kv_memory` or the exchange is another.
+    """
     return {}

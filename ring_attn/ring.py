@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from numbers import Integral
@@ -84,7 +83,7 @@ class Ring:
         self.exchange = exchange
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
-        self.compares_every_call = os.environ.get("RING_ATTN_COMPARE_CALLS") == "1"
+        self.compares_every_call = _compares_every_call()
         self._agreed: dict[tuple, None] = {}
         # By `Call.key`, what calls of agreed signatures come to: none stays where a signature is forgotten.
         self.settled: dict[tuple, Settled] = {}
@@ -255,10 +254,15 @@ class Ring:
         """Raises ValueError on every rank where ranks differ in what they are about to do, or some rank cannot do it.
 
         `signature`: three shapes, then anything with a telling repr. `refusal`: why this rank cannot, raised here once the
-        others know. One small all-gather, the first time a signature is seen; a ring in one process has nobody to ask. Every
-        rank forgets the oldest signatures at the same point.
+        others know. One small all-gather, the first time a signature is seen, or with RING_ATTN_COMPARE_CALLS=1 every time; a
+        ring in one process has nobody to ask. Every rank forgets the oldest signatures at the same point.
         """
         if len(self.hosted) < self.size:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "ranks compare their calls, which cannot be captured in a CUDA graph: make the same call once before, and "
+                    "without RING_ATTN_COMPARE_CALLS=1"
+                )
             sizes = [size for shape in signature[:3] for size in (*shape, 0, 0, 0, 0)[:4]]
             numbers = [refusal is not None, *sizes, *(zlib.crc32(_text(part)) for part in signature[3:])]
             with unseen():
@@ -286,14 +290,12 @@ class Ring:
             self.settled.clear()
 
     def _said(self, parts: Sequence[object], device: torch.device) -> list[list[str]]:
-        """`[part][rank]`: each of these on every rank, in the words that their first _LETTERS have room for."""
-        words = b"".join(
-            textwrap.shorten(repr(part), _LETTERS, placeholder=" ...").encode()[:_LETTERS].ljust(_LETTERS) for part in parts
-        )
-        mine = torch.tensor(list(words), dtype=torch.uint8, device=device).view(len(parts), _LETTERS)
+        """`[part][rank]`: the first bytes of the words of each of these on every rank."""
+        words = b"".join(repr(part).encode()[:_BYTES].ljust(_BYTES) for part in parts)
+        mine = torch.tensor(list(words), dtype=torch.uint8, device=device).view(len(parts), _BYTES)
         with unseen():
             everyone = self.transport.all_gather([mine] * len(self.hosted), what="telling what differs").wait()
-            by_rank = [[bytes(row).decode(errors="replace").rstrip() for row in told.tolist()] for told in everyone]
+            by_rank = [[bytes(row).decode(errors="ignore").rstrip() for row in told.tolist()] for told in everyone]
         return [list(of_part) for of_part in zip(*by_rank, strict=True)]
 
     def sum_over_processes(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
@@ -339,7 +341,15 @@ _PARTS = ("dtype or device", "mask", "score", "scale", "layout, exchange and wir
 """Of a signature, behind the shapes."""
 
 
-_LETTERS = 300
+_BYTES = 600
+
+
+def _compares_every_call() -> bool:
+    """Whether this process asks for it. Raises ValueError where that cannot be told."""
+    asked = os.environ.get("RING_ATTN_COMPARE_CALLS", "0")
+    if asked not in ("0", "1"):
+        raise ValueError(f"RING_ATTN_COMPARE_CALLS must be 0 or 1, got {asked!r}")
+    return asked == "1"
 
 
 def _differences(columns: list[tuple[int, ...]], said: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -354,4 +364,6 @@ def _differences(columns: list[tuple[int, ...]], said: Sequence[Sequence[str]]) 
     for name, column, of_part in zip(_PARTS, sums, said, strict=True):
         if len(set(column)) > 1:
             alike = {found: [rank for rank, other in enumerate(column) if other == found] for found in column}
-            yield f"{name}: " + ", ".join(f"{of_part[ranks[0]]} on ranks {ranks}" for ranks in alike.values())
+            words = [(of_part[ranks[0]], ranks) for ranks in alike.values()]
+            further = " (they differ further on)" if len({text for text, _ in words}) < len(words) else ""
+            yield f"{name}: " + ", ".join(f"{text} on ranks {ranks}" for text, ranks in words) + further

@@ -1,6 +1,7 @@
 """A transfer that does not finish is named, once; one that does is not."""
 
 import logging
+import threading
 import time
 
 import pytest
@@ -53,6 +54,26 @@ def test_what_is_done_in_time_is_not_named(caplog):
         work.done = True
     time.sleep(0.6)
     assert caplog.records == []
+
+
+def test_who_posts_does_not_wait_for_who_looks():
+    """Where a device does not answer the watch, which is why it looks."""
+    asked, answer = threading.Event(), threading.Event()
+
+    class Silent(Work):
+        def is_completed(self):
+            if threading.current_thread() is not threading.main_thread():
+                asked.set()
+                answer.wait(5)
+            return False
+
+    watch = Watch(0.4, lambda: None)
+    watch.add([Silent()], "a transfer", Roll(dist.HashStore(), 0, range(2)))
+    assert asked.wait(5)
+    start = time.monotonic()
+    watch.add([Work()], "another one", Roll(dist.HashStore(), 0, range(2)))
+    assert time.monotonic() - start < 1
+    answer.set()
 
 
 def test_who_waited_and_does_no_longer_is_missed():

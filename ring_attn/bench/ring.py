@@ -184,11 +184,12 @@ class Bench:
         """The contender as it would be timed at this case, checked."""
         refusal = contender.why_not(case)
         if refusal is not None:
+            self.tell(Entry(contender, case, refusal), refusal)
             return Entry(contender, case, refusal)
         if isinstance(contender, OnRing):
             contender = contender.settled(case)
         entry = Entry(contender, case, fault=self.gate.fault(contender, case.name))
-        self.tell(self.row(entry, why_not=entry.fault or "right"))
+        self.tell(entry, entry.fault or "right")
         return entry
 
     def not_timed(self, entries: Sequence[Entry]) -> Iterator[RingRow]:
@@ -219,17 +220,18 @@ class Bench:
                 speeds = self.speeds(entry.contender, entry.case)
                 rows = [self.row(entry, direction, *speed) for direction, speed in zip(DIRECTIONS, speeds, strict=True)]
                 for row in rows:
-                    self.tell(row)
+                    self.tell(entry, f"{row.direction} {row.ms:.2f} ms, {row.tflops:.3g} TFLOP/s")
                 return rows
             except FAILURES as error:
                 why_not = f"it fails at this length: {type(error).__name__}: {error}"
+                self.tell(entry, why_not)
         return [self.row(entry, why_not=why_not)]
 
-    def tell(self, row: RingRow) -> None:
+    def tell(self, entry: Entry, found: str) -> None:
         """What is known before the table is, so that a run that is cut off has not been for nothing."""
         if self.everyone.leads:
-            found = row.why_not or f"{row.direction} {row.ms:.2f} ms, {row.tflops:.3g} TFLOP/s"
-            print(f"{row.mask} {row.length:,}, {row.label}: {found}", file=sys.stderr, flush=True)
+            case, contender = entry.case, entry.contender
+            print(f"{case.name} {case.length:,}, {contender.name} ({contender.layout}): {found}", file=sys.stderr, flush=True)
 
     def row(self, entry: Entry, direction: str = "", *speed: float | None, why_not: str | None = None) -> RingRow:
         contender, case = entry.contender, entry.case

@@ -262,8 +262,8 @@ class ProcessGroupTransport:
 
 
 _ELSEWHERE = (
-    "; another rank died, raised (see its error), or made another call: only the first of a kind is compared among ranks, with "
-    "RING_ATTN_COMPARE_CALLS=1 every one"
+    "; another rank died, raised (see its error), or made another call: of forwards of one kind the first is compared among "
+    "ranks, with RING_ATTN_COMPARE_CALLS=1 each"
 )
 
 _living: WeakSet[ProcessGroupTransport] = WeakSet()

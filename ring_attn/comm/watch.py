@@ -84,7 +84,7 @@ class Watch:
             with self._lock:
                 self._posted.clear()
             return
-        self._oldest()
+        self._oldest()  # lets go of what is done
         with self._lock:
             self._posted.extend(_Posted(work, what, time.monotonic(), roll) for work in works)
 
@@ -118,7 +118,7 @@ class Watch:
                 first = self._posted[0] if self._posted else None
             if first is None or time.monotonic() - first.at < age_s:
                 return None
-            # A device may be slow to answer, and who posts must not wait for who looks.
+            # Without the lock: a device may be slow to answer, and who posts does not wait for who looks.
             if not _is_done(first):
                 return first
             with self._lock:

@@ -73,6 +73,36 @@ def test_calls_that_get_out_of_step_are_found_where_every_one_is_compared(ranks_
     run_processes(_calls_get_out_of_step, 2, ranks_per_process)
 
 
+def _one_rank_alone_compares(rank):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("RING_ATTN_COMPARE_CALLS", "01"[rank])
+        ring = ra.Ring.from_group(None, "contiguous")
+        monkeypatch.setenv("RING_ATTN_COMPARE_CALLS", "yes")
+        with pytest.raises(ValueError, match="RING_ATTN_COMPARE_CALLS must be 0 or 1, got 'yes'"):
+            ra.Ring.from_group(None, "contiguous")
+    with pytest.raises(
+        ValueError, match=r"compares_every_call=False.* on ranks \[0\], .*compares_every_call=True.* on ranks \[1\]"
+    ):
+        _call(ring)
+
+
+def test_one_rank_alone_does_not_compare_every_call():
+    run_processes(_one_rank_alone_compares, 2)
+
+
+def _long_masks(rank):
+    ring, lengths = ra.Ring.from_group(None, "contiguous"), [1] * 300
+    lengths[290:292] = [[1, 1], [2, 0]][rank]
+    with pytest.raises(
+        ValueError, match=r"differ in mask: Documents\(.* on ranks \[0\], .* on ranks \[1\] \(they differ further on\)$"
+    ):
+        _call(ring, rows=150, mask=ra.Documents(lengths))
+
+
+def test_masks_that_differ_behind_what_is_told():
+    run_processes(_long_masks, 2)
+
+
 def _one_rank_alone_breaks_a_rule(rank):
     alone = rank == 1
     differ = pytest.raises(
@@ -117,7 +147,7 @@ def _a_rank_dies(rank, exchange):
     if rank == 2:
         os._exit(0)
     start = time.monotonic()
-    named = rf"rank \[{rank}\] of 3: {exchange} forward.*failed(?s:.*) RING_ATTN_COMPARE_CALLS=1 every one"
+    named = rf"rank \[{rank}\] of 3: {exchange} forward.*failed(?s:.*) RING_ATTN_COMPARE_CALLS=1 each"
     with pytest.raises(RuntimeError, match=named):
         _calls(ring, 4)
     assert time.monotonic() - start < 20
