@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ring_attn import call, exchange, plan
+from ring_attn import call, exchange, parts, plan
 from ring_attn.kernels import Kernel, Upstream
 from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.layout import Contiguous
@@ -256,12 +256,12 @@ def way_home_hidden(by_heads: bool) -> Iterator[None]:
     """Inside, any backward but one by gather meets its own shard in halves; `by_heads`: it goes KV head by KV head, where it
     may, while a forward by pull meets others' KV for one half of the heads after the other.
     """
-    parts = by_head() if by_heads else patch.object(call, "_SUMS", 1 << 60)
-    with patch.object(exchange, "HALVES_FROM", 0), parts, patch.object(call, "_WAIT", -math.inf if by_heads else math.inf):
+    of_heads = by_head() if by_heads else patch.object(call, "_SUMS", 1 << 60)
+    with patch.object(exchange, "HALVES_FROM", 0), of_heads, patch.object(call, "_WAIT", -math.inf if by_heads else math.inf):
         yield
 
 
 def forget_plans() -> None:
     """What is planned next is planned anew."""
-    exchange.make_plan.cache_clear()
-    plan._made_for.cache_clear()
+    for kept in (exchange.make_plan, plan._made_for, parts.needed):
+        kept.cache_clear()

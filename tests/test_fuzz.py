@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import ring_attn as ra
-from ring_attn import exchange, parts
 from tests import fuzz
 from tests.fuzz import case, cases
 from tests.sabotage import window_one_too_wide
+from tests.support import forget_plans
 
 PARTS = 4
 NUMBER = int(os.environ.get("RING_ATTN_FUZZ", "0"))
@@ -85,10 +85,8 @@ def test_what_is_wrong_in_16_bits_is_noticed(broken, dtype):
 @contextmanager
 def planned_anew():
     """Nothing that is known of masks is used inside, or later."""
-    for cached in (exchange.make_plan, parts.needed):
-        cached.cache_clear()
+    forget_plans()
     try:
         yield
     finally:
-        for cached in (exchange.make_plan, parts.needed):
-            cached.cache_clear()
+        forget_plans()

@@ -193,7 +193,13 @@ def test_models_that_cannot_go_over_a_ring_are_refused():
     with pytest.raises(ValueError, match=r"dropout 0.1 of probabilities is not taken over; set config.attention_dropout = 0.0"):
         dropping(input_ids=tokens())
     assert dropping.eval()(input_ids=tokens()).logits.isfinite().all()
-    with pytest.raises(ValueError, match="LlamaAttention was handed no ring: its model does not hand down keyword arguments"):
+    with pytest.raises(
+        ValueError, match=r"takes no past_key_values: generate with the model as it was, use_ring\(model, None\)"
+    ):
+        dropping.generate(tokens(), max_new_tokens=2)
+    with pytest.raises(
+        ValueError, match="LlamaAttention was handed no ring: call the model itself, which must hand its keyword"
+    ):
         integration.attend(dropping.model.layers[0].self_attn, *torch.zeros(3, 1, 4, 8, 8), None)
 
 

@@ -27,9 +27,9 @@ _LAYERS = "full_attention", "sliding_attention"
 _ROTARY_BY_LENGTH = "dynamic", "longrope"
 _UNKNOWN = "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_bias", "head_mask"
 _INSTEAD = {
-    "attention_mask": "hide padding by ring_mask=ra.KeyPadding(...); on the right no token that counts sees it",
-    "labels": "take the logits, and ra.global_token_loss(logits, ring.shard(ra.shift_labels(labels)), ring=ring)",
     "past_key_values": "generate with the model as it was, use_ring(model, None), or with ra.KVCache and ra.tree_decode",
+    "labels": "take the logits, and ra.global_token_loss(logits, ring.shard(ra.shift_labels(labels)), ring=ring)",
+    "attention_mask": "hide padding by ring_mask=ra.KeyPadding(...); on the right no token that counts sees it",
 }
 
 
@@ -88,7 +88,8 @@ def attend(
     Raises ValueError for what cannot be honoured.
     """
     if ring is None:
-        raise ValueError(f"{type(module).__name__} was handed no ring: its model does not hand down keyword arguments")
+        name = type(module).__name__
+        raise ValueError(f"{name} was handed no ring: call the model itself, which must hand its keyword arguments down")
     if dropout:
         raise ValueError(f"dropout {dropout} of probabilities is not taken over; set config.attention_dropout = 0.0")
     given = {"attention_mask": attention_mask} | {name: others.get(name) for name in _UNKNOWN}
