@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import zlib
-from collections.abc import Iterator, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING
 
@@ -15,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from ring_attn import sharding
+from ring_attn.agreement import compares_every_call, differences_of, numbers_of, words_of
 from ring_attn.by_document import LayoutChoice, recipe_of
 from ring_attn.comm.copy_engines import with_copy_engines
 from ring_attn.comm.local import LocalTransport
@@ -83,7 +81,7 @@ class Ring:
         self.exchange = exchange
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
-        self.compares_every_call = _compares_every_call()
+        self.compares_every_call = compares_every_call()
         self._agreed: dict[tuple, None] = {}
         # By `Call.key`, what calls of agreed signatures come to: none stays where a signature is forgotten.
         self.settled: dict[tuple, Settled] = {}
@@ -263,20 +261,16 @@ class Ring:
                     "ranks compare their calls, which cannot be captured in a CUDA graph: make the same call once before, and "
                     "without RING_ATTN_COMPARE_CALLS=1"
                 )
-            sizes = [size for shape in signature[:3] for size in (*shape, 0, 0, 0, 0)[:4]]
-            numbers = [refusal is not None, *sizes, *(zlib.crc32(_text(part)) for part in signature[3:])]
-            with unseen():
-                mine = torch.tensor(numbers, dtype=torch.int64, device=device)
-                everyone = self.transport.all_gather(
-                    [mine] * len(self.hosted), what="agreeing on shapes, dtype and mask"
-                ).wait()
-                refused, *columns = zip(*(row.tolist() for row in everyone), strict=True)
+            numbers = numbers_of(signature, refusal is not None)
+            everyone = self._told(torch.tensor(numbers, dtype=torch.int64, device=device), "agreeing on shapes, dtype and mask")
+            refused, *columns = zip(*everyone, strict=True)
             if any(len(set(column)) > 1 for column in columns):
                 cannot = "" if refusal is None else f"; and this rank cannot make its call: {refusal}"
-                differences = _differences(columns, self._said(signature[3:], device))
+                words = torch.tensor(words_of(signature), dtype=torch.uint8, device=device)
+                differences = "; and in ".join(differences_of(columns, self._told(words, "telling what differs")))
                 raise ValueError(
                     "every rank must call with the same shapes, dtype, mask and scale, but ranks differ in "
-                    f"{'; and in '.join(differences)}{cannot}"
+                    f"{differences}{cannot}"
                 ) from refusal
             if refusal is None and any(refused):
                 ranks = [rank for rank, cannot in enumerate(refused) if cannot]
@@ -289,14 +283,10 @@ class Ring:
             del self._agreed[next(iter(self._agreed))]
             self.settled.clear()
 
-    def _said(self, parts: Sequence[object], device: torch.device) -> list[list[str]]:
-        """`[part][rank]`: the first bytes of the words of each of these on every rank."""
-        words = b"".join(repr(part).encode()[:_BYTES].ljust(_BYTES) for part in parts)
-        mine = torch.tensor(list(words), dtype=torch.uint8, device=device).view(len(parts), _BYTES)
+    def _told(self, mine: Tensor, what: str) -> list[list]:
+        """What each rank has there, as lists."""
         with unseen():
-            everyone = self.transport.all_gather([mine] * len(self.hosted), what="telling what differs").wait()
-            by_rank = [[bytes(row).decode(errors="ignore").rstrip() for row in told.tolist()] for told in everyone]
-        return [list(of_part) for of_part in zip(*by_rank, strict=True)]
+            return [x.tolist() for x in self.transport.all_gather([mine] * len(self.hosted), what=what).wait()]
 
     def sum_over_processes(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """`x` summed over the processes of the ring, or of `group`, without gradient."""
@@ -330,40 +320,3 @@ def _check_mesh(mesh: DeviceMesh) -> None:
         )
     if any((mesh.mesh.diff(dim=axis) < 0).any() for axis in (0, 1)):
         raise ValueError(f"ranks must rise along both axes of a (ulysses, ring) mesh, got {mesh.mesh.tolist()}")
-
-
-def _text(part: object) -> bytes:
-    """The same bytes for equal values in every process (the order of a set is not)."""
-    return repr(sorted(part) if isinstance(part, frozenset) else part).encode()
-
-
-_PARTS = ("dtype or device", "mask", "score", "scale", "layout, exchange and wires", "the tensors of scores")
-"""Of a signature, behind the shapes."""
-
-
-_BYTES = 600
-
-
-def _compares_every_call() -> bool:
-    """Whether this process asks for it. Raises ValueError where that cannot be told."""
-    asked = os.environ.get("RING_ATTN_COMPARE_CALLS", "0")
-    if asked not in ("0", "1"):
-        raise ValueError(f"RING_ATTN_COMPARE_CALLS must be 0 or 1, got {asked!r}")
-    return asked == "1"
-
-
-def _differences(columns: list[tuple[int, ...]], said: Sequence[Sequence[str]]) -> Iterator[str]:
-    """What differs among ranks, in words. `columns`: what each rank made of its signature; `said`: its words for each part."""
-    shapes, sums = columns[:12], columns[12:]
-    if any(len(set(column)) > 1 for column in shapes):
-        by_rank = {rank: (row[:4], row[4:8], row[8:]) for rank, row in enumerate(zip(*shapes, strict=True))}
-        yield (
-            f"q, k, v shapes, by rank: {by_rank}; shard with ring.shard and pad with ring_attn.pad_to, and to decode take the "
-            f"same tokens on every process"
-        )
-    for name, column, of_part in zip(_PARTS, sums, said, strict=True):
-        if len(set(column)) > 1:
-            alike = {found: [rank for rank, other in enumerate(column) if other == found] for found in column}
-            words = [(of_part[ranks[0]], ranks) for ranks in alike.values()]
-            further = " (they differ further on)" if len({text for text, _ in words}) < len(words) else ""
-            yield f"{name}: " + ", ".join(f"{text} on ranks {ranks}" for text, ranks in words) + further

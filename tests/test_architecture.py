@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "ring_attn"
 
 # From the ground up; a module imports only from its own level's names to the left, or as stated.
 LEVELS = [
-    {"typed"},
+    {"typed", "agreement"},
     {"layout"},
     {"mask"},
     {"by_document"},
