@@ -44,8 +44,8 @@ class Plan:
         """Of each of `steps` that meets the own shard alone, which of its rows; the same on every rank."""
         found = {}
         for step in self.steps:
-            rank, parts = next(((rank, parts) for rank, parts in enumerate(self.meets[step]) if parts), (0, ()))
-            if parts and all(part.rank == rank for part in parts):
+            parts = next(filter(None, self.meets[step]), ())
+            if parts and all(part.rank == rank for rank, of_rank in enumerate(self.meets[step]) for part in of_rank):
                 found[step] = slice(parts[0].rows.start, parts[-1].rows.stop)
         return found
 

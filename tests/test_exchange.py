@@ -259,6 +259,13 @@ def test_a_backward_by_pull_begins_and_ends_with_the_own_shard():
     assert for_backward(gather, whole, 8 << 20) is gather
 
 
+def test_rows_that_are_one_ranks_own_alone_are_not_the_own_shard_of_all():
+    own, first = tuple((Part(rank, range(8)),) for rank in range(3)), ((Part(0, range(8)),),) * 3
+    plan = plans.Plan(Zigzag(48, 3), Zigzag(48, 3), Full(), (own, first, ((), *own[1:])))
+    assert plan.own_rows == {0: slice(0, 8), 2: slice(0, 8)} and plan.steps_away == (1,) and plan.begins_at_home
+    assert not plans.Plan(Zigzag(48, 3), Zigzag(48, 3), Full(), (first, own)).begins_at_home
+
+
 def test_memory_bounds_parts_as_well():
     plan = make_plan(pull.PullExchange(halved=True), Causal(), Zigzag(256, 4), None, 5)
     most = max(total_rows(parts) for step in plan.steps[1:-1] for parts in plan.meets[step])

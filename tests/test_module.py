@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ring_attn as ra
+from ring_attn import call
 from ring_attn.module import rotary_angles, rotate
 from tests.support import FLOAT64_LIMIT, rel_error
 
@@ -83,8 +84,10 @@ def test_an_input_that_is_none_is_named(shape):
             attend(torch.zeros(shape))
 
 
-def test_a_compiled_layer_takes_every_length():
+@pytest.mark.parametrize("by_id", [call._BY_ID, True])
+def test_a_compiled_layer_takes_every_length(by_id, monkeypatch):
     """The second length makes a graph that takes all, and one by documents is as whole as any."""
+    monkeypatch.setattr(call, "_BY_ID", by_id)
     torch._dynamo.reset()
     ring, counter = ra.Ring.simulated(2, "zigzag", kernel="reference"), CompileCounterWithBackend("aot_eager")
     _, layer = layers(ring)

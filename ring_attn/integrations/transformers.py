@@ -31,6 +31,11 @@ _INSTEAD = {
     "labels": "take the logits, and ra.global_token_loss(logits, ring.shard(ra.shift_labels(labels)), ring=ring)",
     "attention_mask": "hide padding by ring_mask=ra.KeyPadding(...); on the right no token that counts sees it",
 }
+_FLAGS = {
+    "use_cache": _INSTEAD["past_key_values"],
+    "output_attentions": "a ring makes no matrix of them",
+    "logits_to_keep": "it would keep the last of each rank's rows; take them of ring.unshard(logits)",
+}
 
 
 def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
@@ -46,7 +51,8 @@ def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
     (`ring.with_layout`). Windows, caps, sinks and scales of the model hold; where it trains its attention_dropout must be 0.
 
     Layers must mix rows by attention alone. Raises ValueError for a model that says it has others, or whose rotary embeddings
-    go by the length of what a rank holds, and in a forward for what would be taken for a whole sequence.
+    go by the length of what a rank holds, and in a forward for what would be taken for a whole sequence. A model with sinks,
+    such as GPT-OSS, raises under torch.compile, where each layer would make its score inside.
     """
     if not isinstance(model, PreTrainedModel):
         got = type(model).__name__
@@ -132,8 +138,10 @@ class _Given:
         for name, instead in _INSTEAD.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"a model on a ring takes no {name}: {instead}")
-        if kwargs.get("use_cache"):
-            raise ValueError(f"a model on a ring fills no cache, so no use_cache=True: {_INSTEAD['past_key_values']}")
+        for name, instead in _FLAGS.items():
+            asked = kwargs.get(name)
+            if isinstance(asked, Tensor) or asked or (name == "output_attentions" and model.config.output_attentions):
+                raise ValueError(f"a model on a ring takes no {name}: {instead}")
         ring = kwargs.get("ring") or self.ring
         if ring.transport is not self.ring.transport:
             raise ValueError(f"ring must be the model's, {self.ring}, in another layout by its with_layout, got {ring}")
