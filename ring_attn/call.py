@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.by_document import LayoutChoice
-from ring_attn.cost import MACHINES, Question, Work, backward_us, fastest, longest_wait
+from ring_attn.cost import BACKWARD_OPERATIONS, MACHINES, Question, Work, fastest, forward_us, longest_wait
 from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
 from ring_attn.inputs import check_inputs, check_parts
 from ring_attn.kernels import Problem
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ring_attn.ring import Ring
 
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
+_BRIEF = 600.0  # us of a forward that a host takes as long to ask a library for, see Note [brief] of `ring_attn.kernels.order`
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
 _SUMS = 350 << 20  # bytes of the sums of dq, dK and dV that a part of the heads may take
 _LEAST = 4000.0  # us of a backward in a part of the heads at least: shorter ones cost four H200s 5 to 16 %
@@ -193,7 +194,8 @@ class Call:
         if not self.ring.keep_kv and head_parts == 1:
             row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
             back = for_backward(exchange, plan, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
-        plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
+        us = forward_us(plan, part._work(*of_part), MACHINES[self.ring.transport.link])
+        plan_back, problem = part._plan_by(back, *of_part), replace(part.problem(*of_part, "forward"), brief=us < _BRIEF)
         forward_parts = part._forward_parts(exchange, plan, *of_part)
         return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel, forward_parts)
 
@@ -218,7 +220,7 @@ class Call:
         wanted, heads = sums * accumulator_dtype(q.dtype).itemsize / _SUMS, k.shape[2]
         if wanted <= 1:
             return 1
-        us = backward_us(plan, self._work(q, k, v), MACHINES[self.ring.transport.link])
+        us = BACKWARD_OPERATIONS * forward_us(plan, self._work(q, k, v), MACHINES[self.ring.transport.link])
         possible = [n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or us / n >= _LEAST)]
         return next((n for n in possible if n >= wanted), possible[-1])
 

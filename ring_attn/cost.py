@@ -168,10 +168,10 @@ def longest_wait(plan: Plan, work: Work, machine: Machine) -> float:
     return max(waits)
 
 
-def backward_us(plan: Plan, work: Work, machine: Machine) -> float:
-    """Microseconds that the slowest rank asked computes in a backward by that plan."""
+def forward_us(plan: Plan, work: Work, machine: Machine) -> float:
+    """Microseconds that the slowest rank asked computes in a forward by that plan."""
     cells = (sum(plan.cells(rank, step, work.batch) for step in plan.steps) for rank in asked(plan.layout.ring_size))
-    return BACKWARD_OPERATIONS * work.us(max(cells), machine.tflops)
+    return work.us(max(cells), machine.tflops)
 
 
 def asked(ring_size: int) -> tuple[int, ...]:

@@ -27,7 +27,6 @@ from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.comm.transport import Parts, Pending, Pieces, Transport
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import Exchange
-from ring_attn.kernels import resolve
 from ring_attn.layout import total_rows
 from ring_attn.mask import Mask
 from ring_attn.ring import Ring
@@ -156,8 +155,7 @@ class OnRing:
         ring, whole = self.at(case), case.shape.blank(len(self.positions(case)))
         asked = Call.make(ring, case.mask, None, case.shape.head_dim**-0.5)
         found = validate(*whole, [], asked)
-        one, *inputs = asked.of_part(*whole)
-        kernels = [resolve(ring.kernel, one.problem(*inputs, direction)).name for direction in ("forward", "backward")]
+        kernels = [found.kernel(direction).name for direction in ("forward", "backward")]
         halves = [] if found.back == found.exchange else ["halves"]
         parts = [f"{found.forward_parts} parts forward"] if found.forward_parts > 1 else []
         parts += [f"{found.head_parts} parts"] if found.head_parts > 1 else []

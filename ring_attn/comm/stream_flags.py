@@ -11,31 +11,12 @@ in CUDA graphs, replayed, and mixed with others.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection, Sequence
-from functools import cache
 from typing import NamedTuple
 
-import torch
+from ring_attn.comm.driver import EQUAL, WAIT, WRITE, Operation, Operations
 
-_WAIT, _WRITE, _EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32, CU_STREAM_WAIT_VALUE_EQ
 _BYTES = 4
-
-
-class Operation(ctypes.Structure):
-    """CUstreamBatchMemOpParams of CUDA's driver API."""
-
-    _fields_ = (
-        ("operation", ctypes.c_uint32),
-        ("address", ctypes.c_uint64),
-        ("value", ctypes.c_uint64),
-        ("flags", ctypes.c_uint32),
-        ("alias", ctypes.c_uint64),
-        ("unused", ctypes.c_uint64),
-    )
-
-
-Operations = ctypes.Array  # of Operation
 
 
 class Signals(NamedTuple):
@@ -81,29 +62,13 @@ def flags_at_first(ranks: int) -> list[int]:
     return [0] * ranks + [1] * ranks
 
 
-def enqueue(operations: Operations, stream: torch.cuda.Stream) -> None:
-    """Puts them on the stream, in order. Raises RuntimeError where the driver refuses."""
-    if not len(operations):
-        return
-    status = _driver()(stream.cuda_stream, len(operations), operations, 0)
-    if status:
-        raise RuntimeError(f"CUDA's driver refused stream memory operations: cuStreamBatchMemOp gave {status}")
-
-
 def _wait(address: int) -> Operation:
-    return Operation(_WAIT, address, 1, _EQUAL)
+    return Operation(WAIT, address, 1, EQUAL)
 
 
 def _write(address: int, value: int) -> Operation:
-    return Operation(_WRITE, address, value)
+    return Operation(WRITE, address, value)
 
 
 def _array(operations: Sequence[Operation]) -> Operations:
     return (Operation * len(operations))(*operations)
-
-
-@cache
-def _driver() -> ctypes._CFuncPtr:
-    function = ctypes.CDLL("libcuda.so.1").cuStreamBatchMemOp_v2
-    function.argtypes = ctypes.c_void_p, ctypes.c_uint, ctypes.POINTER(Operation), ctypes.c_uint
-    return function

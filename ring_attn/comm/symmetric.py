@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import permutations
+from collections.abc import Callable, Sequence
+from itertools import accumulate, permutations
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ring_attn.comm.driver import Copy, copy, enqueue
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.reading_order import reading_orders
 from ring_attn.comm.reads import Reads, arrivals, pulled, pushed
-from ring_attn.comm.stream_flags import Flags, Signals, enqueue, flags_at_first
+from ring_attn.comm.stream_flags import Flags, Signals, flags_at_first
 from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Unpacked
 
 _GRAIN = 1 << 20
@@ -41,25 +41,18 @@ class Shared(NamedTuple):
 
 
 class Route(NamedTuple):
-    """What is the same in all transfers of a shape: views of the memory `own` writes and `sources` reads, one batch row each.
+    """What is the same in all transfers of a shape: `own`, the memory that is written, and the `copies` that read others'.
 
-    `sizes`: the rows of each read. `order`: to which of the pieces that these cut out of what is received, batch row by batch
-    row, each source goes. `places`, in a push: int32 [b, s, k], which of its rows, batch row after batch row, are to be
+    `rows`: how many are received. `places`, in a push: int32 [b, s, k], which of these, batch row after batch row, are to be
     added to each own one, -1 for none.
     """
 
     own: Tensor
-    sources: list[Tensor]
-    sizes: list[int]
-    order: list[int]
+    copies: list[Copy]
+    rows: int
     places: Tensor | None
     signals: Signals
     memory: Shared
-
-
-def batch_rows(x: Tensor) -> Sequence[Tensor]:
-    """The batch rows of x [b, n, e], each of them contiguous where x is a slice of rows; a single one as it is."""
-    return [x] if x.shape[0] == 1 else x.unbind(0)
 
 
 class SymmetricTransport(ProcessGroupTransport):
@@ -155,18 +148,20 @@ class SymmetricTransport(ProcessGroupTransport):
     ) -> Route:
         (put_up, reads, homes), (b, _, e) = by_rank[self.process], shape
         sources = reading_orders([found.rows_of(self.ring_size) for found in by_rank])[self.process]
-        order = sorted(range(len(reads)), key=lambda n: sources.index(reads[n].rank))
         # A view made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             own = memory.get_buffer(self.process, list(shape), like.dtype)
-            views = []
-            for rank, rows in (reads[n] for n in order):
-                theirs = memory.get_buffer(rank, [b, put_up[rank], e], like.dtype)
-                # Batch row by batch row both ends are contiguous, as copy engines want it.
-                views += batch_rows(theirs[:, rows.start : rows.stop])
             places = self._places_of(homes, b, parts, like.device) if homes else None
-        sizes, signals = [len(read.rows) for read in reads], memory.flags.signals(sources)
-        return Route(own, views, sizes, [n * b + i for n in order for i in range(b)], places, signals, memory)
+        row, rows = e * like.dtype.itemsize, sum(len(read.rows) for read in reads)
+        starts = accumulate((len(read.rows) for read in reads), initial=0)
+        copies = []
+        for (rank, of), start in sorted(zip(reads, starts, strict=False), key=lambda x: sources.index(x[0].rank)):
+            theirs = memory.get_buffer(rank, [b, put_up[rank], e], like.dtype).data_ptr()
+            # Batch row by batch row both ends are contiguous.
+            for i in range(b):
+                place, source = i * rows + start, i * put_up[rank] + of.start
+                copies.append(Copy(place * row, theirs + source * row, len(of) * row))
+        return Route(own, copies, rows, places, memory.flags.signals(sources), memory)
 
     def _places_of(self, homes: Sequence[range], batch: int, parts: Parts, device: torch.device) -> Tensor:
         """Where what comes home belongs; kept, as a memory that is made anew changes nothing of it."""
@@ -185,7 +180,7 @@ class SymmetricTransport(ProcessGroupTransport):
     def _put_up(self, write: Callable[[Tensor], object], route: Route, what: str) -> tuple[Tensor, _Copies]:
         """Puts up for the others what `write` writes: what is to be received, and the copies that do it."""
         own = route.own
-        received = own.new_empty(own.shape[0], sum(route.sizes), own.shape[2])
+        received = own.new_empty(own.shape[0], route.rows, own.shape[2])
         here = _stream_here(own)
         enqueue(route.signals.to_write, here)
         write(own)
@@ -196,35 +191,23 @@ class SymmetricTransport(ProcessGroupTransport):
 
     def _read(self, copies: _Copies, route: Route, put_up: torch.cuda.Event | None, what: str) -> None:
         """Reads what others put up, beside the current stream."""
-        received = copies.received
-        pieces = [row for piece in received.split_with_sizes(route.sizes, 1) for row in batch_rows(piece)]
-        with self._on_own_stream(received, put_up) as stream:
-            enqueue(route.signals.to_read, stream)
-            for n, source in zip(route.order, route.sources, strict=True):
-                pieces[n].copy_(source)
-            copies.done = _event_on(stream)
-            enqueue(route.signals.have_read, stream)
-            copies.over = _event_on(stream)
+        stream = self._stream_after(put_up, copies.received.device)
+        enqueue(route.signals.to_read, stream)
+        copy(route.copies, copies.received.data_ptr(), stream)
+        copies.done = _event_on(stream)
+        enqueue(route.signals.have_read, stream)
+        copies.over = _event_on(stream)
         if self._watch is not None:
             self._watch.add([copies], self._who(what), self._roll)
 
-    @contextmanager
-    def _on_own_stream(self, x: Tensor, after: torch.cuda.Event | None) -> Iterator[torch.cuda.Stream | None]:
-        """Work on this transport's own stream, which is given; see Note [streams]."""
-        here = _stream_here(x)
-        if here is None:
-            yield None
-            return
+    def _stream_after(self, event: torch.cuda.Event | None, device: torch.device) -> torch.cuda.Stream | None:
+        """This transport's own stream, see Note [streams], behind an event; None where there is none."""
+        if event is None:
+            return None
         if self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)
-        self._stream.wait_event(after)
-        # `torch.cuda.stream` asks time and again which device is the current one.
-        with torch.cuda.device(x.get_device()):
-            torch.cuda.set_stream(self._stream)
-            try:
-                yield self._stream
-            finally:
-                torch.cuda.set_stream(here)
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_event(event)
+        return self._stream
 
 
 class _Copies:

@@ -41,7 +41,8 @@ class Problem:
     through lse, so delta is not rowsum(dout * out) alone. `score`: the kinds of score modifiers, None for none. `predicate`:
     the mask is more than a band, "triton" where a Triton function stands beside every one of its functions, else "python".
     `deterministic`: two runs must give the same bits. `kind` ("full", "causal", "window", "documents" or "decode") and `rows`
-    (a rank's queries, as a power of two) decide which is fastest.
+    (a rank's queries, as a power of two) decide which is fastest. `brief`: the forward takes a GPU less than it takes a host to
+    ask a library for it, see Note [brief] of `order.py`.
     """
 
     direction: str  # "forward" or "backward"
@@ -58,6 +59,7 @@ class Problem:
     deterministic: bool = False
     kind: str = "causal"
     rows: int = 8192
+    brief: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def resolve(name: str, problem: Problem) -> Kernel:
             )
         return kernel
     refused = []
-    for candidate in order_for(problem.device, problem.direction, problem.kind, problem.head_dim, problem.rows):
+    of_order = problem.device, problem.direction, problem.kind, problem.head_dim, problem.rows
+    for candidate in order_for(*of_order, brief=problem.brief):
         kernel = get_kernel(candidate)
         reason = kernel.supports(problem)
         if reason is None:

@@ -21,9 +21,10 @@ import torch.distributed._symmetric_memory as torch_memory
 
 import ring_attn as ra
 from ring_attn.comm import copy_engines, process_group, symmetric
+from ring_attn.comm.driver import EQUAL, WAIT, WRITE
 from ring_attn.comm.process_group import split_group
 from ring_attn.comm.reads import arrivals, pulled, pushed
-from ring_attn.comm.stream_flags import _EQUAL, _WAIT, _WRITE, Flags, flags_at_first
+from ring_attn.comm.stream_flags import Flags, flags_at_first
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.comm.transport import Pending, Pieces
 from ring_attn.layout import Part
@@ -54,14 +55,20 @@ class MappedFiles:
         """What the front end of a GPU does, at once."""
         for operation in operations:
             flag = ctypes.c_uint32.from_address(operation.address)
-            if operation.operation == _WRITE:
+            if operation.operation == WRITE:
                 flag.value = operation.value
             else:
-                assert (operation.operation, operation.flags) == (_WAIT, _EQUAL)
+                assert (operation.operation, operation.flags) == (WAIT, EQUAL)
                 patience = time.monotonic() + 30
                 while flag.value != operation.value:
                     assert time.monotonic() < patience, "a flag that nobody raises"
                     time.sleep(0)
+
+    @classmethod
+    def copy(cls, copies, to, stream=None):
+        """What copy engines do, at once."""
+        for place, source, size in copies:
+            ctypes.memmove(to + place, source, size)
 
 
 class Dawdling(MappedFiles):
@@ -84,6 +91,12 @@ class Dawdling(MappedFiles):
         super().enqueue(operations)
         cls.doze()
 
+    @classmethod
+    def copy(cls, copies, to, stream=None):
+        for one in copies:
+            cls.doze()
+            super().copy([one], to)
+
 
 class pretended:
     """Inside, SymmetricTransport works on gloo processes; `per_node`: and hosts have so many."""
@@ -99,6 +112,7 @@ class pretended:
         self.patches = [
             patch.object(symmetric, "rendezvous", size_of),
             patch.object(symmetric, "enqueue", handle.enqueue),
+            patch.object(symmetric, "copy", handle.copy),
             patch.object(process_group, "_link", link),
             patch.object(symmetric, "_why_not", lambda processes: None),
             patch.object(symmetric, "_on_gpu", lambda x: True),

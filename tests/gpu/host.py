@@ -79,6 +79,7 @@ def rank_0_of_4() -> Iterator[None]:
             (symmetric, "_why_not", lambda processes: None),
             (symmetric, "_on_gpu", lambda x: True),
             (symmetric, "enqueue", lambda operations, stream: None),
+            (symmetric, "copy", lambda copies, to, stream: None),
             (symmetric, "rendezvous", lambda size, device, group: Memory(size)),
             (ra.Ring, "agree", lambda self, signature, device, refusal=None: self._agreed.setdefault(signature)),
         ):

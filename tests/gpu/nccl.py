@@ -27,9 +27,9 @@ import torch.distributed as dist
 import ring_attn as ra
 from ring_attn.bench.timing import captured
 from ring_attn.comm import symmetric as symmetric_memory
+from ring_attn.comm.driver import Operations
 from ring_attn.comm.process_group import ProcessGroupTransport, split_group
 from ring_attn.comm.second import second_group
-from ring_attn.comm.stream_flags import Operations
 from ring_attn.comm.symmetric import SymmetricTransport
 from tests.dist.rounds import rounds_that_went_wrong
 from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
@@ -86,6 +86,12 @@ def dozing_rounds(count: int, rings: int = 1) -> None:
     group = split_group(None, dist.get_world_size() // rings, 1)
     with patch.object(symmetric_memory, "enqueue", enqueue):
         assert rounds_that_went_wrong(SymmetricTransport(group), count, DEVICE, doze) == 0
+
+
+def rounds_from_elsewhere(count: int) -> None:
+    """Rounds in a ring while another rank's device is the current one."""
+    with torch.cuda.device((DEVICE.index + 1) % torch.cuda.device_count()):
+        assert rounds_that_went_wrong(SymmetricTransport(), count, DEVICE) == 0
 
 
 def replays(exchange: str, count: int = 20, **options) -> None:
@@ -189,6 +195,7 @@ def symmetric(report: Report) -> None:
     ring = symmetric_ring("zigzag")
     report.attempt("symmetric memory: conformance", lambda: conform(ring.transport, DEVICE))
     report.attempt("symmetric memory: 1,000 rounds with delays", dozing_rounds, 1000)
+    report.attempt("symmetric memory: while another device is the current one", rounds_from_elsewhere, 200)
     split = second_group(dist.group.WORLD)
     report.attempt("symmetric memory: of a group split off", lambda: conform(SymmetricTransport(split), DEVICE))
     if dist.get_world_size() == 4:

@@ -124,6 +124,9 @@ MEASURED = {
         ((8, 6), {"head_dim": 48, "rows": 16384}, ["aten", "cudnn", "flash4", "gluon", "triton"]),
         ((8, 6), {"direction": "backward"}, ["cudnn", "aten", "flash4", "flash2", "triton"]),
         ((8, 6), {"kind": "full"}, ["cudnn", "triton"]),
+        ((8, 6), {"brief": True}, ["gluon", "triton", "flash2", "aten", "flash4", "cudnn", "reference"]),
+        ((8, 6), {"brief": True, "direction": "backward"}, ["cudnn", "aten", "flash4", "flash2", "triton"]),
+        (None, {"brief": True, "device": "cpu"}, FIXED["cpu", "forward"]),
         ((8, 6), {"kind": "documents"}, ["flash2", "flash4", "gluon", "triton", "aten", "cudnn", "reference"]),  # see order_for
         ((8, 6), {"kind": "window"}, FIXED["cuda", "forward"]),
         ((8, 9), {}, FIXED["cuda", "forward"]),

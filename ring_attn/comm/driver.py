@@ -1,0 +1,66 @@
+"""What CUDA's driver is asked for without PyTorch in between: stream memory operations, which PyTorch has not, and copies, for
+which it wants views of both ends and another current stream. CUDA graphs capture both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+WAIT, WRITE, EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32, CU_STREAM_WAIT_VALUE_EQ
+
+
+class Operation(ctypes.Structure):
+    """CUstreamBatchMemOpParams of CUDA's driver API."""
+
+    _fields_ = (
+        ("operation", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("alias", ctypes.c_uint64),
+        ("unused", ctypes.c_uint64),
+    )
+
+
+Operations = ctypes.Array  # of Operation
+
+
+class Copy(NamedTuple):
+    """`size` bytes from the address `source` to `place` bytes behind where the copies of a transfer go."""
+
+    place: int
+    source: int
+    size: int
+
+
+def enqueue(operations: Operations, stream: torch.cuda.Stream) -> None:
+    """Puts stream memory operations on the stream, in order. Raises RuntimeError where the driver refuses."""
+    if len(operations):
+        _check("cuStreamBatchMemOp", _functions()[0](stream.cuda_stream, len(operations), operations, 0))
+
+
+def copy(copies: Iterable[Copy], to: int, stream: torch.cuda.Stream) -> None:
+    """Puts copies to the address `to` on the stream, between any memory that this process can address: a peer's by a copy
+    engine. Raises RuntimeError where the driver refuses.
+    """
+    memcpy, handle = _functions()[1], stream.cuda_stream
+    for place, source, size in copies:
+        _check("cuMemcpyAsync", memcpy(to + place, source, size, handle))
+
+
+def _check(function: str, status: int) -> None:
+    if status:
+        raise RuntimeError(f"CUDA's driver refused: {function} gave {status}")
+
+
+@cache
+def _functions() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuStreamBatchMemOp_v2.argtypes = ctypes.c_void_p, ctypes.c_uint, ctypes.POINTER(Operation), ctypes.c_uint
+    driver.cuMemcpyAsync.argtypes = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
+    return driver.cuStreamBatchMemOp_v2, driver.cuMemcpyAsync
