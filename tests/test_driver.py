@@ -1,22 +1,37 @@
 """What is handed to CUDA's driver, by a driver that notes it, and what it refuses."""
 
 import ctypes
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ring_attn.comm import driver
 from ring_attn.comm.driver import WRITE, Copy, Operation, copy, enqueue
 
-STREAM = SimpleNamespace(cuda_stream=77)
+STREAM = SimpleNamespace(cuda_stream=77, device_index=3)
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """What a driver was asked for, which answers with `asked.status`."""
-    noted = SimpleNamespace(calls=[], status=0)
-    answer = lambda *given: noted.calls.append(given) or noted.status  # noqa: E731
+@pytest.fixture(params=[3, 0], ids=["the current device", "another device"])
+def asked(request, monkeypatch):
+    """What a driver was asked for, which answers with `asked.status` and wants the stream's device to be the current one."""
+    noted = SimpleNamespace(calls=[], status=0, device=request.param)
+
+    @contextmanager
+    def device(number):
+        before, noted.device = noted.device, number
+        yield
+        noted.device = before
+
+    def answer(*given):
+        assert noted.device == STREAM.device_index
+        noted.calls.append(given)
+        return noted.status
+
     monkeypatch.setattr(driver, "_functions", lambda: (answer, answer))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: noted.device)
+    monkeypatch.setattr(torch.cuda, "device", device)
     return noted
 
 

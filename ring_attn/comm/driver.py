@@ -1,16 +1,20 @@
 """What CUDA's driver is asked for without PyTorch in between: stream memory operations, which PyTorch has not, and copies, for
 which it wants views of both ends and another current stream. CUDA graphs capture both.
+
+Note [context]: the driver takes a stream only of the device that is the current one.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
+_AS_IT_IS = nullcontext()
 WAIT, WRITE, EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32, CU_STREAM_WAIT_VALUE_EQ
 
 
@@ -40,7 +44,9 @@ class Copy(NamedTuple):
 
 def enqueue(operations: Operations, stream: torch.cuda.Stream) -> None:
     """Puts stream memory operations on the stream, in order. Raises RuntimeError where the driver refuses."""
-    if len(operations):
+    if not len(operations):
+        return
+    with _context_of(stream):
         _check("cuStreamBatchMemOp", _functions()[0](stream.cuda_stream, len(operations), operations, 0))
 
 
@@ -49,8 +55,15 @@ def copy(copies: Iterable[Copy], to: int, stream: torch.cuda.Stream) -> None:
     engine. Raises RuntimeError where the driver refuses.
     """
     memcpy, handle = _functions()[1], stream.cuda_stream
-    for place, source, size in copies:
-        _check("cuMemcpyAsync", memcpy(to + place, source, size, handle))
+    with _context_of(stream):
+        for place, source, size in copies:
+            _check("cuMemcpyAsync", memcpy(to + place, source, size, handle))
+
+
+def _context_of(stream: torch.cuda.Stream) -> AbstractContextManager:
+    """Inside, the stream's device is the current one, see Note [context]; to make it that takes longer than to ask."""
+    device = stream.device_index
+    return _AS_IT_IS if torch.cuda.current_device() == device else torch.cuda.device(device)
 
 
 def _check(function: str, status: int) -> None:

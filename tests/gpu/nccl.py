@@ -88,10 +88,11 @@ def dozing_rounds(count: int, rings: int = 1) -> None:
         assert rounds_that_went_wrong(SymmetricTransport(group), count, DEVICE, doze) == 0
 
 
-def rounds_from_elsewhere(count: int) -> None:
-    """Rounds in a ring while another rank's device is the current one."""
+def rounds_from_elsewhere(count: int) -> str:
+    """Rounds in a ring, and a call of what auto takes, while another rank's device is the current one."""
     with torch.cuda.device((DEVICE.index + 1) % torch.cuda.device_count()):
         assert rounds_that_went_wrong(SymmetricTransport(), count, DEVICE) == 0
+        return check_16_bits("zigzag", "pull", "causal", "auto", torch.bfloat16)
 
 
 def replays(exchange: str, count: int = 20, **options) -> None:
