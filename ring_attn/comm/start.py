@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,4 +47,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # NCCL waits for CUDA graphs that hold its transfers to go, and graphed callables lie in cycles.
+        gc.collect()
         dist.destroy_process_group()

@@ -332,7 +332,9 @@ def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> Sha
     import torch.distributed._symmetric_memory as symmetric_memory
 
     at_first = torch.tensor(flags_at_first(group.size()), dtype=torch.int32, device=device).view(torch.uint8)
-    memory = symmetric_memory.empty(size + at_first.numel(), dtype=torch.uint8, device=device)
+    # Of whichever device it is asked for, its pool is made for the current one.
+    with torch.cuda.device(device):
+        memory = symmetric_memory.empty(size + at_first.numel(), dtype=torch.uint8, device=device)
     memory[size:] = at_first
     # Others raise their flags here as soon as they know of this memory.
     torch.cuda.synchronize(device)

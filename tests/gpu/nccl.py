@@ -9,6 +9,7 @@ Symmetric memory needs TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import statistics
@@ -360,6 +361,7 @@ def main() -> None:
     wrong = [failure for rank in everyone for failure in rank]
     if dist.get_rank() == 0:
         print("\n".join(wrong) if wrong else "all ranks agree: nothing wrong")
+    gc.collect()  # As in `process_group` of ring_attn.comm.start.
     dist.destroy_process_group()
     sys.exit(bool(wrong))
 
