@@ -101,7 +101,8 @@ class FlexKernel(Tilewise):
         tensors = [x.detach() for x in scaling.score.tensors()]
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         for n in scaling.wanted:
-            tensors[n].requires_grad_()
+            # As wide as the call will read them: their gradients are of a tile, and rounded when all tiles are there.
+            tensors[n] = tensors[n].to(up.lse.dtype).requires_grad_()
         with torch.enable_grad():
             work = work_of(tile, q, scaling.score.with_tensors(tensors).steps, scaling.scale)
             out, lse = self.call(*(x.transpose(1, 2) for x in leaves), work)
