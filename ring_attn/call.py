@@ -194,8 +194,11 @@ class Call:
         if not self.ring.keep_kv and head_parts == 1:
             row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
             back = for_backward(exchange, plan, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
-        us = forward_us(plan, part._work(*of_part), MACHINES[self.ring.transport.link])
-        plan_back, problem = part._plan_by(back, *of_part), replace(part.problem(*of_part, "forward"), brief=us < _BRIEF)
+        plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
+        if q.is_cuda and self.ring.kernel == "auto":
+            # Whatever carries KV.
+            brief = forward_us(plan, part._work(*of_part), MACHINES["gpus"]) < _BRIEF
+            problem = replace(problem, brief=brief)
         forward_parts = part._forward_parts(exchange, plan, *of_part)
         return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel, forward_parts)
 

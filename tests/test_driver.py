@@ -2,6 +2,7 @@
 
 import ctypes
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -24,12 +25,13 @@ def asked(request, monkeypatch):
         yield
         noted.device = before
 
-    def answer(*given):
+    def function(name, *given):
         assert noted.device == STREAM.device_index
-        noted.calls.append(given)
+        noted.calls.append((name, *given))
         return noted.status
 
-    monkeypatch.setattr(driver, "_functions", lambda: (answer, answer))
+    known = {name: partial(function, name) for name in ("cuStreamBatchMemOp_v2", "cuMemcpyAsync")}
+    monkeypatch.setattr(driver, "_driver", lambda: SimpleNamespace(**known))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: noted.device)
     monkeypatch.setattr(torch.cuda, "device", device)
     return noted
@@ -43,18 +45,18 @@ def test_operations_go_in_one_call_and_none_in_none(asked):
     both = operations(1, 0)
     enqueue(both, STREAM)
     enqueue(operations(), STREAM)
-    assert asked.calls == [(77, 2, both, 0)]
+    assert asked.calls == [("cuStreamBatchMemOp_v2", 77, 2, both, 0)]
 
 
 def test_copies_go_behind_where_they_are_to_go(asked):
     copy([Copy(0, 5000, 16), Copy(16, 9000, 32)], 100, STREAM)
-    assert asked.calls == [(100, 5000, 16, 77), (116, 9000, 32, 77)]
+    assert asked.calls == [("cuMemcpyAsync", 100, 5000, 16, 77), ("cuMemcpyAsync", 116, 9000, 32, 77)]
 
 
 @pytest.mark.parametrize(
     ("ask", "name"),
     [
-        (lambda: enqueue(operations(1), STREAM), "cuStreamBatchMemOp"),
+        (lambda: enqueue(operations(1), STREAM), "cuStreamBatchMemOp_v2"),
         (lambda: copy([Copy(0, 1, 2)], 3, STREAM), "cuMemcpyAsync"),
     ],
 )

@@ -1,7 +1,5 @@
-"""What CUDA's driver is asked for without PyTorch in between: stream memory operations, which PyTorch has not, and copies, for
-which it wants views of both ends and another current stream. CUDA graphs capture both.
-
-Note [context]: the driver takes a stream only of the device that is the current one.
+"""What CUDA's driver is asked for without PyTorch in between: to write and await numbers on a stream, half of which PyTorch has,
+and to copy, for which it wants views of both ends and another current stream. CUDA graphs capture both.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-_AS_IT_IS = nullcontext()
 WAIT, WRITE, EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32, CU_STREAM_WAIT_VALUE_EQ
+_AS_IT_IS = nullcontext()
 
 
 class Operation(ctypes.Structure):
@@ -35,7 +33,7 @@ Operations = ctypes.Array  # of Operation
 
 
 class Copy(NamedTuple):
-    """`size` bytes from the address `source` to `place` bytes behind where the copies of a transfer go."""
+    """`size` bytes from the address `source` to `place` bytes behind the beginning of what is received."""
 
     place: int
     source: int
@@ -43,37 +41,40 @@ class Copy(NamedTuple):
 
 
 def enqueue(operations: Operations, stream: torch.cuda.Stream) -> None:
-    """Puts stream memory operations on the stream, in order. Raises RuntimeError where the driver refuses."""
-    if not len(operations):
-        return
-    with _context_of(stream):
-        _check("cuStreamBatchMemOp", _functions()[0](stream.cuda_stream, len(operations), operations, 0))
+    """Puts operations on the stream, in order. Raises RuntimeError where the driver refuses."""
+    if len(operations):
+        with _context_of(stream):
+            _ask("cuStreamBatchMemOp_v2", stream.cuda_stream, len(operations), operations, 0)
 
 
 def copy(copies: Iterable[Copy], to: int, stream: torch.cuda.Stream) -> None:
-    """Puts copies to the address `to` on the stream, between any memory that this process can address: a peer's by a copy
-    engine. Raises RuntimeError where the driver refuses.
+    """Puts copies to what is received at the address `to` on the stream, in order; what is a peer's comes by a copy engine.
+
+    Raises RuntimeError where the driver refuses.
     """
-    memcpy, handle = _functions()[1], stream.cuda_stream
+    handle = stream.cuda_stream
     with _context_of(stream):
         for place, source, size in copies:
-            _check("cuMemcpyAsync", memcpy(to + place, source, size, handle))
+            _ask("cuMemcpyAsync", to + place, source, size, handle)
 
 
 def _context_of(stream: torch.cuda.Stream) -> AbstractContextManager:
-    """Inside, the stream's device is the current one, see Note [context]; to make it that takes longer than to ask."""
+    """Inside, the stream's device is the current one, without which the driver refuses. A thread in which CUDA was asked for
+    nothing yet has none.
+    """
     device = stream.device_index
     return _AS_IT_IS if torch.cuda.current_device() == device else torch.cuda.device(device)
 
 
-def _check(function: str, status: int) -> None:
+def _ask(function: str, *arguments: object) -> None:
+    status = getattr(_driver(), function)(*arguments)
     if status:
         raise RuntimeError(f"CUDA's driver refused: {function} gave {status}")
 
 
 @cache
-def _functions() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
+def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
     driver.cuStreamBatchMemOp_v2.argtypes = ctypes.c_void_p, ctypes.c_uint, ctypes.POINTER(Operation), ctypes.c_uint
     driver.cuMemcpyAsync.argtypes = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
-    return driver.cuStreamBatchMemOp_v2, driver.cuMemcpyAsync
+    return driver

@@ -38,7 +38,10 @@ def is_distributed() -> bool:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The default process group, over NCCL or gloo, for as long as this lasts. Nothing where there is one, or no torchrun."""
+    """The default process group, over NCCL or gloo, for as long as this lasts. Nothing where there is one, or no torchrun.
+
+    After an error NCCL's is left to the end of the process.
+    """
     if dist.is_initialized() or not is_distributed():
         yield
         return
@@ -46,7 +49,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if on_cuda else "gloo", device_id=device if on_cuda else None)
     try:
         yield
-    finally:
-        # NCCL waits for CUDA graphs that hold its transfers to go, and graphed callables lie in cycles.
-        gc.collect()
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL would wait for ranks that are elsewhere, and for graphs that the error holds.
+        if not on_cuda:
+            dist.destroy_process_group()
+        raise
+    # NCCL waits for CUDA graphs with transfers of its own to go, and graphed callables lie in cycles.
+    gc.collect()
+    dist.destroy_process_group()

@@ -34,10 +34,13 @@ _ROUTES = 256
 
 
 class Shared(NamedTuple):
-    """Memory of all ranks: `get_buffer(rank, sizes, dtype)` is a rank's from the beginning on; and flags about it."""
+    """Memory of all ranks: `get_buffer(rank, sizes, dtype)` is a rank's from the beginning on; flags about it; and what keeps
+    this rank's, to whose addresses peers hold on.
+    """
 
     get_buffer: Callable[..., Tensor]
     flags: Flags
+    own: Tensor
 
 
 class Route(NamedTuple):
@@ -148,14 +151,13 @@ class SymmetricTransport(ProcessGroupTransport):
     ) -> Route:
         (put_up, reads, homes), (b, _, e) = by_rank[self.process], shape
         sources = reading_orders([found.rows_of(self.ring_size) for found in by_rank])[self.process]
-        # A view made in inference mode could not be written to outside of it.
+        # What inference mode makes could not be written to outside of it.
         with torch.inference_mode(False):
             own = memory.get_buffer(self.process, list(shape), like.dtype)
             places = self._places_of(homes, b, parts, like.device) if homes else None
-        row, rows = e * like.dtype.itemsize, sum(len(read.rows) for read in reads)
-        starts = accumulate((len(read.rows) for read in reads), initial=0)
+        row, (*starts, rows) = e * like.dtype.itemsize, accumulate((len(read.rows) for read in reads), initial=0)
         copies = []
-        for (rank, of), start in sorted(zip(reads, starts, strict=False), key=lambda x: sources.index(x[0].rank)):
+        for (rank, of), start in sorted(zip(reads, starts, strict=True), key=lambda x: sources.index(x[0].rank)):
             theirs = memory.get_buffer(rank, [b, put_up[rank], e], like.dtype).data_ptr()
             # Batch row by batch row both ends are contiguous.
             for i in range(b):
@@ -332,7 +334,7 @@ def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> Sha
     import torch.distributed._symmetric_memory as symmetric_memory
 
     at_first = torch.tensor(flags_at_first(group.size()), dtype=torch.int32, device=device).view(torch.uint8)
-    # Of whichever device it is asked for, its pool is made for the current one.
+    # PyTorch makes the pool of such memory on the current device.
     with torch.cuda.device(device):
         memory = symmetric_memory.empty(size + at_first.numel(), dtype=torch.uint8, device=device)
     memory[size:] = at_first
@@ -343,4 +345,4 @@ def rendezvous(size: int, device: torch.device, group: dist.ProcessGroup) -> Sha
         raise RuntimeError("the symmetric memory came with NVLink multicast; set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 earlier")
     ranks = range(group.size())
     at = [handle.get_buffer(rank, [at_first.numel()], torch.uint8, size).data_ptr() for rank in ranks]
-    return Shared(handle.get_buffer, Flags(at, handle.rank))
+    return Shared(handle.get_buffer, Flags(at, handle.rank), memory)

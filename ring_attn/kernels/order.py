@@ -1,12 +1,14 @@
-"""In which order `kernel="auto"` tries kernels: by speed measured on a GPU of this kind, elsewhere in a fixed order.
+"""In which order `kernel="auto"` tries kernels: by speed measured on a GPU of this kind, elsewhere in a fixed order; a forward
+that takes hosts longer than GPUs by what it takes hosts.
 
 `measured.json` is written by `ring-attn bench kernels --table`: for a compute capability, direction, mask kind, head dim and
 length the kernels, fastest first. A problem goes by the nearest length and head dim; what was not measured comes last.
 
-Note [brief]: those are times of a GPU. A forward of few rows takes a host longer, and the Gluon forward asks less of it: one
-launch for all tiles, with what Triton found out the first time kept, where flash-attn 4 goes through all its options again. Two
-H200s at 8,192 positions, one forward after another: 483 TFLOP/s for 344, four: 105 for 71. Replayed from a CUDA graph, which
-leaves the host out, it takes 9 % longer.
+Note [brief]: those are times of a GPU. A forward of little work takes a host longer, and Gluon's asks less of it: one launch
+for all tiles, with what Triton found out the first time kept, where flash-attn 4 goes through all its options again. Two H200s
+at 8,192 causal positions, head dim 128, one forward after another: 483 TFLOP/s for 344, four: 105 for 71. Replayed from a CUDA
+graph, which leaves the host out, it takes 9 % longer. So it goes in front of flash-attn 4, unless Triton's, which asks as
+little, is faster than it.
 
 "flex" is not among them: whether torch can compile a user's function shows only when it does, and "auto" takes nothing that may
 fail.
@@ -45,9 +47,12 @@ def order_for(device: str, direction: str, kind: str, head_dim: int, rows: int, 
     if kind in ("documents", "decode") and "cudnn" in found:
         # It builds a graph a shape, and these bring new shapes every step: milliseconds that the table does not show.
         found = [name for name in found if name not in ("cudnn", "reference")] + ["cudnn", "reference"]
+    names = list(found)
     if brief and (device, direction) == ("cuda", "forward"):
-        found = dict.fromkeys(["gluon", *found])
-    return tuple(found)
+        gluon, triton, flash4 = map(names.index, ("gluon", "triton", "flash4"))
+        if flash4 < gluon < triton:
+            names.insert(flash4, names.pop(gluon))
+    return tuple(names)
 
 
 def _apart(a: int, b: int) -> float:

@@ -7,7 +7,7 @@ import ctypes
 import random
 import re
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,13 +228,18 @@ def test_a_shape_met_again_is_worked_out_no_second_time(tmp_path):
 def _reads_in_order(rank, folder):
     """Whose memory a rank reads first: in a contiguous ring its neighbour's below."""
     with pretended(MappedFiles, folder):
-        transport, read, plain = SymmetricTransport(), [], MappedFiles.get_buffer
-        noted = lambda self, of, *args: read.append(of) or plain(self, of, *args)  # noqa: E731
+        transport, read = SymmetricTransport(), []
+
+        def noted(copies, to, stream):
+            memory = transport._memory.shared.memory
+            read.extend(n for copy in copies for n, x in enumerate(memory) if 0 <= copy.source - x.data_ptr() < x.numel())
+            MappedFiles.copy(copies, to)
+
         parts = tuple(tuple(Part(source, range(4)) for source in range(mine)) for mine in range(3))
         shards = [torch.full((1, 4, 2), float(number)) for number in range(3)]
-        with patch.object(MappedFiles, "get_buffer", noted):
+        with patch.object(symmetric, "copy", noted):
             (got,) = transport.pull([Pieces([shards[rank]])], parts).wait()
-        assert read == [rank, *reversed(range(rank))]
+        assert read == [*reversed(range(rank))]
         assert torch.equal(got, torch.cat([shards[rank][:, :0], *shards[:rank]], 1))
 
 
@@ -370,18 +375,31 @@ def test_it_is_refused_where_it_cannot_work():
 
 @pytest.mark.parametrize("multicast", [0, 1 << 40])
 def test_memory_with_multicast_is_refused(multicast, monkeypatch):
-    made, group = [], SimpleNamespace(size=lambda: 3)
+    made, group, current = [], SimpleNamespace(size=lambda: 3), []
+
+    @contextmanager
+    def device(of):
+        current.append(of)
+        yield
+        current.pop()
+
+    def empty(*args, **options):
+        assert current == [options["device"]]
+        made.append(torch.empty(*args, **options))
+        return made[0]
+
     get_buffer = lambda rank, sizes, dtype, start=0: made[0][start:].view(dtype)[: sizes[0]]  # noqa: E731
     handle = SimpleNamespace(multicast_ptr=multicast, rank=1, get_buffer=get_buffer)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch_memory, "empty", lambda *args, **options: made.append(torch.empty(*args, **options)) or made[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch_memory, "empty", empty)
     monkeypatch.setattr(torch_memory, "rendezvous", lambda memory, of: handle if memory is made[0] and of is group else None)
     if multicast:
         with pytest.raises(RuntimeError, match="came with NVLink multicast; set TORCH_SYMM_MEM_DISABLE_MULTICAST=1 earlier"):
             symmetric.rendezvous(1 << 10, torch.device("cpu"), group)
     else:
         shared = symmetric.rendezvous(1 << 10, torch.device("cpu"), group)
-        assert shared.get_buffer is get_buffer
+        assert shared.get_buffer is get_buffer and shared.own is made[0]
         assert made[0][1 << 10 :].view(torch.int32).tolist() == flags_at_first(3)
 
 

@@ -110,6 +110,7 @@ MEASURED = {
         entry("cudnn", "aten", direction="backward"),
         entry("cudnn", "flash2", mask="documents"),
         entry("flex", "cudnn", "triton", mask="full"),  # flex is taken by name alone
+        entry("gluon", "cudnn", mask="full", length=1 << 20),
     ]
 }
 
@@ -124,7 +125,11 @@ MEASURED = {
         ((8, 6), {"head_dim": 48, "rows": 16384}, ["aten", "cudnn", "flash4", "gluon", "triton"]),
         ((8, 6), {"direction": "backward"}, ["cudnn", "aten", "flash4", "flash2", "triton"]),
         ((8, 6), {"kind": "full"}, ["cudnn", "triton"]),
-        ((8, 6), {"brief": True}, ["gluon", "triton", "flash2", "aten", "flash4", "cudnn", "reference"]),
+        ((8, 6), {"kind": "window", "brief": True}, ["gluon", "flash4", "cudnn", "triton", "flash2", "aten", "reference"]),
+        ((8, 6), {"brief": True}, ["triton", "flash2", "aten", "flash4", "cudnn", "gluon", "reference"]),
+        ((8, 6), {"rows": 16384, "brief": True}, ["flash2", "triton", "flash4", "cudnn", "gluon"]),
+        ((8, 6), {"kind": "full", "brief": True}, ["cudnn", "triton", "flash4", "gluon"]),
+        ((8, 6), {"kind": "full", "rows": 1 << 20, "brief": True}, ["gluon", "cudnn", "flash4", "triton"]),
         ((8, 6), {"brief": True, "direction": "backward"}, ["cudnn", "aten", "flash4", "flash2", "triton"]),
         (None, {"brief": True, "device": "cpu"}, FIXED["cpu", "forward"]),
         ((8, 6), {"kind": "documents"}, ["flash2", "flash4", "gluon", "triton", "aten", "cudnn", "reference"]),  # see order_for

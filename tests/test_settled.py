@@ -1,0 +1,43 @@
+"""What a call comes to: whether its forward is brief, and that kernels are chosen by that."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ring_attn as ra
+from ring_attn import settled
+from ring_attn.call import Call
+
+
+def settle(device="cuda", batch=1, rows=2048, heads=32, kernel="auto"):
+    """A causal call of a ring of four in one process, each rank with so many rows; its tensors have no memory."""
+    ring = ra.Ring.simulated(4, kernel=kernel, exchange="ring")
+    with FakeTensorMode():
+        q, k, v = (torch.empty(batch, 4 * rows, h, 128, dtype=torch.bfloat16, device=device) for h in (heads, 8, 8))
+        return Call.make(ring, ra.Causal(), None, 1.0).settle(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("change", "brief"),
+    [
+        # A rank attends a quarter of half the square of 8,192: at 4 * 32 * 128 operations a cell and 580 TFLOP/s 237 us.
+        ({}, True),
+        ({"heads": 80}, True),
+        ({"heads": 88}, False),
+        ({"batch": 2}, True),
+        ({"batch": 3}, False),
+        ({"rows": 4096}, False),
+        ({"device": "cpu"}, False),
+        ({"kernel": "triton"}, False),
+    ],
+)
+def test_a_forward_is_brief_by_all_that_a_rank_attends(change, brief):
+    assert settle(**change).problem.brief == brief
+
+
+def test_kernels_are_chosen_by_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(settled, "resolve", lambda name, problem: asked.append(problem))
+    settle().kernel("forward")
+    settle(rows=4096).kernel("forward")
+    assert [problem.brief for problem in asked] == [True, False]
