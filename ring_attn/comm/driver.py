@@ -1,5 +1,5 @@
-"""What CUDA's driver is asked for without PyTorch in between: to write and await numbers on a stream, half of which PyTorch has,
-and to copy, for which it wants views of both ends and another current stream. CUDA graphs capture both.
+"""What CUDA's driver is asked for without PyTorch in between: to write and await numbers on a stream, half of which PyTorch
+has, and to copy, for which it wants views of both ends and another current stream. CUDA graphs capture both.
 """
 
 from __future__ import annotations
