@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -296,6 +296,19 @@ class Ring:
             return x
         shards = [x.contiguous().clone()] + [torch.zeros_like(x) for _ in self.hosted[1:]]
         return torch.stack(self.transport.all_gather(shards, what="sum over processes").wait()).sum(0)
+
+    def __deepcopy__(self, memo: dict) -> Ring:
+        """Itself: the copy of a model that holds a ring is on the same one."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: nothing but a simulated ring can be."""
+        if len(self.hosted) < self.size:
+            raise TypeError(
+                f"{self} is of several processes and cannot be pickled; take it from what holds it, a model of Hugging Face by "
+                f"use_ring(model, None), and save state_dict() or by save_pretrained"
+            )
+        return self.__dict__
 
     def __repr__(self) -> str:
         choices = f"layout={self.layout_name}, exchange={self.exchange}, kernel={self.kernel}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from beartype import BeartypeConf, beartype
 
-typed = beartype(conf=BeartypeConf(violation_param_type=TypeError))
+typed = beartype(conf=BeartypeConf(violation_param_type=TypeError, is_pep484_tower=True))  # an int is a float
 
 
 def whole(name: str, value: object) -> int:

@@ -115,3 +115,10 @@ def test_loss_refuses_labels_that_are_none():
         ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 4, dtype=torch.long), ring=None)
     with pytest.raises(ValueError, match=r"labels \(2, 3\) must have the shape of logits"):
         ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 3, dtype=torch.long), ring=ra.Ring.simulated(1))
+
+
+def test_whole_numbers_are_numbers():
+    labels = ra.pad_to(torch.zeros(1, 3, dtype=torch.int64), 4, value=-100)
+    assert labels.tolist() == [[0, 0, 0, -100]]
+    with pytest.raises(TypeError, match="value"):
+        ra.pad_to(labels, 4, value="-100")

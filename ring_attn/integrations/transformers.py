@@ -17,25 +17,27 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from ring_attn.attention import ring_attention
+from ring_attn.integrations.suited import check_model
 from ring_attn.mask import Causal, Full, Mask, Window, check_mask
 from ring_attn.module import row_positions
 from ring_attn.ring import Ring
 from ring_attn.score import Sinks, SoftCap
 
 NAME = "ring_attn"
-_LAYERS = "full_attention", "sliding_attention"
-_ROTARY_BY_LENGTH = "dynamic", "longrope"
 _UNKNOWN = "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_bias", "head_mask"
 _INSTEAD = {
     "past_key_values": "generate with the model as it was, use_ring(model, None), or with ra.KVCache and ra.tree_decode",
     "labels": "take the logits, and ra.global_token_loss(logits, ring.shard(ra.shift_labels(labels)), ring=ring)",
     "attention_mask": "hide padding by ring_mask=ra.KeyPadding(...); on the right no token that counts sees it",
+    "encoder_hidden_states": "it attends to one sequence; across two there is ra.ring_attention(..., kv_layout=...)",
 }
 _FLAGS = {
     "use_cache": _INSTEAD["past_key_values"],
     "output_attentions": "a ring makes no matrix of them",
+    "output_router_logits": "their loss would be that of each rank's rows, which is not that of all",
     "logits_to_keep": "it would keep the last of each rank's rows; take them of ring.unshard(logits)",
 }
+_FLAGS_OF_CONFIG = "output_attentions", "output_router_logits"
 
 
 def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
@@ -48,12 +50,13 @@ def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
 
     Position ids are the ring's where none are given. A forward takes two more keyword arguments: `ring_mask`, a mask of global
     positions that holds beside what the model hides itself, and `ring`, this one in another layout for a batch
-    (`ring.with_layout`). Windows, caps, sinks and scales of the model hold; where it trains its attention_dropout must be 0.
+    (`ring.with_layout`). Windows, caps, sinks and scales of the model hold; where it trains its attention dropout must be 0.
 
-    Layers must mix rows by attention alone. Raises ValueError for a model that says it has others, or whose rotary embeddings
-    go by the length of what a rank holds, and in a forward for what would be taken for a whole sequence. A model with sinks,
-    such as GPT-OSS, raises under torch.compile, where each layer would make its score inside.
+    Raises ValueError for a model that would compute something else over a ring than alone, see `ring_attn.integrations.suited`,
+    and in a forward for what would be taken for a whole sequence, or for packed documents that no mask is given of.
     """
+    if not isinstance(ring, Ring | None):
+        raise TypeError(f"ring must be a Ring, or None for none, got {type(ring).__name__}")
     if not isinstance(model, PreTrainedModel):
         got = type(model).__name__
         raise TypeError(f"model must be a transformers PreTrainedModel, of a wrapped one the model inside, got {got}")
@@ -64,7 +67,8 @@ def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
         model.set_attn_implementation(implementation)
     if ring is None:
         return
-    _check(model)
+    check_model(model, NAME)
+    _make_ahead(model)
     AttentionInterface.register(NAME, attend)
     implementation = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -95,25 +99,69 @@ def attend(
     """
     if ring is None:
         name = type(module).__name__
-        raise ValueError(f"{name} was handed no ring: call the model itself, which must hand its keyword arguments down")
+        raise ValueError(
+            f"{name} was handed no ring: it was called by itself, or its model does not hand keyword arguments down to it"
+        )
     if dropout:
-        raise ValueError(f"dropout {dropout} of probabilities is not taken over; set config.attention_dropout = 0.0")
+        raise ValueError(
+            f"dropout {dropout} of attention's probabilities is not taken over; make the model with 0 for it in its config "
+            f"(attention_dropout, attn_pdrop), or set its attention modules' own to 0, for they keep a copy"
+        )
     given = {"attention_mask": attention_mask} | {name: others.get(name) for name in _UNKNOWN}
     asked = [name for name, x in given.items() if x is not None]
     if asked:
-        raise ValueError(f"attention over a ring takes no {', '.join(asked)}; masks of global positions go by ring_mask")
+        raise ValueError(
+            f"attention over a ring takes no {', '.join(asked)}, given to the model or made by it; masks of global positions "
+            f"go by ring_mask"
+        )
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries meet {key.shape[2]} keys, but a model on a ring has no cache")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = kept(Causal) if causal else kept(Full)
-    if sliding_window is not None:
+    _check_window(module, sliding_window)
+    if sliding_window:
         # The token itself counts as one.
         mask = mask & (kept(Window, sliding_window - 1, None) if causal else kept(Window, sliding_window, sliding_window))
     if ring_mask is not None:
         mask = mask & ring_mask
-    score = [*([] if softcap is None else [kept(SoftCap, softcap)]), *([] if s_aux is None else [Sinks(s_aux)])]
+    score = [*([] if softcap is None else [kept(SoftCap, softcap)]), *([] if s_aux is None else [_sinks_of(module, s_aux)])]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
+        # As PyTorch's own attention would: rotary embeddings are fp32 there, and values are not.
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     return ring_attention(q, k, v, ring=ring, mask=mask, score=score, softmax_scale=scaling), None
+
+
+def _check_window(module: torch.nn.Module, given: int | None) -> None:
+    """Raises ValueError where a layer has a window by its model's config and hands none on, as only masks that are not made
+    here would hold it.
+    """
+    config = getattr(module, "config", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if given or not window:
+        return
+    if not kinds or kinds[module.layer_idx] == "sliding_attention":
+        raise ValueError(
+            f"{type(module).__name__} has a window of {window} by its config and hands none to its attention; where all layers "
+            f"have it set config.sliding_window = None and hand over ring_mask=ra.Window({window - 1})"
+        )
+
+
+def _make_ahead(model: PreTrainedModel) -> None:
+    """Makes the masks and scores that layers will ask for, which may not be made inside of what is compiled."""
+    config = model.config
+    if window := getattr(config, "sliding_window", None):
+        kept(Window, window - 1, None)
+    if cap := getattr(config, "attn_logit_softcapping", None):
+        kept(SoftCap, cap)
+    for module in model.modules():
+        if isinstance(sinks := getattr(module, "sinks", None), Tensor):
+            module.__dict__["_ring_attn_sinks"] = Sinks(sinks)
+
+
+def _sinks_of(module: torch.nn.Module, sinks: Tensor) -> Sinks:
+    made = module.__dict__.get("_ring_attn_sinks")
+    return made if made is not None and made.tensor is sinks else Sinks(sinks)
 
 
 def kept(kind: type, *options: float | None) -> Any:
@@ -135,43 +183,39 @@ class _Given:
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        found = model.config._attn_implementation
+        if found != NAME:
+            raise ValueError(f"the attention of a model on a ring was set to {found!r}; call use_ring again, or with None")
         for name, instead in _INSTEAD.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"a model on a ring takes no {name}: {instead}")
         for name, instead in _FLAGS.items():
             asked = kwargs.get(name)
-            if isinstance(asked, Tensor) or asked or (name == "output_attentions" and model.config.output_attentions):
+            if asked is None and name in _FLAGS_OF_CONFIG:
+                asked = getattr(model.config, name, None)
+            if isinstance(asked, Tensor) or asked:
                 raise ValueError(f"a model on a ring takes no {name}: {instead}")
-        ring = kwargs.get("ring") or self.ring
+        if model.training and getattr(model.config, "layerdrop", 0):
+            raise ValueError("a model on a ring takes no layerdrop: each rank would leave out other layers; set it to 0.0")
+        if getattr(model.config, "prefix_lm", False) and kwargs.get("token_type_ids") is not None:
+            raise ValueError("a model on a ring takes no token_type_ids that tell of a prefix: attention is causal")
+        ring = self.ring if kwargs.get("ring") is None else kwargs["ring"]
+        if not isinstance(ring, Ring):
+            raise TypeError(f"ring must be a Ring, got {type(ring).__name__}")
         if ring.transport is not self.ring.transport:
             raise ValueError(f"ring must be the model's, {self.ring}, in another layout by its with_layout, got {ring}")
         if kwargs.get("ring_mask") is not None:
             check_mask(kwargs["ring_mask"])
         rows = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        if kwargs.get("position_ids") is None and rows is not None:
-            kwargs["position_ids"] = row_positions(rows, ring).unsqueeze(0)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            if rows is not None:
+                kwargs["position_ids"] = row_positions(rows, ring).unsqueeze(0)
+        elif kwargs.get("ring_mask") is None:
+            raise ValueError(
+                "position_ids may begin anew with each of several packed documents, which only a mask keeps apart on a ring: "
+                "give ring_mask=ra.Documents(lengths) beside them, or ra.Causal() where there is one"
+            )
+        elif rows is not None and positions.shape[-1] != rows.shape[1]:
+            raise ValueError(f"{positions.shape[-1]} position_ids for {rows.shape[1]} rows here; give ring.shard(position_ids)")
         return (), kwargs | {"ring": ring, "use_cache": False}
-
-
-def _check(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model that would not compute over a ring what it computes alone."""
-    config, name = model.config, type(model).__name__
-    if config.get_text_config() is not config:
-        raise ValueError(f"{name} is made of several models; give its language model alone")
-    others = sorted(set(getattr(config, "layer_types", None) or _LAYERS) - set(_LAYERS))
-    if others:
-        raise ValueError(f"{name} has layers of {', '.join(others)}; over a ring there are {' and '.join(_LAYERS)} alone")
-    rotary = repr(getattr(config, "rope_parameters", None))
-    by_length = [kind for kind in _ROTARY_BY_LENGTH if repr(kind) in rotary]
-    if by_length:
-        raise ValueError(
-            f"rotary embeddings of {name} are {by_length[0]}: they go by the last position of a rank's rows, not of the "
-            f"sequence; set another rope_type"
-        )
-    # What a compiled model asks for is there before.
-    for kind, x in (
-        (Window, getattr(config, "sliding_window", None)),
-        (SoftCap, getattr(config, "attn_logit_softcapping", None)),
-    ):
-        if x is not None:
-            kept(kind, *((x - 1, None) if kind is Window else (x,)))

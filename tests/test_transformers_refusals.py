@@ -1,0 +1,212 @@
+"""What a ring would compute otherwise than a model of transformers alone is refused, with what can be done instead."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+import transformers
+
+import ring_attn as ra
+from ring_attn.integrations import transformers as integration
+from ring_attn.integrations.transformers import use_ring
+from tests.test_transformers import model_of, tokens
+
+NUMBERS = torch.arange(48).expand(2, -1)
+FORWARDS = {
+    "attention_mask": (
+        {"attention_mask": torch.ones(2, 48)},
+        r"takes no attention_mask: hide padding by ring_mask=ra.KeyPadding",
+    ),
+    "labels": ({"labels": tokens()}, r"takes no labels: take the logits, and ra.global_token_loss"),
+    "cache": ({"use_cache": True}, r"takes no use_cache: generate with the model as it was"),
+    "probabilities": ({"output_attentions": True}, r"takes no output_attentions: a ring makes no matrix of them"),
+    "routers": ({"output_router_logits": True}, r"takes no output_router_logits: their loss would be that of each rank's rows"),
+    "the last": ({"logits_to_keep": 1}, r"takes no logits_to_keep: it would keep the last of each rank's rows"),
+    "some": ({"logits_to_keep": torch.tensor([0])}, r"takes no logits_to_keep"),
+    "packing": ({"cu_seq_lens_q": torch.tensor([0, 48])}, r"takes no cu_seq_lens_q, given .* go by ring_mask"),
+    "cross": ({"encoder_hidden_states": torch.ones(2, 4, 32)}, r"takes no encoder_hidden_states: .* kv_layout"),
+    "positions alone": (
+        {"position_ids": NUMBERS},
+        r"position_ids may begin anew .* give ring_mask=ra.Documents\(lengths\) beside",
+    ),
+    "all positions": (
+        {"position_ids": torch.arange(96)[None], "ring_mask": ra.Causal()},
+        r"96 position_ids for 48 rows here; give ring.shard\(position_ids\)",
+    ),
+    "another ring": ({"ring": ra.Ring.simulated(2)}, r"ring must be the model's, Ring.*, in another layout by its with_layout"),
+    "rows": ({"input_ids": tokens(47)}, r"47 rows cannot be the equal shards of 2 hosted ranks"),
+}
+
+
+@pytest.mark.parametrize("what", FORWARDS)
+def test_what_a_forward_cannot_take(what):
+    model, ring = model_of("Llama"), ra.Ring.simulated(2)
+    use_ring(model, ring)
+    given, message = FORWARDS[what]
+    with pytest.raises(ValueError, match=message):
+        model(**({"input_ids": tokens()} | given))
+
+
+def test_what_is_no_model_and_no_ring():
+    with pytest.raises(TypeError, match=r"model must be a transformers PreTrainedModel, of a wrapped one .*, got Linear"):
+        use_ring(torch.nn.Linear(2, 2), ra.Ring.simulated(2))
+    model = model_of("Llama")
+    with pytest.raises(TypeError, match="ring must be a Ring, or None for none, got str"):
+        use_ring(model, "zigzag")
+    use_ring(model, ra.Ring.simulated(2))
+    with pytest.raises(TypeError, match="ring must be a Ring, got int"):
+        model(input_ids=tokens(), ring=3)
+
+
+def with_config(kind, **changes):
+    """A model whose config is changed once it is made."""
+    model = model_of(kind)
+    for name, x in changes.items():
+        setattr(model.config, name, x)
+    return model
+
+
+def of_class(name, config, **sizes):
+    """A small model of a class of transformers, made of the config of that name."""
+    return getattr(transformers, name)(getattr(transformers, f"{config}Config")(**sizes))
+
+
+LLAMA = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+BART = {"vocab_size": 37, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_ffn_dim": 8, "encoder_ffn_dim": 8}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+MODELS = {
+    "layers": (
+        lambda: with_config("Llama", layer_types=["full_attention", "linear_attention", "full_attention"]),
+        r"LlamaForCausalLM has layers of linear_attention; over a ring there are full_attention",
+    ),
+    "blocks": (
+        lambda: of_class("RecurrentGemmaForCausalLM", "RecurrentGemma", **LLAMA, block_types=["recurrent"], lru_width=32),
+        r"has layers of recurrent; over",
+    ),
+    "rotary": (
+        lambda: with_config("Llama", rope_parameters=DYNAMIC),
+        r"LlamaForCausalLM has dynamic rotary embeddings: they go by the last position of a rank's rows",
+    ),
+    "own attention": (
+        lambda: of_class("FalconForCausalLM", "Falcon", **LLAMA),
+        r"FalconForCausalLM has attention of its own \(FalconAttention.*\) that goes through no AttentionInterface",
+    ),
+    "no attention": (
+        lambda: of_class("xLSTMForCausalLM", "xLSTM", vocab_size=37, hidden_size=64, num_heads=4, num_hidden_layers=1),
+        r"xLSTMForCausalLM has attention of its own \(none by name\)",
+    ),
+    "positions": (
+        lambda: of_class("BartForCausalLM", "Bart", **BART, is_decoder=True, is_encoder_decoder=False),
+        "makes its pos",
+    ),
+    "positions of tokens": (
+        lambda: of_class("RobertaForCausalLM", "Roberta", **LLAMA, is_decoder=True),
+        r"RobertaForCausalLM makes its positions itself",
+    ),
+    "two sequences": (lambda: of_class("BartForConditionalGeneration", "Bart", **BART), r"has an encoder and a decoder"),
+    "one class": (
+        lambda: of_class("LlamaForSequenceClassification", "Llama", **LLAMA),
+        r"LlamaForSequenceClassification makes something else of its rows than one output each",
+    ),
+    "both ways": (
+        lambda: with_config("Llama", use_bidirectional_attention=True),
+        "attends both ways by config.use_bidirectional",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_models_that_would_compute_something_else(what):
+    make, message = MODELS[what]
+    model = make()
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        use_ring(model, ra.Ring.simulated(2))
+    assert model.config._attn_implementation == before and not model._forward_pre_hooks
+
+
+class Mine(transformers.LlamaForCausalLM):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("kind", [Mine, transformers.LlamaModel, transformers.LlamaForTokenClassification])
+def test_other_models_that_give_each_row_an_output(kind):
+    config, ring = transformers.LlamaConfig(**LLAMA, pad_token_id=0), ra.Ring.simulated(3, kernel="reference")
+    model = kind(config).double().eval()
+    wanted = model(input_ids=tokens(), use_cache=False)[0]
+    use_ring(model, ring)
+    found = ring.unshard(model(input_ids=ring.shard(tokens()))[0])
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_two_models_of_one_config():
+    ring, one = ra.Ring.simulated(2), model_of("Llama")
+    other, third = type(one)(one.config), type(one)(copy.deepcopy(one.config))
+    use_ring(one, ring)
+    with pytest.raises(ValueError, match=r"shares its config with a model on a ring, .* copy.deepcopy\(config\)"):
+        use_ring(other, ring)
+    use_ring(third, ring)
+    use_ring(one, None)
+    assert one.config._attn_implementation == "sdpa"
+    use_ring(other, ring)
+
+
+def test_attention_that_is_set_to_another_later():
+    model = model_of("Llama")
+    use_ring(model, ra.Ring.simulated(2))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attention of a model on a ring was set to 'sdpa'; call use_ring again, or with None"):
+        model(input_ids=tokens())
+
+
+def test_a_window_that_only_a_mask_would_hold():
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    sizes = LLAMA | {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    windows = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+    for options, ends in ((windows, True), ({"use_sliding_window": False}, False)):
+        model = of_class("Qwen2MoeForCausalLM", "Qwen2Moe", **sizes, **experts, **options).eval()
+        use_ring(model, ra.Ring.simulated(2))
+        if not ends:
+            assert model(input_ids=tokens()).logits.isfinite().all()
+            continue
+        with pytest.raises(ValueError, match=r"Qwen2MoeAttention has a window of 7 by its config .* ring_mask=ra.Window\(6\)"):
+            model(input_ids=tokens())
+
+
+def test_dropout_and_generation():
+    model = model_of("Llama", attention_dropout=0.1)
+    use_ring(model, ra.Ring.simulated(2))
+    with pytest.raises(
+        ValueError, match=r"dropout 0.1 of attention's probabilities is not taken over; .* or set its attention"
+    ):
+        model(input_ids=tokens())
+    assert model.eval()(input_ids=tokens()).logits.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"takes no past_key_values: generate with the model as it was, use_ring\(model, None\)"
+    ):
+        model.generate(tokens(), max_new_tokens=2)
+    with pytest.raises(
+        ValueError, match="LlamaAttention was handed no ring: it was called by itself, or its model does not hand"
+    ):
+        integration.attend(model.model.layers[0].self_attn, *torch.zeros(3, 1, 4, 8, 8), None)
+
+
+def test_what_a_config_asks_of_every_forward():
+    for change, message in (
+        ({"layerdrop": 0.1}, "takes no layerdrop: each rank would leave out other layers"),
+        ({"output_router_logits": True}, "takes no output_router_logits"),
+        ({"_attn_implementation": "eager", "output_attentions": True}, "takes no output_attentions"),
+    ):
+        model = with_config("Llama", **change)
+        use_ring(model, ra.Ring.simulated(2))
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=tokens())
+    model = with_config("Llama", prefix_lm=True)
+    use_ring(model, ra.Ring.simulated(2))
+    assert model(input_ids=tokens()).logits.isfinite().all()
+    with pytest.raises(ValueError, match="takes no token_type_ids that tell of a prefix"):
+        model(input_ids=tokens(), token_type_ids=tokens())
