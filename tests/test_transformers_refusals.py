@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,17 @@ def test_a_window_that_only_a_mask_would_hold():
             continue
         with pytest.raises(ValueError, match=r"Qwen2MoeAttention has a window of 7 by its config .* ring_mask=ra.Window\(6\)"):
             model(input_ids=tokens())
+
+
+def test_a_layer_that_does_not_say_which_it_is_may_have_the_window():
+    layer = torch.nn.Module()
+    layer.config = SimpleNamespace(sliding_window=7, layer_types=["full_attention", "sliding_attention"])
+    with pytest.raises(ValueError, match="Module has a window of 7 by its config"):
+        integration._check_window(layer, None)
+    layer.layer_idx = 0
+    integration._check_window(layer, None)
+    layer.layer_idx = 1
+    integration._check_window(layer, 7)
 
 
 def test_dropout_and_generation():

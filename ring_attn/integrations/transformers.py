@@ -140,7 +140,8 @@ def _check_window(module: torch.nn.Module, given: int | None) -> None:
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if given or not window:
         return
-    if not kinds or kinds[module.layer_idx] == "sliding_attention":
+    kind = kinds[module.layer_idx] if kinds and hasattr(module, "layer_idx") else None
+    if kind in (None, "sliding_attention"):
         raise ValueError(
             f"{type(module).__name__} has a window of {window} by its config and hands none to its attention; where all layers "
             f"have it set config.sliding_window = None and hand over ring_mask=ra.Window({window - 1})"
