@@ -297,15 +297,18 @@ class Ring:
         shards = [x.contiguous().clone()] + [torch.zeros_like(x) for _ in self.hosted[1:]]
         return torch.stack(self.transport.all_gather(shards, what="sum over processes").wait()).sum(0)
 
+    def __copy__(self) -> Ring:
+        return self
+
     def __deepcopy__(self, memo: dict) -> Ring:
         """Itself: the copy of a model that holds a ring is on the same one."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: nothing but a simulated ring can be."""
-        if len(self.hosted) < self.size:
+        """What is pickled of a simulated ring, the only one that can be."""
+        if self.transport.link != "process":
             raise TypeError(
-                f"{self} is of several processes and cannot be pickled; take it from what holds it, a model of Hugging Face by "
+                f"{self} is of a process group and cannot be pickled; take it from what holds it, a model of Hugging Face by "
                 f"use_ring(model, None), and save state_dict() or by save_pretrained"
             )
         return self.__dict__

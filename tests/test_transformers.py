@@ -6,15 +6,18 @@ import copy
 import pickle
 import warnings
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("transformers")
 import transformers
 from transformers import AttentionInterface
 
 import ring_attn as ra
+from ring_attn.integrations import transformers as integration
 from ring_attn.integrations.transformers import use_ring
 from tests.dist.harness import run_processes
 from tests.support import FLOAT64_LIMIT, rel_error
@@ -175,6 +178,53 @@ def test_under_autocast_attention_takes_one_dtype():
     assert 0 < rel_error(found, exact) < 2 * rel_error(plain, exact)
 
 
+def test_autocast_takes_its_dtype_where_they_differ_alone():
+    """By attention itself."""
+    seen, ring = [], ra.Ring.simulated(1, kernel="reference")
+    with patch.object(integration, "ring_attention", lambda q, k, v, **_: seen.append({q.dtype, k.dtype, v.dtype})):
+        for dtype, of_v in ((torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)):
+            with torch.autocast("cpu", dtype):
+                q, k, v = (torch.ones(1, 2, 4, 8, dtype=x) for x in (torch.float32, torch.float32, of_v))
+                integration.attend(torch.nn.Identity(), q, k, v, None, ring=ring)
+    assert seen == [{torch.float16}, {torch.bfloat16}, {torch.float32}]
+
+
+def test_layers_are_compiled_once_a_kind():
+    """Full ones and those with windows, which a number of each layer would tell apart."""
+    model, ring = model_of("Gemma2", num_hidden_layers=6), ra.Ring.simulated(2, kernel="reference")
+    wanted = alone(model.eval())[0]
+    integration._kept.pop((integration.Window, 6, None), None)
+    use_ring(model, ring)
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("eager")
+    for layer in model.model.layers:
+        layer.compile(backend=count, fullgraph=True)
+    with torch.no_grad():
+        logits = model(input_ids=ring.shard(tokens())).logits
+    assert rel_error(ring.unshard(logits), wanted) < FLOAT64_LIMIT
+    assert count.frame_count == 2
+
+
+def test_sinks_that_are_other_tensors_than_before():
+    model, ring = model_of("GptOss"), ra.Ring.simulated(2, kernel="reference")
+    use_ring(model, ring)
+    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    for name, x in state.items():
+        if "sinks" in name:
+            x += 1
+    model.load_state_dict(state, assign=True)
+    logits = model(input_ids=ring.shard(tokens())).logits
+    assert rel_error(ring.unshard(logits), alone(model)[0]) < FLOAT64_LIMIT
+    use_ring(model, ring)
+    model.load_state_dict({name: x.clone() for name, x in state.items()}, assign=True)
+    layer = model.model.layers[0].self_attn
+    with (
+        patch("torch.compiler.is_compiling", lambda: True),
+        pytest.raises(ValueError, match="use_ring was called; call it again"),
+    ):
+        integration._sinks_of(layer._on_ring, layer.sinks)
+
+
 def test_positions_beside_a_mask_are_taken():
     model, ring = model_of("Llama"), ra.Ring.simulated(3, kernel="reference")
     alone(model)
@@ -190,10 +240,11 @@ def _copies(rank):
     wanted, _ = alone(model)
     use_ring(model, ring)
     copied = copy.deepcopy(model)
+    assert copy.copy(ring) is ring
     for one in (model, copied):
         logits = one(input_ids=ring.shard(tokens()), ring=ring.with_layout("zigzag")).logits
         assert rel_error(ring.unshard(logits), wanted) < FLOAT64_LIMIT
-    with pytest.raises(TypeError, match=r"is of several processes and cannot be pickled; .* use_ring\(model, None\), and save"):
+    with pytest.raises(TypeError, match=r"is of a process group and cannot be pickled; .* use_ring\(model, None\), and save"):
         pickle.dumps(model)
     use_ring(copied, None)
     assert len(pickle.dumps(copied)) > 1000

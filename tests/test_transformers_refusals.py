@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("transformers")
 import transformers
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import ring_attn as ra
 from ring_attn.integrations import transformers as integration
+from ring_attn.integrations.suited import windowed
 from ring_attn.integrations.transformers import use_ring
 from tests.test_transformers import model_of, tokens
 
@@ -88,6 +90,7 @@ MODELS = {
         lambda: of_class("RecurrentGemmaForCausalLM", "RecurrentGemma", **LLAMA, block_types=["recurrent"], lru_width=32),
         r"has layers of recurrent; over",
     ),
+    "long rotary": (lambda: with_config("Llama", rope_parameters=DYNAMIC | {"rope_type": "longrope"}), r"has longrope rotary"),
     "rotary": (
         lambda: with_config("Llama", rope_parameters=DYNAMIC),
         r"LlamaForCausalLM has dynamic rotary embeddings: they go by the last position of a rank's rows",
@@ -113,10 +116,14 @@ MODELS = {
         lambda: of_class("LlamaForSequenceClassification", "Llama", **LLAMA),
         r"LlamaForSequenceClassification makes something else of its rows than one output each",
     ),
-    "both ways": (
-        lambda: with_config("Llama", use_bidirectional_attention=True),
-        "attends both ways by config.use_bidirectional",
+    "both ways": (lambda: with_config("Llama", use_bidirectional_attention=True), r"attends both ways by config.use_bidir"),
+    "all ways": (lambda: with_config("Llama", use_bidirectional_attention="all"), r"attends both ways by config.use_bidir"),
+    "pools": (lambda: of_class("BertModel", "Bert", **LLAMA), r"pools rows, .* make it with add_pooling_layer=False"),
+    "two heads": (
+        lambda: of_class("GPT2DoubleHeadsModel", "GPT2", vocab_size=37, n_embd=32, n_layer=1, n_head=4),
+        r"GPT2DoubleHeadsModel makes something else of its rows",
     ),
+    "no language model": (lambda: of_class("CLIPTextModel", "CLIPText", **LLAMA), r"CLIPTextModel makes something else of its"),
 }
 
 
@@ -131,24 +138,73 @@ def test_models_that_would_compute_something_else(what):
 
 
 class Mine(transformers.LlamaForCausalLM):
+    """A user's own, with a forward that names little and attention that adds nothing."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for number, layer in enumerate(self.model.layers):
+            layer.self_attn = MyAttention(config, number)
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class MyAttention(LlamaAttention):
     """A user's own."""
 
 
-@pytest.mark.parametrize("kind", [Mine, transformers.LlamaModel, transformers.LlamaForTokenClassification])
-def test_other_models_that_give_each_row_an_output(kind):
-    config, ring = transformers.LlamaConfig(**LLAMA, pad_token_id=0), ra.Ring.simulated(3, kernel="reference")
-    model = kind(config).double().eval()
-    wanted = model(input_ids=tokens(), use_cache=False)[0]
+class OfMyOwnForCausalLM(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """A model that is written elsewhere, of layers of transformers."""
+
+    config_class = transformers.LlamaConfig
+    _supports_sdpa = _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.head = transformers.LlamaModel(config), torch.nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        return (self.head(self.model(input_ids=input_ids, position_ids=position_ids, **kwargs)[0]),)
+
+
+OTHERS = {
+    "a subclass": lambda: Mine(config_of("Llama")),
+    "written elsewhere": lambda: OfMyOwnForCausalLM(config_of("Llama")),
+    "a base model": lambda: transformers.LlamaModel(config_of("Llama")),
+    "classes of tokens": lambda: transformers.LlamaForTokenClassification(config_of("Llama")),
+    "both ways": lambda: transformers.BertModel(config_of("Bert"), add_pooling_layer=False),
+    "dropping layers in training": lambda: with_modules(transformers.LlamaModel(config_of("Llama")), layerdrop=0.1),
+}
+
+
+def config_of(kind, **sizes):
+    return getattr(transformers, f"{kind}Config")(**(LLAMA | {"pad_token_id": 0} | sizes))
+
+
+def with_modules(model, **changes):
+    for name, x in changes.items():
+        setattr(model, name, x)
+    return model
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_models_that_give_each_row_an_output(what):
+    model, ring = OTHERS[what]().double().eval(), ra.Ring.simulated(3, kernel="reference")
+    wanted = model(tokens(), use_cache=False)[0]
     use_ring(model, ring)
-    found = ring.unshard(model(input_ids=ring.shard(tokens()))[0])
+    assert any("_on_ring" in vars(module) for module in model.modules())
+    found = ring.unshard(model(ring.shard(tokens()))[0])
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
+    use_ring(model, None)
+    assert not any("_on_ring" in vars(module) for module in model.modules())
 
 
 def test_two_models_of_one_config():
     ring, one = ra.Ring.simulated(2), model_of("Llama")
     other, third = type(one)(one.config), type(one)(copy.deepcopy(one.config))
     use_ring(one, ring)
-    with pytest.raises(ValueError, match=r"shares its config with a model on a ring, .* copy.deepcopy\(config\)"):
+    with pytest.raises(ValueError, match=r"has a config that says ring_attn already, .* off first, use_ring\(it, None\)"):
         use_ring(other, ring)
     use_ring(third, ring)
     use_ring(one, None)
@@ -179,14 +235,11 @@ def test_a_window_that_only_a_mask_would_hold():
 
 
 def test_a_layer_that_does_not_say_which_it_is_may_have_the_window():
-    layer = torch.nn.Module()
-    layer.config = SimpleNamespace(sliding_window=7, layer_types=["full_attention", "sliding_attention"])
-    with pytest.raises(ValueError, match="Module has a window of 7 by its config"):
-        integration._check_window(layer, None)
-    layer.layer_idx = 0
-    integration._check_window(layer, None)
-    layer.layer_idx = 1
-    integration._check_window(layer, 7)
+    kinds = ["full_attention", "sliding_attention"]
+    for number, kinds_known, window in ((0, kinds, None), (1, kinds, 7), (None, kinds, 7), (0, None, 7)):
+        config = SimpleNamespace(sliding_window=7, layer_types=kinds_known)
+        assert windowed(SimpleNamespace(config=config, layer_idx=number)) == window
+    assert windowed(torch.nn.Linear(2, 2)) is None
 
 
 def test_dropout_and_generation():
@@ -208,8 +261,11 @@ def test_dropout_and_generation():
 
 
 def test_what_a_config_asks_of_every_forward():
+    dropping = with_modules(model_of("Llama"), layerdrop=0.1)
+    use_ring(dropping, ra.Ring.simulated(2))
+    with pytest.raises(ValueError, match="takes no layerdrop: each rank would leave out other layers; set that of its modules"):
+        dropping(input_ids=tokens())
     for change, message in (
-        ({"layerdrop": 0.1}, "takes no layerdrop: each rank would leave out other layers"),
         ({"output_router_logits": True}, "takes no output_router_logits"),
         ({"_attn_implementation": "eager", "output_attentions": True}, "takes no output_attentions"),
     ):
@@ -217,6 +273,7 @@ def test_what_a_config_asks_of_every_forward():
         use_ring(model, ra.Ring.simulated(2))
         with pytest.raises(ValueError, match=message):
             model(input_ids=tokens())
+        assert model(input_ids=tokens(), output_router_logits=False, output_attentions=False).logits.isfinite().all()
     model = with_config("Llama", prefix_lm=True)
     use_ring(model, ra.Ring.simulated(2))
     assert model(input_ids=tokens()).logits.isfinite().all()

@@ -2,7 +2,7 @@
 
 Each layer must mix rows by attention and by nothing else, attention must go through transformers' `AttentionInterface`,
 positions must be told to the model, and what it makes of rows at the end must be of single ones. What a model says of itself,
-in its configuration, its names and its source, is looked at once; what only a call shows is refused in the call.
+in its configuration and its names, is looked at once; what only a call shows is refused in the call.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-_HEADS = "ForCausalLM", "LMHeadModel", "ForTokenClassification", "Model"
 _LAYERS = "full_attention", "sliding_attention"
-_ROTARY_BY_LENGTH = "dynamic", "longrope"
+_FIELDS_OF_LAYERS = {"layer_types": _LAYERS, "layers_block_type": (*_LAYERS, "attention")}
+_ATTENTION = "Attention", "MLA"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_ROTARY_BY_LENGTH = "dynamic", "longrope"
 
 
 def check_model(model: PreTrainedModel, implementation: str) -> None:
@@ -28,26 +31,54 @@ def check_model(model: PreTrainedModel, implementation: str) -> None:
         raise ValueError(f"{type(model).__name__} {reason}")
 
 
+def parameters_of(model: PreTrainedModel) -> list[str]:
+    """The names that a model's forward takes, in order; of one that hands all on, those of the forward that it overrides."""
+    forwards = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
+    of_each = (inspect.signature(forward).parameters.values() for forward in forwards)
+    # What is named first is what positions in a call mean.
+    found = chain.from_iterable([p.name for p in of if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)] for of in of_each)
+    return [name for name in dict.fromkeys(found) if name != "self"]
+
+
+def windowed(module: Any) -> int | None:
+    """The window that a layer's attention has by its model's config, None where it has none."""
+    config = getattr(module, "config", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    number = getattr(module, "layer_idx", None)
+    if not window or (kinds and number is not None and kinds[number] != "sliding_attention"):
+        return None
+    return window
+
+
+def attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The modules that are attention by their names."""
+    return [module for module in model.modules() if any(word in type(module).__name__ for word in _ATTENTION)]
+
+
 def _reasons(model: PreTrainedModel, implementation: str) -> Iterator[str]:
-    config, names = model.config, inspect.signature(model.forward).parameters
+    config, attention = model.config, attention_modules(model)
     if config._attn_implementation == implementation:
-        yield "shares its config with a model on a ring, and one could not leave it alone; make it with copy.deepcopy(config)"
+        yield (
+            f"has a config that says {implementation} already, that of a model on a ring or a copy of it: take that model off "
+            f"first, use_ring(it, None), or make this one of a copy from before"
+        )
     if config.get_text_config() is not config:
         yield "is made of several models; give its language model alone"
     if getattr(config, "is_encoder_decoder", False):
         yield "has an encoder and a decoder; on a ring there is one causal sequence"
-    if not _kind(model).endswith(_HEADS):
-        yield f"makes something else of its rows than one output each; on a ring a model ends in {', '.join(_HEADS)}"
-    for field, known in (("layer_types", _LAYERS), ("layers_block_type", (*_LAYERS, "attention"))):
+    if not _gives_each_row_its_output(model):
+        yield "makes something else of its rows than one output each, as models for causal language modelling do"
+    if any(getattr(module, "pooler", None) is not None for module in model.modules()):
+        yield "pools rows, of which each rank has some; make it with add_pooling_layer=False"
+    for field, known in _FIELDS_OF_LAYERS.items():
         others = sorted(set(getattr(config, field, None) or known) - set(known))
         if others:
             yield f"has layers of {', '.join(others)}; over a ring there are {' and '.join(_LAYERS)} alone"
-    attention = {type(module) for module in model.modules() if "Attention" in type(module).__name__}
-    own = sorted({kind.__name__ for kind in attention if _INTERFACE not in _source(kind)})
+    own = sorted({type(module).__name__ for module in attention if not _goes_through_interface(type(module))})
     if own or not attention:
         yield f"has attention of its own ({', '.join(own) or 'none by name'}) that goes through no AttentionInterface"
     counted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
-    if "position_ids" not in names or counted:
+    if "position_ids" not in parameters_of(model) or counted:
         yield "makes its positions itself, of the rows that it is given, and cannot be told where in the sequence these are"
     rotary = repr(getattr(config, "rope_parameters", None))
     for kind in _ROTARY_BY_LENGTH:
@@ -56,21 +87,23 @@ def _reasons(model: PreTrainedModel, implementation: str) -> Iterator[str]:
                 f"has {kind} rotary embeddings: they go by the last position of a rank's rows, not of the sequence; set "
                 f"another rope_type"
             )
-    if getattr(config, "use_bidirectional_attention", None) is True:
-        yield "attends both ways by config.use_bidirectional_attention, with windows that mean something else there"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        yield "attends both ways by config.use_bidirectional_attention, which only masks that transformers makes would hold"
 
 
-def _kind(model: PreTrainedModel) -> str:
-    """The name of the class of transformers that the model is, or of its own where that comes from elsewhere."""
-    for kind in type(model).__mro__:
-        if kind.__module__.startswith("transformers.") and not kind.__name__.endswith("PreTrainedModel"):
-            return kind.__name__
-    return type(model).__name__
+def _gives_each_row_its_output(model: PreTrainedModel) -> bool:
+    """Whether it does by the name of the class of transformers that it is, or by its own where that comes from elsewhere."""
+    kinds = (kind for kind in type(model).__mro__ if not kind.__name__.endswith("PreTrainedModel"))
+    of_models = (kind for kind in kinds if kind.__module__.startswith("transformers.models."))
+    kind = next(of_models, None)
+    if kind is None:
+        return type(model).__name__.endswith(("ForCausalLM", "ForTokenClassification", "Model"))
+    if kind.__name__.endswith(("ForCausalLM", "LMHeadModel", "ForTokenClassification")):
+        return True
+    is_base = kind.__name__.endswith("Model") and not kind.__name__.endswith("DoubleHeadsModel")
+    return is_base and type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def _source(kind: type) -> str:
-    """That of the file in which a class is written, empty where there is none."""
-    try:
-        return inspect.getsource(sys.modules[kind.__module__])
-    except (OSError, TypeError, KeyError):
-        return ""
+def _goes_through_interface(kind: type) -> bool:
+    """Whether a file in which a class of attention, or one that it is made of, is written has transformers' interface."""
+    return any(hasattr(sys.modules.get(one.__module__), _INTERFACE) for one in kind.__mro__)

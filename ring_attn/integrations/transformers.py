@@ -9,15 +9,14 @@ Note [no mask]: transformers makes masks, of local rows, for implementations tha
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from ring_attn.attention import ring_attention
-from ring_attn.integrations.suited import check_model
+from ring_attn.integrations.suited import attention_modules, check_model, parameters_of, windowed
 from ring_attn.mask import Causal, Full, Mask, Window, check_mask
 from ring_attn.module import row_positions
 from ring_attn.ring import Ring
@@ -34,7 +33,7 @@ _INSTEAD = {
 _FLAGS = {
     "use_cache": _INSTEAD["past_key_values"],
     "output_attentions": "a ring makes no matrix of them",
-    "output_router_logits": "their loss would be that of each rank's rows, which is not that of all",
+    "output_router_logits": "their loss would be that of each rank's rows, not of all; pass output_router_logits=False",
     "logits_to_keep": "it would keep the last of each rank's rows; take them of ring.unshard(logits)",
 }
 _FLAGS_OF_CONFIG = "output_attentions", "output_router_logits"
@@ -48,9 +47,10 @@ def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
         logits = model(input_ids=ring.shard(tokens)).logits         # [b, rows this process hosts, vocabulary]
         loss = ra.global_token_loss(logits, ring.shard(ra.shift_labels(tokens)), ring=ring)
 
-    Position ids are the ring's where none are given. A forward takes two more keyword arguments: `ring_mask`, a mask of global
-    positions that holds beside what the model hides itself, and `ring`, this one in another layout for a batch
-    (`ring.with_layout`). Windows, caps, sinks and scales of the model hold; where it trains its attention dropout must be 0.
+    A forward takes two more keyword arguments: `ring_mask`, a mask of global positions that holds beside what the model hides
+    itself, and `ring`, this one in another layout for a batch (`ring.with_layout`). Position ids are the ring's where none are
+    given, and come with a ring_mask where they are. Windows, caps, sinks and scales of the model hold; where it trains its
+    attention dropout must be 0. Under autocast attention is computed in its dtype where q, k and v differ in theirs.
 
     Raises ValueError for a model that would compute something else over a ring than alone, see `ring_attn.integrations.suited`,
     and in a forward for what would be taken for a whole sequence, or for packed documents that no mask is given of.
@@ -64,11 +64,13 @@ def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
     if before is not None:
         implementation, hook = before
         hook.remove()
+        for module in model.modules():
+            module.__dict__.pop("_on_ring", None)
         model.set_attn_implementation(implementation)
     if ring is None:
         return
     check_model(model, NAME)
-    _make_ahead(model)
+    _prepare(model)
     AttentionInterface.register(NAME, attend)
     implementation = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -118,51 +120,49 @@ def attend(
         raise ValueError(f"{query.shape[2]} queries meet {key.shape[2]} keys, but a model on a ring has no cache")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = kept(Causal) if causal else kept(Full)
-    _check_window(module, sliding_window)
+    known = getattr(module, "_on_ring", _OnRing())
+    if known.window and not sliding_window:
+        raise ValueError(
+            f"{type(module).__name__} has a window of {known.window} by its config and hands none to its attention; where all "
+            f"layers have it set config.sliding_window = None and hand over ring_mask=ra.Window({known.window - 1})"
+        )
     if sliding_window:
         # The token itself counts as one.
         mask = mask & (kept(Window, sliding_window - 1, None) if causal else kept(Window, sliding_window, sliding_window))
     if ring_mask is not None:
         mask = mask & ring_mask
-    score = [*([] if softcap is None else [kept(SoftCap, softcap)]), *([] if s_aux is None else [_sinks_of(module, s_aux)])]
+    score = [*([] if softcap is None else [kept(SoftCap, softcap)]), *([] if s_aux is None else [_sinks_of(known, s_aux)])]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
+    if len({q.dtype, k.dtype, v.dtype}) > 1 and torch.is_autocast_enabled(q.device.type):
         # As PyTorch's own attention would: rotary embeddings are fp32 there, and values are not.
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     return ring_attention(q, k, v, ring=ring, mask=mask, score=score, softmax_scale=scaling), None
 
 
-def _check_window(module: torch.nn.Module, given: int | None) -> None:
-    """Raises ValueError where a layer has a window by its model's config and hands none on, as only masks that are not made
-    here would hold it.
-    """
-    config = getattr(module, "config", None)
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if given or not window:
-        return
-    kind = kinds[module.layer_idx] if kinds and hasattr(module, "layer_idx") else None
-    if kind in (None, "sliding_attention"):
-        raise ValueError(
-            f"{type(module).__name__} has a window of {window} by its config and hands none to its attention; where all layers "
-            f"have it set config.sliding_window = None and hand over ring_mask=ra.Window({window - 1})"
-        )
-
-
-def _make_ahead(model: PreTrainedModel) -> None:
-    """Makes the masks and scores that layers will ask for, which may not be made inside of what is compiled."""
-    config = model.config
-    if window := getattr(config, "sliding_window", None):
+def _prepare(model: PreTrainedModel) -> None:
+    """Makes what layers will ask for, which may not be made inside of what is compiled, and notes which have windows."""
+    if window := getattr(model.config, "sliding_window", None):
         kept(Window, window - 1, None)
-    if cap := getattr(config, "attn_logit_softcapping", None):
+    if cap := getattr(model.config, "attn_logit_softcapping", None):
         kept(SoftCap, cap)
-    for module in model.modules():
-        if isinstance(sinks := getattr(module, "sinks", None), Tensor):
-            module.__dict__["_ring_attn_sinks"] = Sinks(sinks)
+    for module in attention_modules(model):
+        sinks = getattr(module, "sinks", None)
+        module.__dict__["_on_ring"] = _OnRing(windowed(module), Sinks(sinks) if isinstance(sinks, Tensor) else None)
 
 
-def _sinks_of(module: torch.nn.Module, sinks: Tensor) -> Sinks:
-    made = module.__dict__.get("_ring_attn_sinks")
-    return made if made is not None and made.tensor is sinks else Sinks(sinks)
+class _OnRing(NamedTuple):
+    """What is known of an attention module beforehand: the window that it has by its config, and its sinks as a score."""
+
+    window: int | None = None
+    sinks: Sinks | None = None
+
+
+def _sinks_of(known: _OnRing, sinks: Tensor) -> Sinks:
+    if known.sinks is not None and known.sinks.tensor is sinks:
+        return known.sinks
+    if torch.compiler.is_compiling():
+        raise ValueError("the sinks of a model are other tensors than when use_ring was called; call it again")
+    return Sinks(sinks)
 
 
 def kept(kind: type, *options: float | None) -> Any:
@@ -180,7 +180,9 @@ class _Given:
     """The hook on a model's forward; see Note [hook]."""
 
     def __init__(self, model: PreTrainedModel, ring: Ring) -> None:
-        self.ring, self.names = ring, list(inspect.signature(model.forward).parameters)
+        self.ring, self.names = ring, parameters_of(model)
+        # Modules keep it beside the config.
+        self.dropping = [module for module in model.modules() if hasattr(module, "layerdrop")]
 
     def __call__(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
@@ -196,8 +198,11 @@ class _Given:
                 asked = getattr(model.config, name, None)
             if isinstance(asked, Tensor) or asked:
                 raise ValueError(f"a model on a ring takes no {name}: {instead}")
-        if model.training and getattr(model.config, "layerdrop", 0):
-            raise ValueError("a model on a ring takes no layerdrop: each rank would leave out other layers; set it to 0.0")
+        if model.training and any(module.layerdrop for module in self.dropping):
+            raise ValueError(
+                "a model on a ring takes no layerdrop: each rank would leave out other layers; set that of its modules to 0.0, "
+                "which keep their own beside the config's"
+            )
         if getattr(model.config, "prefix_lm", False) and kwargs.get("token_type_ids") is not None:
             raise ValueError("a model on a ring takes no token_type_ids that tell of a prefix: attention is causal")
         ring = self.ring if kwargs.get("ring") is None else kwargs["ring"]
@@ -215,7 +220,7 @@ class _Given:
         elif kwargs.get("ring_mask") is None:
             raise ValueError(
                 "position_ids may begin anew with each of several packed documents, which only a mask keeps apart on a ring: "
-                "give ring_mask=ra.Documents(lengths) beside them, or ra.Causal() where there is one"
+                "give ring_mask=ra.Documents(lengths) beside them, or ra.Full() where there is one"
             )
         elif rows is not None and positions.shape[-1] != rows.shape[1]:
             raise ValueError(f"{positions.shape[-1]} position_ids for {rows.shape[1]} rows here; give ring.shard(position_ids)")
