@@ -68,8 +68,8 @@ def ring_attention(
     positions. `softmax_scale`, a number, defaults to d ** -0.5. With `return_lse`, also lse [b, h, s] (natural log; fp32,
     float64 for float64 inputs), differentiable. A row that sees no key has output 0, lse -inf and zero gradients. Every process
     of the ring must make the same calls in the same order. Under torch.compile, make masks and scores outside the compiled
-    function; inside masks may be joined. Until the backward, a score with tensors that learn takes the memory of one more
-    output in 16 bits, Note [rest].
+    function; inside masks may be joined and Sinks made. Until the backward, a score with tensors that learn takes the memory of
+    one more output in 16 bits, Note [rest].
 
     `kv_layout`: for cross-attention, the layout by which k and v [b, skv, g, ...] are sharded, `ring.shard(k, layout=...)`;
     only where it is named may they come from a sequence of another length than the queries'.

@@ -311,10 +311,15 @@ def name_of_ring(ring: Ring) -> str:
 
 
 _SOME_MASK = Causal()
+_SOME_SINKS = Sinks(torch.zeros(1, device="cpu"))
 
 
 def given_to(x: Any) -> Any:
-    """x as a compiler hands it to `name_kept`: before PyTorch 2.13 by its `id`, which it takes as a number and guards."""
+    """x as a compiler hands it to `name_kept`: before PyTorch 2.13 by its `id`, which it takes as a number and guards.
+
+    One sinks for all: a call knows no more of them than that they are there, and their tensor goes to the op.
+    """
+    x = _SOME_SINKS if isinstance(x, Sinks) else x
     return id(x) if _BY_ID and not isinstance(x, str | None) else x
 
 

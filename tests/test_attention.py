@@ -179,6 +179,27 @@ def test_what_a_ring_has_met_compiles_nothing_anew():
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+def test_sinks_may_be_made_inside(by_id, monkeypatch):
+    """A call knows no more of them than that they are there."""
+    monkeypatch.setattr(call, "_BY_ID", by_id)
+    ring, counter = ra.Ring.simulated(2, "zigzag"), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v, x: ra.ring_attention(q, k, v, ring=ring, score=[ra.Sinks(x), SOFTCAP]), backend=counter, fullgraph=True
+    )
+    for seed in range(2):
+        inputs = [*qkv(), torch.randn(qkv()[0].shape[2], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))]
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        wanted = ra.ring_attention(*inputs[:3], ring=ring, score=[ra.Sinks(inputs[3]), SOFTCAP])
+        found = compiled(*inputs)
+        assert rel_error(found, wanted) < FLOAT64_LIMIT
+        up = torch.randn_like(wanted)
+        for got, want in zip(*(torch.autograd.grad(x, inputs, up) for x in (found, wanted)), strict=True):
+            assert rel_error(got, want) < FLOAT64_LIMIT
+    assert counter.frame_count == 1
+
+
+SOFTCAP = ra.SoftCap(2.0)
 MADE_INSIDE = {
     "Window": lambda: {"mask": ra.Window(3)},
     "SoftCap": lambda: {"score": ra.SoftCap(3.0)},

@@ -193,11 +193,11 @@ def test_other_models_that_give_each_row_an_output(what):
     model, ring = OTHERS[what]().double().eval(), ra.Ring.simulated(3, kernel="reference")
     wanted = model(tokens(), use_cache=False)[0]
     use_ring(model, ring)
-    assert any("_on_ring" in vars(module) for module in model.modules())
+    assert any(integration._WINDOW in vars(module) for module in model.modules())
     found = ring.unshard(model(ring.shard(tokens()))[0])
     assert (found - wanted).norm() < 1e-6 * wanted.norm()
     use_ring(model, None)
-    assert not any("_on_ring" in vars(module) for module in model.modules())
+    assert not any(integration._WINDOW in vars(module) for module in model.modules())
 
 
 def test_two_models_of_one_config():

@@ -9,7 +9,7 @@ Note [no mask]: transformers makes masks, of local rows, for implementations tha
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ring_attn.ring import Ring
 from ring_attn.score import Sinks, SoftCap
 
 NAME = "ring_attn"
+_WINDOW = "_window_before_ring_attn"
 _UNKNOWN = "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "position_bias", "head_mask"
 _INSTEAD = {
     "past_key_values": "generate with the model as it was, use_ring(model, None), or with ra.KVCache and ra.tree_decode",
@@ -65,7 +66,7 @@ def use_ring(model: PreTrainedModel, ring: Ring | None) -> None:
         implementation, hook = before
         hook.remove()
         for module in model.modules():
-            module.__dict__.pop("_on_ring", None)
+            module.__dict__.pop(_WINDOW, None)
         model.set_attn_implementation(implementation)
     if ring is None:
         return
@@ -120,18 +121,18 @@ def attend(
         raise ValueError(f"{query.shape[2]} queries meet {key.shape[2]} keys, but a model on a ring has no cache")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = kept(Causal) if causal else kept(Full)
-    known = getattr(module, "_on_ring", _OnRing())
-    if known.window and not sliding_window:
+    window = getattr(module, _WINDOW, None)
+    if window and not sliding_window:
         raise ValueError(
-            f"{type(module).__name__} has a window of {known.window} by its config and hands none to its attention; where all "
-            f"layers have it set config.sliding_window = None and hand over ring_mask=ra.Window({known.window - 1})"
+            f"{type(module).__name__} has a window of {window} by its config and hands none to its attention; where all layers "
+            f"have it set config.sliding_window = None and hand over ring_mask=ra.Window({window - 1})"
         )
     if sliding_window:
         # The token itself counts as one.
         mask = mask & (kept(Window, sliding_window - 1, None) if causal else kept(Window, sliding_window, sliding_window))
     if ring_mask is not None:
         mask = mask & ring_mask
-    score = [*([] if softcap is None else [kept(SoftCap, softcap)]), *([] if s_aux is None else [_sinks_of(known, s_aux)])]
+    score = [*([] if softcap is None else [kept(SoftCap, softcap)]), *([] if s_aux is None else [Sinks(s_aux)])]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if len({q.dtype, k.dtype, v.dtype}) > 1 and torch.is_autocast_enabled(q.device.type):
         # As PyTorch's own attention would: rotary embeddings are fp32 there, and values are not.
@@ -140,29 +141,13 @@ def attend(
 
 
 def _prepare(model: PreTrainedModel) -> None:
-    """Makes what layers will ask for, which may not be made inside of what is compiled, and notes which have windows."""
+    """Makes what layers will ask for, which may not be made inside of what is compiled, and notes windows with them."""
     if window := getattr(model.config, "sliding_window", None):
         kept(Window, window - 1, None)
     if cap := getattr(model.config, "attn_logit_softcapping", None):
         kept(SoftCap, cap)
     for module in attention_modules(model):
-        sinks = getattr(module, "sinks", None)
-        module.__dict__["_on_ring"] = _OnRing(windowed(module), Sinks(sinks) if isinstance(sinks, Tensor) else None)
-
-
-class _OnRing(NamedTuple):
-    """What is known of an attention module beforehand: the window that it has by its config, and its sinks as a score."""
-
-    window: int | None = None
-    sinks: Sinks | None = None
-
-
-def _sinks_of(known: _OnRing, sinks: Tensor) -> Sinks:
-    if known.sinks is not None and known.sinks.tensor is sinks:
-        return known.sinks
-    if torch.compiler.is_compiling():
-        raise ValueError("the sinks of a model are other tensors than when use_ring was called; call it again")
-    return Sinks(sinks)
+        module.__dict__[_WINDOW] = windowed(module)
 
 
 def kept(kind: type, *options: float | None) -> Any:
