@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 import ring_attn as ra
@@ -68,7 +67,6 @@ def test_packed_documents():
 
 
 def test_a_model_of_hugging_face():
-    pytest.importorskip("transformers")
     from tests.test_transformers import alone, model_of, tokens
 
     model, ring = model_of("Llama"), ra.Ring.simulated(2)

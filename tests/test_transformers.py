@@ -10,10 +10,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-
-pytest.importorskip("transformers")
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface
 
 import ring_attn as ra

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
 import transformers
 from transformers.models.llama.modeling_llama import LlamaAttention
 
