@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,11 +124,10 @@ def wants_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(out, lse, what is kept for the backward: what came from other ranks if the ring keeps it, and rest, see Note [rest])."""
+def _forward(call: Call, settled: Settled, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """[out, lse, what is kept for the backward: what came from other ranks if the ring keeps it, and rest, see Note [rest]]."""
     of_modifiers, sinks = call.split(tensors)
-    ring, settled = call.ring, validate(q, k, v, tensors, call)
-    plan, exchange, kernel = settled.plan, settled.exchange, settled.kernel("forward")
+    ring, plan, exchange, kernel = call.ring, settled.plan, settled.exchange, settled.kernel("forward")
     with_rest = call.keeps_rest(q)
     out = q.new_empty(*q.shape[:3], v.shape[3], dtype=accumulator_dtype(q.dtype) if with_rest else q.dtype)
     queries, outs = call.hosted(q), call.hosted(out)
@@ -165,7 +165,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
         whole, out = out, out.to(q.dtype)
         kept.append((whole - out).to(q.dtype))
     lse = [torch.cat([x.lse for x in one], 1) if len(one) > 1 else one[0].lse for one in partials]
-    return out, torch.cat(lse, -1) if len(lse) > 1 else lse[0].contiguous(), kept
+    return [out, torch.cat(lse, -1) if len(lse) > 1 else lse[0].contiguous(), *kept]
 
 
 def _of_part(x: Tensor, heads: tuple[int, int]) -> Tensor:
@@ -175,18 +175,22 @@ def _of_part(x: Tensor, heads: tuple[int, int]) -> Tensor:
 
 
 def _backward(
-    up: Upstream,
+    call: Call,
+    settled: Settled,
+    wanted: Sequence[bool],
+    dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    tensors: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    wanted: Sequence[bool],
-    call: Call,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """dq, dk, dv and the gradients of those `tensors` for which they are `wanted`, empty for the others."""
-    settled = call.ring.settled.get(call.key(q, k, v, tensors)) or call.settle(q, k, v)
-    of_modifiers, sinks = call.split(tensors)
+    out: Tensor,
+    lse: Tensor,
+    *others: Tensor,
+) -> list[Tensor]:
+    """[dq, dk, dv, the gradients of scores' tensors, empty where not `wanted`]. `others`: these tensors, what is kept."""
+    tensors, kept = others[: len(wanted)], others[len(wanted) :]
+    *kept, rest = kept if call.keeps_rest(q) else (*kept, None)
+    up, (of_modifiers, sinks) = Upstream(dout, out, lse, dlse, rest), call.split(tensors)
     totals = [torch.zeros_like(x, dtype=up.lse.dtype) if want else None for x, want in zip(of_modifiers, wanted, strict=False)]
     ups = [_hosted_upstream(part, call) for part in up.head_parts(settled.head_parts)]
     grads: list[Tensor | None] = [None] * 3
@@ -204,7 +208,7 @@ def _backward(
         delta = torch.cat([torch.cat([one.delta for one in part], -1) for part in ups], 1)
         totals.append(-delta.mul(p).sum((0, 2)))
     of_tensors = [x.new_empty(0) if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)]
-    return *grads, of_tensors
+    return [*grads, *of_tensors]
 
 
 def _of_heads(
@@ -289,8 +293,11 @@ def _hosted_upstream(up: Upstream, call: Call) -> list[Upstream]:
 
 
 def _forward_of(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    this, (q, k, v) = called(call), unit_stride(q, k, v)
+    settled = validate(q, k, v, tensors, this)
     with as_given(q):
-        return _forward(*unit_stride(q, k, v), tensors, called(call))
+        out, lse, *kept = settled.run(partial(_forward, this, settled), (q, k, v, *tensors), "forward", this.learns)
+    return out, lse, kept
 
 
 _forward_op = torch.library.custom_op("ring_attn::forward", _forward_of, mutates_args=())
@@ -318,10 +325,12 @@ def _backward_of(
     wanted: Sequence[bool],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    dout, q, k, v = unit_stride(dout, q, k, v)
+    this, (dout, q, k, v) = called(call), unit_stride(dout, q, k, v)
+    settled = this.ring.settled.get(this.key(q, k, v, tensors)) or this.settle(q, k, v)
+    backward, given = partial(_backward, this, settled, wanted), (dout, dlse, q, k, v, out, lse, *tensors, *kept)
     with as_given(q):
-        *kept, rest = kept if called(call).keeps_rest(q) else (*kept, None)
-        return _backward(Upstream(dout, out, lse, dlse, rest), q, k, v, tensors, kept, wanted, called(call))
+        dq, dk, dv, *of_tensors = settled.run(backward, given, "backward", *wanted, lse_grad=dlse is not None)
+    return dq, dk, dv, of_tensors
 
 
 _backward_op = torch.library.custom_op("ring_attn::backward", _backward_of, mutates_args=())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.by_document import LayoutChoice
+from ring_attn.comm.replay import Replays
 from ring_attn.cost import BACKWARD_OPERATIONS, MACHINES, Question, Work, fastest, forward_us, longest_wait
 from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
 from ring_attn.inputs import check_inputs, check_parts
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _BRIEF = 600.0  # us of a forward that a host takes as long to ask a library for, see Note [brief] of `ring_attn.kernels.order`
+_SHORT = 1500.0  # us of a forward that, with its backward, a host takes as long to ask for
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
 _SUMS = 350 << 20  # bytes of the sums of dq, dK and dV that a part of the heads may take
 _LEAST = 4000.0  # us of a backward in a part of the heads at least: shorter ones cost four H200s 5 to 16 %
@@ -195,12 +197,20 @@ class Call:
             row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
             back = for_backward(exchange, plan, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
         plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
-        if q.is_cuda and self.ring.kernel == "auto":
-            # Whatever carries KV.
-            brief = forward_us(plan, part._work(*of_part), MACHINES["gpus"]) < _BRIEF
-            problem = replace(problem, brief=brief)
+        # Whatever carries KV.
+        us = forward_us(plan, part._work(*of_part), MACHINES["gpus"])
+        pulls = all(isinstance(one, PullExchange) for one in (exchange, back))
+        replays = part._replays(q.device) if pulls and us < _SHORT else None
+        if q.is_cuda and self.ring.kernel == "auto" and replays is None:
+            problem = replace(problem, brief=us < _BRIEF)
         forward_parts = part._forward_parts(exchange, plan, *of_part)
-        return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel, forward_parts)
+        return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel, forward_parts, replays)
+
+    def _replays(self, device: torch.device) -> Replays | None:
+        """What graphs of such calls share; None where none may be made, as where functions read what may change."""
+        replays = self.ring.transport.replays
+        functions = self._of_mask_and_score["predicate"] or any("score_mod" in kind for kind in self.modifiers.kinds)
+        return replays if self.ring.replay and replays is not None and replays.serve(device) and not functions else None
 
     @cached_property
     def _heads_are_alike(self) -> bool:
@@ -367,7 +377,8 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
                 # A rank that left here alone would keep the others waiting: they hear of it first.
                 refusal = error
             call.ring.agree(signature, q.device, refusal)
-        settled = call.ring.settled[key] = call.settle(q, k, v)
+        if settled is None:
+            settled = call.ring.settled[key] = call.settle(q, k, v)
     return settled
 
 

@@ -42,6 +42,8 @@ class Ring:
     attended: less time, for as much memory a layer as kv_memory speaks of. Otherwise it is pulled again;
     grad_dtype: in what dtype dK and dV travel, such as torch.bfloat16 for half the bytes; None: as they are summed, in fp32
     (float64 for float64 inputs);
+    replay: whether short calls by copy engines that come again are asked for at once, as CUDA graphs, whose inputs and outputs
+    take up to 1 GiB; ranks may differ in it;
     ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.
 
     With `ulysses` above 1 the sequence is sharded over all `size` ranks, but the layout is that of `size // ulysses` ring
@@ -60,6 +62,7 @@ class Ring:
         keep_kv: bool = False,
         grad_dtype: torch.dtype | None = None,
         ranks_per_node: int | None = None,
+        replay: bool = True,
     ) -> None:
         if not hasattr(transport, "ring_size"):
             raise TypeError(f"make a ring with Ring.simulated, Ring.from_group or Ring.from_mesh, not of {transport!r}")
@@ -72,7 +75,7 @@ class Ring:
             raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")
         if keep_kv and (exchange != "pull" or kv_memory is not None):
             raise ValueError(f"keep_kv=True is for exchange='pull' without kv_memory, not for {exchange!r} with {kv_memory=}")
-        self.kv_memory, self.keep_kv, self.grad_dtype = kv_memory, keep_kv, grad_dtype
+        self.kv_memory, self.keep_kv, self.grad_dtype, self.replay = kv_memory, keep_kv, grad_dtype, replay
         self.ranks_per_node = transport.ranks_per_node if ranks_per_node is None else ranks_per_node
         self.transport = transport
         self.layout_choice, self._recipe = layout, recipe_of(layout)
@@ -88,6 +91,7 @@ class Ring:
         rings = dict(zip(transport.ulysses_hosted, transport.rings, strict=True)) if isinstance(transport, TwoAxes) else {}
         # By the Ulysses ranks hosted here: the rings in which they attend, each with its part of the heads.
         choices = {"exchange": exchange, "kernel": kernel, "kv_memory": kv_memory, "keep_kv": keep_kv, "grad_dtype": grad_dtype}
+        choices["replay"] = replay
         self._choices = {**choices, "ranks_per_node": ranks_per_node}
         choices["ranks_per_node"] = ranks_per_node and ranks_per_node // self.ulysses
         self.of_parts = {u: Ring(one, layout=layout, **choices) for u, one in rings.items()}

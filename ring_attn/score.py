@@ -110,6 +110,8 @@ class SoftCap(Score):
             raise TypeError(f"SoftCap cap must be a number, for it gets no gradient, got {type(self.cap).__name__}")
         if not 0 < self.cap < float("inf"):
             raise ValueError(f"SoftCap cap must be above 0 and finite, got {self.cap}; leave SoftCap out for no cap")
+        # What a tensor holds may change.
+        object.__setattr__(self, "cap", float(self.cap))
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)

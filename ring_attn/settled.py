@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
+from ring_attn.comm.replay import Repeated, Replays
 from ring_attn.exchange import Exchange, PullExchange
 from ring_attn.kernels import Kernel, Problem, resolve
 from ring_attn.plan import Plan
@@ -17,7 +20,8 @@ class Settled:
     """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward.
 
     `back`, `plan_back`, `head_parts`: exchange and plan of the backward, and in how many parts of the heads it goes.
-    `forward_parts`: for how many the forward meets others' KV.
+    `forward_parts`: for how many the forward meets others' KV. `replays`: where calls that come again are replayed, see Note
+    [replay] of `ring_attn.comm.replay`, what they share.
     """
 
     exchange: Exchange
@@ -28,6 +32,7 @@ class Settled:
     problem: Problem
     kernel_name: str
     forward_parts: int
+    replays: Replays | None = None
 
     def kernel(self, direction: str, *, lse_grad: bool = False) -> Kernel:
         """The kernel for a direction. Raises KernelUnavailable where there is none."""
@@ -47,6 +52,28 @@ class Settled:
     def ends_at_home(self) -> bool:
         """Whether these parts, behind the first, end with the own shard, see Note [parts] of `ring_attn.exchange.pull`."""
         return self.overlaps and self.back.name == PullExchange.name and len(self.plan_back.steps) > 1
+
+    def run(
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[Tensor | None],
+        direction: str,
+        *kind: bool,
+        lse_grad: bool = False,
+    ) -> Sequence[Tensor]:
+        """`function(*inputs)`, replayed where it comes again; there is one function for each direction and `kind` of call."""
+        if self.replays is None:
+            return function(*inputs)
+        kind = direction, lse_grad, torch.are_deterministic_algorithms_enabled(), *kind
+        found = self._repeated.get(kind)
+        if found is None:
+            known = self.replays.know(self.kernel(direction, lse_grad=lse_grad).name)
+            found = self._repeated[kind] = Repeated(self.replays) if known else False
+        return found(function, inputs, f"{self.exchange.name} {direction}, replayed") if found else function(*inputs)
+
+    @cached_property
+    def _repeated(self) -> dict[tuple, Repeated | bool]:
+        return {}
 
     @cached_property
     def _kernels(self) -> dict[tuple[str, bool, bool], Kernel]:

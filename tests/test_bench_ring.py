@@ -7,7 +7,7 @@ import re
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -113,7 +113,7 @@ def test_where_no_layout_is_named_that_by_document_is_made_for_each_case():
     made = ra.ByDocument(case.documents)
     for one in (one for one in bench.rings if one.layout == "by-document"):
         settled = one.settled(case)
-        assert all(x.at(case).layout_choice == made for x in (one, settled, settled.without_wires(), settled.as_graphs()))
+        assert all(x.at(case).layout_choice == made for x in (one, settled, settled.without_wires(), settled.singly()))
         assert torch.equal(one.positions(case), ra.Ring.simulated(2, made).positions(64))
 
 
@@ -199,22 +199,24 @@ def test_every_run_is_timed_behind_another_one(monkeypatch):
     assert done == 2 * (["run"] * 2 + bench.options.repeats * ["meet", "run", "mark", "run", "mark"])
 
 
-def test_a_graphed_ring_is_made_with_tensors_like_those_it_gets_and_checked_as_well(monkeypatch):
-    made = []
+@pytest.mark.parametrize("late", [2, 3])
+def test_what_is_wrong_when_it_comes_again_is_found(late, monkeypatch):
+    bench, calls = small_bench(exchanges=("pull",), layouts=("zigzag",)), count()
 
-    def make_graphed_callables(attend, inputs):
-        made.append((attend, inputs))
-        return lambda *given: 1.5 * attend(*given)
+    @contextmanager
+    def attention(one, case):
+        yield lambda *given: ra.ring_attention(*given, ring=one.ring) * (1.5 if next(calls) >= late else 1.0)
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
-    bench = small_bench(exchanges=("pull",), layouts=("zigzag",))
-    one, case = bench.rings[0].as_graphs(), bench.cases[0]
-    inputs = case.shape.random(len(one.positions(case)), seed=1)[:3]
-    with one.attention(case) as attend, torch.no_grad():
-        assert torch.equal(attend(*inputs), 1.5 * made[0][0](*inputs))
-    assert [(x.shape, x.dtype, x.requires_grad) for x in made[0][1]] == [(x.shape, x.dtype, True) for x in inputs]
-    assert bench.entry(bench.rings[0], case).fault is None
-    assert bench.entry(one, case).fault.startswith("wrong: ")
+    monkeypatch.setattr(OnRing, "attention", attention)
+    assert bench.entry(bench.rings[0], bench.cases[0]).fault.startswith("wrong: ")
+
+
+def test_what_is_asked_for_singly_is_not_replayed_and_neither_is_its_bound():
+    one = OnRing("auto", ra.Ring.simulated(2, exchange="pull")).singly()
+    case = small_bench().cases[0]
+    assert one.name == "auto, singly"
+    assert [x.ring.replay for x in (one, one.settled(case), one.settled(case).without_wires(), one.keeping())] == [False] * 4
+    assert OnRing("auto", ra.Ring.simulated(2)).settled(case).without_wires().ring.replay
 
 
 def test_the_percentage_is_of_the_bound():

@@ -1,15 +1,15 @@
 """What is handed to CUDA's driver, by a driver that notes it, and what it refuses."""
 
 import ctypes
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ring_attn.comm import driver
-from ring_attn.comm.driver import WRITE, Copy, Operation, copy, enqueue
+from ring_attn import driver
+from ring_attn.driver import WRITE, Copy, Operation, beside_captures, copy, enqueue
 
 STREAM = SimpleNamespace(cuda_stream=77, device_index=3)
 
@@ -35,6 +35,21 @@ def asked(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: noted.device)
     monkeypatch.setattr(torch.cuda, "device", device)
     return noted
+
+
+def test_beside_a_capture_a_thread_is_given_back_its_mode(monkeypatch):
+    """The driver changes places with what it is given."""
+    mode, met = [0], []
+
+    def exchange(given):
+        mode[0], given._obj.value = given._obj.value, mode[0]
+        return 0
+
+    monkeypatch.setattr(driver, "_driver", lambda: SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange))
+    with suppress(KeyError), beside_captures():
+        met.append(mode[0])
+        raise KeyError
+    assert (met, mode) == ([driver._RELAXED], [0])
 
 
 def operations(*values):

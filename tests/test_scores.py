@@ -95,3 +95,10 @@ def test_in_16_bits_the_gradient_of_slopes_is_nearer_than_a_plain_softmax_has_it
     """See Note [rest] of ring_attn.attention: without it this came to 2.3 and 1.2 times."""
     found = times_plain("alibi", "causal", "reference", dtype, "cpu", 3, "pull", "striped", seeds=8)
     assert found["gradient of tensor 0"] < 0.9
+
+
+def test_a_cap_is_the_number_that_a_tensor_held():
+    cap = torch.tensor(2.0)
+    score = ra.SoftCap(cap)
+    cap.fill_(3.0)
+    assert score == ra.SoftCap(2.0) and type(score.cap) is float

@@ -1,4 +1,4 @@
-"""What a call comes to: whether its forward is brief, and that kernels are chosen by that."""
+"""What a call comes to: whether it may be replayed, whether its forward is brief, and that kernels are chosen by that."""
 
 import pytest
 import torch
@@ -7,11 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ring_attn as ra
 from ring_attn import settled
 from ring_attn.call import Call
+from ring_attn.comm.local import LocalTransport
+from ring_attn.comm.replay import Replays
 
 
-def settle(device="cuda", batch=1, rows=2048, heads=32, kernel="auto"):
+def settle(device="cuda", batch=1, rows=2048, heads=32, kernel="auto", exchange="ring", replay=True, replays=None):
     """A causal call of a ring of four in one process, each rank with so many rows; its tensors have no memory."""
-    ring = ra.Ring.simulated(4, kernel=kernel, exchange="ring")
+    transport = LocalTransport(4)
+    transport.replays = replays
+    ring = ra.Ring(transport, kernel=kernel, exchange=exchange, replay=replay)
     with FakeTensorMode():
         q, k, v = (torch.empty(batch, 4 * rows, h, 128, dtype=torch.bfloat16, device=device) for h in (heads, 8, 8))
         return Call.make(ring, ra.Causal(), None, 1.0).settle(q, k, v)
@@ -33,6 +37,13 @@ def settle(device="cuda", batch=1, rows=2048, heads=32, kernel="auto"):
 )
 def test_a_forward_is_brief_by_all_that_a_rank_attends(change, brief):
     assert settle(**change).problem.brief == brief
+
+
+@pytest.mark.parametrize(("replay", "device", "replayed"), [(True, "cuda", True), (False, "cuda", False), (True, "cpu", False)])
+def test_what_is_replayed_is_not_brief_for_a_host(replay, device, replayed):
+    settled = settle(device=device, exchange="pull", replay=replay, replays=Replays())
+    assert (settled.replays is not None) == replayed
+    assert settled.problem.brief == (device == "cuda" and not replayed)
 
 
 def test_kernels_are_chosen_by_it(monkeypatch):

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from ring_attn.comm.driver import EQUAL, WAIT, WRITE, Operation
 from ring_attn.comm.stream_flags import Flags, flags_at_first
+from ring_attn.driver import EQUAL, WAIT, WRITE, Operation
 
 
 def streams_of(rank, transfers, graphs, flags, without=()):

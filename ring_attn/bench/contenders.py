@@ -23,6 +23,7 @@ from ring_attn.attention import ring_attention
 from ring_attn.by_document import ByDocument
 from ring_attn.call import Call, validate
 from ring_attn.comm.nodes import NodesTransport
+from ring_attn.comm.replay import Replays
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.comm.transport import Parts, Pending, Pieces, Transport
 from ring_attn.comm.two_axes import TwoAxes
@@ -87,11 +88,10 @@ class Case:
 class Contender(Protocol):
     """A way to do a case. `chosen`: what it took where it had a choice. `processes`: among how many its work is spread.
 
-    `gate_rows`: of a rank, at the length at which it is checked. `graphed`: whether its calls replay CUDA graphs.
-    `staging`: bytes it holds that PyTorch's allocator does not count.
+    `gate_rows`: of a rank, at the length at which it is checked. `staging`: bytes it holds that PyTorch's allocator does not
+    count.
     """
 
-    graphed: bool
     staging: int
     name: str
     layout: str
@@ -121,7 +121,6 @@ class OnRing:
     head_parts: int = 1
     forward_parts: int = 1
     back: Exchange | None = None
-    graphed: bool = False
 
     gate_rows = 298  # no multiple of a block
 
@@ -160,28 +159,28 @@ class OnRing:
         parts = [f"{found.forward_parts} parts forward"] if found.forward_parts > 1 else []
         parts += [f"{found.head_parts} parts"] if found.head_parts > 1 else []
         chosen = ", ".join([found.exchange.name, " + ".join(dict.fromkeys(kernels)), *halves, *parts])
-        settled = self._ring(ring.transport, found.exchange.name, "+".join(kernels))
+        settled = self._with(exchange=found.exchange.name, kernel="+".join(kernels))
         as_here = {"forward_parts": found.forward_parts, "head_parts": found.head_parts, "back": found.back}
         return replace(self, ring=settled, chosen=chosen, **as_here)
 
     def keeping(self) -> OnRing:
         """The same with what it pulls kept for the backward."""
-        ring = self.ring
-        kept = Ring(ring.transport, layout=ring.layout_choice, exchange=ring.exchange, kernel=ring.kernel, keep_kv=True)
-        return replace(self, name=f"{self.name}, KV kept", ring=kept)
+        return replace(self, name=f"{self.name}, KV kept", ring=self._with(keep_kv=True))
 
-    def as_graphs(self) -> OnRing:
-        """Its forward and its backward as PyTorch makes a graphed callable of them, which takes other tensors at every call."""
-        return replace(self, name=f"{self.name}, graphed", graphed=True)
+    def singly(self) -> OnRing:
+        """The same with every call asked for anew."""
+        return replace(self, name=f"{self.name}, singly", ring=self._with(replay=False))
 
     def without_wires(self) -> OnRing:
         """Its bound, see Note [bound]."""
-        return replace(self, ring=self._ring(silent(self.ring.transport), self.ring.exchange, self.ring.kernel))
+        return replace(self, ring=self._with(silent(self.ring.transport)))
 
-    def _ring(self, transport: Transport | TwoAxes, exchange: str, kernel: str) -> Ring:
-        nodes = self.ring.ranks_per_node if exchange == "two-level" else None
-        options = {"exchange": exchange, "kernel": kernel, "ranks_per_node": nodes, "keep_kv": self.ring.keep_kv}
-        return Ring(transport, layout=self.ring.layout_choice, **options)
+    def _with(self, transport: Transport | TwoAxes | None = None, **changed) -> Ring:
+        """The ring with something else in it."""
+        ring = self.ring
+        options = {"exchange": ring.exchange, "kernel": ring.kernel, "keep_kv": ring.keep_kv, "replay": ring.replay, **changed}
+        nodes = ring.ranks_per_node if options["exchange"] == "two-level" else None
+        return Ring(transport or ring.transport, layout=ring.layout_choice, ranks_per_node=nodes, **options)
 
     def at(self, case: Case) -> Ring:
         """The ring in its layout for that case."""
@@ -198,11 +197,7 @@ class OnRing:
                 stack.enter_context(patch.object(call.Call, "_head_parts", lambda *given: self.head_parts))
                 waits = math.inf if self.forward_parts > 1 else -math.inf
                 stack.enter_context(patch.object(call, "longest_wait", lambda *given: waits))
-            attend = partial(ring_attention, ring=self.at(case), mask=case.mask)
-            if self.graphed:
-                *inputs, _ = case.shape.random(len(self.positions(case)), seed=0)
-                attend = torch.cuda.make_graphed_callables(attend, tuple(inputs))
-            yield attend
+            yield partial(ring_attention, ring=self.at(case), mask=case.mask)
 
 
 class OnDocuments(OnRing):
@@ -227,6 +222,7 @@ def silent(transport: Transport | TwoAxes) -> Transport | TwoAxes:
 @dataclass
 class Silent:
     """A transport that moves nothing: what is received has the right size, is there at once, and was never sent by anybody.
+    Calls are replayed where they are over `inner`.
 
     Where own payloads have the size, they are what is received. Other rows are kept from call to call: filling them would take
     time that no bound has.
@@ -238,6 +234,7 @@ class Silent:
     def __post_init__(self) -> None:
         self.link, self.ranks_per_node = self.inner.link, self.inner.ranks_per_node
         self.ring_size, self.hosted = self.inner.ring_size, self.inner.hosted
+        self.replays = None if self.inner.replays is None else Replays()
 
     @property
     def beside(self) -> Silent:

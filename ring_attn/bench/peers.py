@@ -38,7 +38,7 @@ class Peer:
     layout: str
     transport: Transport
 
-    graphed, staging = False, 0
+    staging = 0
     chosen = ""
     gate_rows = 512  # a multiple of a block, as some of them need
     distribution = ""

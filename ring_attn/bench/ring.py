@@ -57,7 +57,7 @@ class RingBenchOptions:
         kernel: As for a ring.
         repeats: Timed runs, of which the median counts; each follows one that is not, and two more warm up.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
-        graphs: On a GPU, also what auto takes, and what is kept, as a graphed callable, which leaves most of the host out.
+        singly: On GPUs, also what auto takes, and what is kept, with every call asked for anew, none replayed.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
         simulated: Without torchrun, how many ranks this one process hosts.
@@ -79,7 +79,7 @@ class RingBenchOptions:
     kernel: str = "auto"
     repeats: int = 7
     keep_kv: bool = True
-    graphs: bool = True
+    singly: bool = True
     peers: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     simulated: int = 4
@@ -134,8 +134,8 @@ class Bench:
         self.rings = [self.ring(*choices) for choices in product(of_ulysses, options.exchanges, options.layouts)]
         if options.keep_kv:
             self.rings += [one.keeping() for one in self.rings if one.ring.exchange == "pull"]
-        if options.graphs and device.type == "cuda":
-            self.rings += [one.as_graphs() for one in self.rings if one.ring.exchange == "auto" or one.ring.keep_kv]
+        if options.singly and device.type == "cuda":
+            self.rings += [one.singly() for one in self.rings if one.ring.exchange == "auto" or one.ring.keep_kv]
         alone = OnRing("one device", Ring.simulated(1, "contiguous", exchange="ring", kernel=options.kernel))
         self.others: list[Contender] = [alone, *(peers(transport) if options.peers else [])]
         self.machine = machine(device.type)
@@ -247,8 +247,7 @@ class Bench:
             runs = forward, lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
             for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
                 times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
-                # A replay allocates nothing that PyTorch would count.
-                gib = None if extra is None or contender.graphed else (extra + contender.staging) / 2**30
+                gib = None if extra is None else (extra + contender.staging) / 2**30
                 slowest = everyone.tell([*times, torch.nan if gib is None else gib]).amax(0).tolist()
                 ms = statistics.median(slowest[:-1])
                 flops = factor * 4 * options.head_dim * options.heads * case.cells / contender.processes
@@ -258,7 +257,7 @@ class Bench:
         """Of every exchange the fastest ring at the longest case of the first mask."""
         of_case = max(entries[: len(self.options.lengths)], key=lambda row: row[0].case.length)
         of_rings = (entry.contender for entry in of_case[: len(self.rings)])
-        rings = {(one.name, one.layout): one for one in of_rings if not one.graphed}
+        rings = {(one.name, one.layout): one for one in of_rings}
         case, found = of_case[0].case, {}
         for row in sorted(rows, key=lambda row: row.ms or 0.0):
             contender = rings.get((row.name, row.layout))

@@ -22,7 +22,7 @@ class LocalTransport:
     def __init__(self, ring_size: int, *, hostile: bool = False) -> None:
         if ring_size < 1:
             raise ValueError(f"ring_size must be at least 1, got {ring_size}")
-        self.link = "process"
+        self.link, self.replays = "process", None
         self.ranks_per_node: int | None = None
         self.ring_size = ring_size
         self.hosted = tuple(range(ring_size))

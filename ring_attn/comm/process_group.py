@@ -75,7 +75,7 @@ class ProcessGroupTransport:
         self.hosted = tuple(range(first, first + ranks_per_process))
         self.link, on_node = _link(self.group)
         self.ranks_per_node = on_node * ranks_per_process if self.link == "network" else None
-        self.among = among
+        self.among, self.replays = among, None
         self._tag = 0
         self._watch = watch(timeout_of(self.group).total_seconds()) if over_nccl(self.group) else None
         self._roll = Roll.of(self.group, ranks_per_process)

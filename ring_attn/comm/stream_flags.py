@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from ring_attn.comm.driver import EQUAL, WAIT, WRITE, Operation, Operations
+from ring_attn.driver import EQUAL, WAIT, WRITE, Operation, Operations
 
 _BYTES = 4
 

@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ring_attn.comm.driver import Copy, copy, enqueue
 from ring_attn.comm.process_group import ProcessGroupTransport
 from ring_attn.comm.reading_order import reading_orders
 from ring_attn.comm.reads import Reads, arrivals, pulled, pushed
+from ring_attn.comm.replay import Reached, Replays
 from ring_attn.comm.stream_flags import Flags, Signals, flags_at_first
 from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Unpacked
+from ring_attn.driver import Copy, copy, enqueue
+from ring_attn.tables import hold, made_beside
 
 _GRAIN = 1 << 20
 _ROUTES = 256
@@ -79,13 +81,14 @@ class SymmetricTransport(ProcessGroupTransport):
         self._places: dict[tuple, tuple[Tensor, Parts]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._beside_this: SymmetricTransport | None = None
+        self.replays = Replays(self)
 
     @property
     def beside(self) -> SymmetricTransport:
         """The same with memory of its own: transfers over one memory wait for each other."""
         if self._beside_this is None:
             self._beside_this = SymmetricTransport(self.group, among=self.among)
-            self._beside_this._beside_this = self._beside_this
+            self._beside_this._beside_this, self._beside_this.replays = self._beside_this, self.replays
         return self._beside_this
 
     @property
@@ -93,6 +96,27 @@ class SymmetricTransport(ProcessGroupTransport):
         """Bytes of symmetric memory on each rank."""
         beside = self._beside_this
         return self._memory.size + (0 if beside is None or beside is self else beside.memory_bytes)
+
+    def finish(self) -> None:
+        for one in self._both():
+            one._end_last(captured=False)
+
+    def streams(self) -> list[torch.cuda.Stream]:
+        return [one._stream for one in self._both() if one._stream is not None]
+
+    def watch(self, reached: Reached, what: str) -> None:
+        if self._watch is not None:
+            self._watch.add([reached], self._who(what), self._roll)
+
+    def _both(self) -> list[SymmetricTransport]:
+        return [self] if self._beside_this in (None, self) else [self, self._beside_this]
+
+    def _end_last(self, *, captured: bool) -> None:
+        """What was put off begins, and has its end, where it was asked for in a capture as this is, or neither was."""
+        last, self._last = self._last, None
+        # An event of a capture means nothing outside of it, and the other way round.
+        if last is not None and last.captured == captured:
+            last.wait()
 
     def pull(self, shards: Sequence[Pieces], parts: Parts, *, what: str = "pull") -> Pending[list[Tensor]]:
         (shard,) = shards
@@ -128,12 +152,10 @@ class SymmetricTransport(ProcessGroupTransport):
         Every rank must ask in the same order, see `_Memory.of_size`. What is put off begins, for a stream and flags have one
         order and memory may be made anew, and has its end: what it writes may be forgotten by now.
         """
-        last, self._last = self._last, None
-        # An event of a capture means nothing outside of it, and the other way round.
-        if last is not None and last.captured == _capturing(like.device):
-            last.wait()
+        capturing = _capturing(like.device)
+        self._end_last(captured=capturing)
         # What is kept holds the parts, so their number stays theirs; to hash them takes longer.
-        key, capturing = (of, id(parts), *shape, like.dtype), _capturing(like.device)
+        key = of, id(parts), *shape, like.dtype
         route, _ = self._memory.routes.get(key, (None, None))
         if route is None:
             b, s, e = shape
@@ -143,7 +165,9 @@ class SymmetricTransport(ProcessGroupTransport):
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
-            self._memory.stays(route.memory)
+            hold(route.places)
+            if not self.replays.recording:
+                hold(route.memory)
         return route
 
     def _new_route(
@@ -170,9 +194,8 @@ class SymmetricTransport(ProcessGroupTransport):
         key = id(parts), batch, device
         places, _ = self._places.get(key, (None, None))
         if places is None:
-            if _capturing(device):
-                raise RuntimeError("a push is first made while a CUDA graph is captured; make the same call once before")
-            places = arrivals(homes, batch).to(device)
+            with made_beside():
+                places = arrivals(homes, batch).to(device)
             if isinstance(parts, tuple):
                 self._places[key] = places, parts
             if len(self._places) > _ROUTES:
@@ -199,7 +222,7 @@ class SymmetricTransport(ProcessGroupTransport):
         copies.done = _event_on(stream)
         enqueue(route.signals.have_read, stream)
         copies.over = _event_on(stream)
-        if self._watch is not None:
+        if self._watch is not None and not self.replays.recording:
             self._watch.add([copies], self._who(what), self._roll)
 
     def _stream_after(self, event: torch.cuda.Event | None, device: torch.device) -> torch.cuda.Stream | None:
@@ -252,7 +275,6 @@ class _Memory:
     def __init__(self) -> None:
         self.size = 0
         self.shared: Shared | None = None
-        self.in_graphs: list[Shared] = []
         self.routes: dict[tuple, tuple[Route, Parts]] = {}
 
     def of_size(self, size: int, device: torch.device, group: dist.ProcessGroup) -> Shared:
@@ -287,11 +309,6 @@ class _Memory:
         self.routes[key] = route, parts
         if len(self.routes) > _ROUTES:
             del self.routes[next(iter(self.routes))]
-
-    def stays(self, shared: Shared) -> None:
-        """Memory that a CUDA graph goes over lives as long as this."""
-        if shared not in self.in_graphs:
-            self.in_graphs.append(shared)
 
 
 def _why_not(processes: int) -> str | None:

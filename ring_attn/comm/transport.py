@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ring_attn.comm.replay import Replays
 from ring_attn.layout import Part
 
 Parts = Sequence[Sequence[Part]]
@@ -98,9 +99,11 @@ class Transport(Collective, Protocol):
 
     `link`: what lies between the ranks, alike on all of them: "process", "gloo", "gpus" (of one host),
     "symmetric" (the same with symmetric memory), "network", or "nodes" (the same with symmetric memory inside hosts).
+    `replays`: what CUDA graphs of calls over it share; None where no call should be made one.
     """
 
     link: str
+    replays: Replays | None
 
     @property
     def beside(self) -> Transport:

@@ -42,7 +42,7 @@ class Problem:
     the mask is more than a band, "triton" where a Triton function stands beside every one of its functions, else "python".
     `deterministic`: two runs must give the same bits. `kind` ("full", "causal", "window", "documents" or "decode") and `rows`
     (a rank's queries, as a power of two) decide which is fastest. `brief`: the forward takes a GPU less than it takes a host to
-    ask a library for it, see Note [brief] of `order.py`.
+    ask a library for it, as it does each time anew, see Note [brief] of `order.py`.
     """
 
     direction: str  # "forward" or "backward"

@@ -1,5 +1,5 @@
 """In which order `kernel="auto"` tries kernels: by speed measured on a GPU of this kind, elsewhere in a fixed order; a forward
-that takes hosts longer than GPUs by what it takes hosts.
+that takes hosts longer than GPUs, and is not replayed, by what it takes hosts.
 
 `measured.json` is written by `ring-attn bench kernels --table`: for a compute capability, direction, mask kind, head dim and
 length the kernels, fastest first. A problem goes by the nearest length and head dim; what was not measured comes last.
@@ -7,8 +7,8 @@ length the kernels, fastest first. A problem goes by the nearest length and head
 Note [brief]: those are times of a GPU. A forward of little work takes a host longer, and Gluon's asks less of it: one launch
 for all tiles, with what Triton found out the first time kept, where flash-attn 4 goes through all its options again. Two H200s
 at 8,192 causal positions, head dim 128, one forward after another: 483 TFLOP/s for 344, four: 105 for 71. Replayed from a CUDA
-graph, which leaves the host out, it takes 9 % longer. So it goes in front of flash-attn 4, unless Triton's, which asks as
-little, is faster than it.
+graph, which leaves the host out, it takes 9 % longer. So what is not replayed takes it before flash-attn 4, unless Triton's,
+which asks as little, is faster.
 
 "flex" is not among them: whether torch can compile a user's function shows only when it does, and "auto" takes nothing that may
 fail.

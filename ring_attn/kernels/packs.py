@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from ring_attn.tables import kept_tables
 from ring_attn.tiles import Tile
 
 # Row numbers as an index of [b, s, ...]: one batch row's slice, or the two coordinates of every row.
@@ -38,7 +38,7 @@ class Pack:
     window: tuple[int | None, int | None]
 
 
-@lru_cache(maxsize=64)
+@kept_tables(64)
 def make_pack(tiles: tuple[Tile, ...], batch: int, num_q: int, num_kv: int, device: torch.device) -> Pack:
     """The pack of tiles with one window; a tile for all batch rows counts once for each. Kept: layers share their plans."""
     segments = [(b, t) for b in range(batch) for t in tiles if t.batch in (None, b)]

@@ -20,9 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ring_attn.tables import capturing, kept_tables
 from ring_attn.tiles import Tile
 
 ENTRY, PLACED_ENTRY = 8, 12
+_ANY = -1
 PROGRAM = 4
 
 
@@ -213,7 +215,7 @@ class TableKey:
     """What a table is made from. Tiles count as the same only if they are the same tuple: to hash thousands costs milliseconds.
 
     `least`, `most`: only of edges that walk over so many rows. `placed`: with positions. `stream`: the table is copied to the
-    device on that stream and only ever read there, so nothing waits.
+    device on that stream and only ever read there, so nothing waits; or _ANY: it is there before any stream reads it.
     """
 
     tiles: Sequence[Tile]
@@ -264,10 +266,12 @@ def kv_table(
 
 
 def _stream_of(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.get_device()).cuda_stream if x.is_cuda else 0
+    if not x.is_cuda:
+        return 0
+    return _ANY if capturing() else torch.cuda.current_stream(x.get_device()).cuda_stream
 
 
-@lru_cache(maxsize=512)
+@kept_tables(512)
 def _make(key: TableKey) -> Table:
     edges = [edge for tile in key.tiles for edge in (Edge.placed(tile) if key.placed else (Edge.of(tile),))]
     if key.transposed:
@@ -282,7 +286,8 @@ def _make(key: TableKey) -> Table:
     programs = sorted(_programs(key, shared), key=lambda program: -program.work)
     ints = _flat(programs, PLACED_ENTRY if key.placed else ENTRY)
     work = [program.work for program in programs]
-    return Table(_to_device(ints, key.device), len(programs), sum(map(bool, work)), sum(work))
+    waited_for = key.device.type != "cuda" or key.stream == _ANY
+    return Table(_to_device(ints, key.device, waited_for), len(programs), sum(map(bool, work)), sum(work))
 
 
 @dataclass
@@ -322,6 +327,6 @@ def _flat(programs: list[_Program], entry: int) -> list[int]:
     return head + entries
 
 
-def _to_device(ints: list[int], device: torch.device) -> Tensor:
+def _to_device(ints: list[int], device: torch.device, waited_for: bool) -> Tensor:
     table = torch.tensor(ints, dtype=torch.int32, device="cpu")
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    return table.to(device) if waited_for else table.pin_memory().to(device, non_blocking=True)

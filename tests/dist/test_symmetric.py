@@ -8,6 +8,7 @@ import random
 import re
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,18 +21,20 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as torch_memory
 
 import ring_attn as ra
+from ring_attn import tables
 from ring_attn.comm import copy_engines, process_group, symmetric
-from ring_attn.comm.driver import EQUAL, WAIT, WRITE
 from ring_attn.comm.process_group import split_group
 from ring_attn.comm.reads import arrivals, pulled, pushed
 from ring_attn.comm.stream_flags import Flags, flags_at_first
 from ring_attn.comm.symmetric import SymmetricTransport
 from ring_attn.comm.transport import Pending, Pieces
+from ring_attn.driver import EQUAL, WAIT, WRITE
 from ring_attn.layout import Part
 from tests.dist.harness import run_processes
 from tests.dist.rounds import rounds_that_went_wrong
-from tests.matrix import cases, check
+from tests.matrix import Case, cases, check
 from tests.support import Rows, way_home_hidden
+from tests.test_replay import BEFORE, Redone
 from tests.test_transport import conform
 
 
@@ -151,6 +154,39 @@ def test_it_conforms_and_gives_the_matrix(num_processes, tmp_path):
     run_processes(_conforms, num_processes, str(tmp_path))
 
 
+def _comes_again(rank, folder):
+    """Calls that are replayed; amid them memory is made anew, of which all graphs must hear and which none keeps."""
+    with pretended(MappedFiles, folder):
+        transport = SymmetricTransport()
+        assert transport.beside.replays is transport.replays
+        replays = transport.replays = transport.beside.replays = Redone(transport)
+        with patch.object(symmetric, "_capturing", lambda device: replays.amid), patch.object(symmetric, "_GRAIN", 1):
+            ring = ra.Ring(transport, exchange="pull", kernel="reference")
+            small = Case("zigzag", "pull", "causal")
+            for n, case in enumerate((small, replace(small, rows_per_chunk=40, mask="window"), small)):
+                for seed in range(1 if n == 1 else BEFORE + 3):
+                    check(replace(case, seed=seed), ring)
+            assert (replays.captures, replays.replayed) == (2 + 2, 4 + 4)
+        assert not tables._for_good
+        # A graph of the user's, over whatever is captured for the first time.
+        replays.capturing = True
+        with (
+            patch.object(symmetric, "_capturing", lambda device: True),
+            patch.object(tables, "capturing", lambda: True),
+            patch.object(symmetric, "made_beside", nullcontext),
+        ):
+            check(replace(small, layout="striped"), ring)
+        kept = list(tables._for_good.values())
+        assert any(one is transport._memory.shared for one in kept)
+        assert any(
+            one is route.places for one in kept for route, _ in transport._memory.routes.values() if route.places is not None
+        )
+
+
+def test_short_calls_are_replayed_until_memory_is_made_anew(tmp_path):
+    run_processes(_comes_again, 2, str(tmp_path))
+
+
 def _lets_go(rank, folder):
     made, new = [], symmetric._Copies
     with pretended(MappedFiles, folder), patch.object(symmetric, "_Copies", lambda *x: made.append(new(*x)) or made[-1]):
@@ -182,10 +218,15 @@ def _puts_off(rank, folder):
             assert len(done) == 12
             pushed.wait()
             assert len(done) == 12
-        with patch.object(symmetric, "_capturing", lambda device: True):
-            transport.push([Rows(shard)], parts, [Rows(shard)]).wait()
-            with pytest.raises(RuntimeError, match="a push is first made while a CUDA graph is captured"):
-                transport.push([Rows(shard)], tuple(map(tuple, parts[::-1]))[::-1], [Rows(shard)])
+            # A replay asks for nothing, so what is put off is asked for before it.
+            third, beside = (
+                one.pull([Pieces([torch.full_like(shard, 4.0 + rank)])], parts) for one in (transport, transport.beside)
+            )
+            assert len(done) == 16
+            transport.finish()
+            assert len(done) == 20
+            assert all(torch.equal(one.wait()[0], torch.full_like(shard, 5.0 - rank)) for one in (third, beside))
+            assert len(done) == 20
 
 
 def test_copies_of_a_pull_are_put_off(tmp_path):

@@ -17,21 +17,28 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from itertools import product
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import ring_attn as ra
 from ring_attn.bench.timing import captured
+from ring_attn.comm import replay as replay_module
 from ring_attn.comm import symmetric as symmetric_memory
-from ring_attn.comm.driver import Operations
 from ring_attn.comm.process_group import ProcessGroupTransport, split_group
 from ring_attn.comm.second import second_group
 from ring_attn.comm.symmetric import SymmetricTransport
+from ring_attn.comm.transport import Transport
+from ring_attn.driver import Operations
+from ring_attn.kernels import triton_blocks
+from ring_attn.kernels.packs import make_pack
 from tests.dist.rounds import rounds_that_went_wrong
 from tests.matrix import EXCHANGES, LAYOUTS, MASKS, Case, cases, check
 from tests.support import GRAD_FACTOR, OUT_FACTOR, allowed, dense, random_qkv, rel_error, way_home_hidden
@@ -96,6 +103,18 @@ def rounds_from_elsewhere(count: int) -> str:
         return check_16_bits("zigzag", "pull", "causal", "auto", torch.bfloat16)
 
 
+def forget(transport: Transport) -> None:
+    """Empties every cache of tables on devices, and writes over what they held."""
+    for cache in (triton_blocks._make, make_pack):
+        cache.cache_clear()
+    for one in (transport, transport.beside):
+        if isinstance(one, SymmetricTransport):
+            one._places.clear()
+            one._memory.routes.clear()
+    for size in range(1, 200):
+        torch.full([size * 128], -1 << 30, dtype=torch.int32, device=DEVICE)
+
+
 def replays(exchange: str, count: int = 20, **options) -> None:
     """A CUDA graph of a forward and a backward gives, on new inputs and between other calls, what the call gives."""
     ring = ra.Ring.from_group(None, "zigzag", exchange=exchange, **options)
@@ -111,6 +130,7 @@ def replays(exchange: str, count: int = 20, **options) -> None:
         for x, y in zip((q, k, v, dout), random_qkv(*shape, device=DEVICE, seed=100 * number + ring.hosted[0]), strict=True):
             x.data.copy_(y)
         wanted = run()
+        forget(ring.transport)
         replay()
         if number % 2:
             run()
@@ -129,6 +149,127 @@ def graphed_layers(exchange: str, count: int = 20) -> None:
         wanted = gradients(lambda q, k, v: call(call(q, k, v), k, v), inputs, dout)
         found = gradients(lambda q, k, v: layers[1](layers[0](q, k, v), k, v), inputs, dout)
         assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True)), f"call {number}"
+
+
+def two_layers(ring, mask, q, k, v):
+    return ra.ring_attention(ra.ring_attention(q, k, v, ring=ring, mask=mask), k, v, ring=ring, mask=mask)
+
+
+def repeated(count: int = 10, anew: int = 6, some: bool = False, **options) -> str:
+    """Calls that come again, two layers alike in a row, of three kinds in turns, on two streams, with delays, give what calls
+    asked for singly give; symmetric memory is made anew amid them, and tables are forgotten. `some`: every other rank replays.
+    """
+    transport, chance = SymmetricTransport(), random.Random(dist.get_rank())
+    ring, singly = (ra.Ring(transport, exchange="pull", replay=replay, **options) for replay in (True, False))
+    documents = ra.Documents(lengths=[301, 99, 300 * ring.size - 400])
+    masks = ra.Causal(), ra.Window(100, 0), ra.Causal() & documents
+    streams = torch.cuda.current_stream(), torch.cuda.Stream()
+    replayed, replay = [], transport.replays.replay
+
+    def counted(*given):
+        replayed.append(given)
+        return replay(*given)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(transport.replays, "replay", counted))
+        failed = stack.enter_context(patch.object(replay_module.logger, "warning"))
+        if some and dist.get_rank() % 2:
+            stack.enter_context(patch.object(transport.replays, "make_room", lambda given: False))
+        for number in range(count):
+            for n, mask in enumerate(masks):
+                rows = 3000 if (number, n) == (anew, 0) else 300
+                *inputs, dout = random_qkv(
+                    1, rows, rows, 4, 2, 128, dtype=torch.bfloat16, device=DEVICE, seed=100 * number + ring.hosted[0]
+                )
+                if n:
+                    # As models lay them out that keep heads in front of rows.
+                    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+                wanted = gradients(partial(two_layers, singly, mask), inputs, dout)
+                torch.cuda._sleep(int(chance.random() * 5e6))
+                forget(transport)
+                stream = streams[(number + n) % 2]
+                stream.wait_stream(streams[0])
+                with torch.cuda.stream(stream):
+                    found = gradients(partial(two_layers, ring, mask), inputs, dout)
+                    errors = [rel_error(x, y) for x, y in zip(found, wanted, strict=True)]
+                streams[0].wait_stream(stream)
+                assert max(errors) < 1e-2, f"call {number} under {mask}: {errors}"
+            with torch.inference_mode():
+                found = ra.ring_attention(*inputs, ring=ring, mask=mask)
+                assert rel_error(found, ra.ring_attention(*inputs, ring=singly, mask=mask)) < 1e-2
+    assert bool(replayed) == (not some or dist.get_rank() % 2 == 0)
+    assert not failed.called, failed.call_args
+    return f"{len(replayed)} replays"
+
+
+def rings_made_anew(count: int = 8) -> str:
+    """A ring for every batch, as of documents, replays its calls as well, and what earlier ones captured takes no memory."""
+    ring, taken = ra.Ring(SymmetricTransport(), exchange="pull"), []
+    singly = ra.Ring(ring.transport, exchange="pull", layout="striped", replay=False)
+    for number in range(count):
+        of_batch = ring.with_layout("striped")
+        for call in range(4):
+            *inputs, dout = small_inputs(10 * number + call)
+            found, wanted = (gradients(partial(two_layers, one, ra.Causal()), inputs, dout) for one in (of_batch, singly))
+            assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True)), f"batch {number}, call {call}"
+        assert sum(one.graph is not None for one in ring.transport.replays._captured) == 2
+        del of_batch
+        taken.append(torch.cuda.memory_reserved())
+    assert taken[-1] == taken[2], f"bytes reserved after each batch: {taken}"
+    assert not ring.transport.replays._captured
+    return f"{taken[-1] >> 20} MiB reserved"
+
+
+def small_inputs(seed: int) -> list[torch.Tensor]:
+    """q, k, v and dout, this rank's own."""
+    return random_qkv(1, 300, 300, 4, 2, 128, dtype=torch.bfloat16, device=DEVICE, seed=10 * seed + dist.get_rank())
+
+
+def failing_captures(count: int = 6) -> str:
+    """Captures that fail where a transfer has just forked leave calls as they were; what is captured afterwards is right."""
+    transport = SymmetricTransport()
+    ring, singly = (ra.Ring(transport, exchange="pull", replay=replay) for replay in (True, False))
+    copies = symmetric_memory.copy
+
+    def fails(*given):
+        if transport.replays.recording:
+            raise RuntimeError("out of patience")
+        copies(*given)
+
+    for broken, mask in ((True, ra.Causal()), (False, ra.Window(100, 0)), (False, ra.Causal())):
+        with patch.object(symmetric_memory, "copy", fails if broken else copies):
+            for number in range(count):
+                *inputs, dout = small_inputs(number)
+                found, wanted = (gradients(partial(two_layers, one, mask), inputs, dout) for one in (ring, singly))
+                assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True)), f"{broken=}, call {number}"
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return f"{sum(one.graph is not None for one in transport.replays._captured)} graphs after all"
+
+
+def abandoned_calls(count: int = 4) -> None:
+    """A call that ends with an error while its KV is asked for, as where memory is short, before calls that are replayed."""
+    transport = SymmetricTransport()
+    ring, singly = (ra.Ring(transport, exchange="pull", replay=replay) for replay in (True, False))
+    *inputs, dout = small_inputs(0)
+    wanted = gradients(partial(two_layers, singly, ra.Causal()), inputs, dout)
+    kernel = next(iter(singly.settled.values())).kernel("forward")
+    for _ in range(count):
+        with patch.object(type(kernel), "forward", side_effect=torch.OutOfMemoryError), pytest.raises(torch.OutOfMemoryError):
+            ra.ring_attention(*inputs, ring=singly)
+        found = gradients(partial(two_layers, ring, ra.Causal()), inputs, dout)
+        assert all(rel_error(x, y) < 1e-2 for x, y in zip(found, wanted, strict=True))
+
+
+def short_by_messages() -> str:
+    """What auto takes for few rows, which may be messages: nothing is captured of these."""
+    ring = ra.Ring.from_group(None)
+    for number in range(5):
+        *inputs, dout = (x[:, :128] for x in small_inputs(number))
+        gradients(partial(two_layers, ring, ra.Causal()), inputs, dout)
+    settled = next(iter(ring.settled.values()))
+    assert bool(ring.transport.replays._captured) == (settled.exchange.name == "pull")
+    return settled.exchange.name
 
 
 def symmetric_ring(layout: str, kernel: str = "auto", keep_kv: bool = False) -> ra.Ring:
@@ -246,6 +387,20 @@ def graphs(report: Report) -> None:
     report.attempt("CUDA graph, pull in parts", lambda: replays("pull", kv_memory=1 << 18))
 
 
+def again(report: Report) -> None:
+    """Short calls that come again, which are replayed."""
+    report.attempt("repeated calls", repeated)
+    report.attempt("repeated calls, every other rank replays", lambda: repeated(some=True))
+    report.attempt("repeated calls, KV kept", lambda: repeated(keep_kv=True))
+    report.attempt("repeated calls, in parts, by Triton", lambda: repeated(kv_memory=1 << 18, kernel="triton"))
+    report.attempt("repeated calls, by flash-attn 2", lambda: repeated(kernel="flash2"))
+    report.attempt("repeated calls, 16 bits home", lambda: repeated(grad_dtype=torch.bfloat16))
+    report.attempt("repeated calls, a ring for every batch", rings_made_anew)
+    report.attempt("captures that fail", failing_captures)
+    report.attempt("calls that are abandoned", abandoned_calls)
+    report.attempt("few rows, exchange auto", short_by_messages)
+
+
 def messages(report: Report) -> None:
     """NCCL: the wires and the matrix."""
     report.attempt("transport conformance", lambda: conform(ProcessGroupTransport(), DEVICE))
@@ -341,7 +496,7 @@ def times(report: Report) -> None:
         report.attempt(f"time pull by copy engines {seq_len}", timing, symmetric_ring("zigzag"), seq_len)
 
 
-STAGES = {stage.__name__: stage for stage in (symmetric, nodes, messages, beside, kernels, times, graphs)}
+STAGES = {stage.__name__: stage for stage in (symmetric, again, nodes, messages, beside, kernels, times, graphs)}
 
 
 def main() -> None:

@@ -1,18 +1,20 @@
 """What CUDA's driver is asked for without PyTorch in between: to write and await numbers on a stream, half of which PyTorch
-has, and to copy, for which it wants views of both ends and another current stream. CUDA graphs capture both.
+has, and to copy, for which it wants views of both ends and another current stream. CUDA graphs capture both. And to let this
+thread work beside a capture.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 WAIT, WRITE, EQUAL = 1, 2, 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32, CU_STREAM_WAIT_VALUE_EQ
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _AS_IT_IS = nullcontext()
 
 
@@ -56,6 +58,17 @@ def copy(copies: Iterable[Copy], to: int, stream: torch.cuda.Stream) -> None:
     with _context_of(stream):
         for place, source, size in copies:
             _ask("cuMemcpyAsync", to + place, source, size, handle)
+
+
+@contextmanager
+def beside_captures() -> Iterator[None]:
+    """Inside, this thread may wait and allocate, on streams that are not captured, though it captures another one."""
+    mode = ctypes.c_int(_RELAXED)
+    _ask("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _ask("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
 
 def _context_of(stream: torch.cuda.Stream) -> AbstractContextManager:
