@@ -45,6 +45,7 @@ from ring_attn.watched import watched
 if TYPE_CHECKING:
     from ring_attn.ring import Ring
 
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # for compilers: short calls are graphs of their own, messages none
 _KEPT = 3
 """So many visits' dq is kept until it is summed up, see Note [late] of `ring_attn.kernels.sums`."""
 
@@ -300,7 +301,7 @@ def _forward_of(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call
     return out, lse, kept
 
 
-_forward_op = torch.library.custom_op("ring_attn::forward", _forward_of, mutates_args=())
+_forward_op = torch.library.custom_op("ring_attn::forward", _forward_of, mutates_args=(), tags=_TAGS)
 
 
 @_forward_op.register_fake
@@ -329,11 +330,11 @@ def _backward_of(
     settled = this.ring.settled.get(this.key(q, k, v, tensors)) or this.settle(q, k, v)
     backward, given = partial(_backward, this, settled, wanted), (dout, dlse, q, k, v, out, lse, *tensors, *kept)
     with as_given(q):
-        dq, dk, dv, *of_tensors = settled.run(backward, given, "backward", *wanted, lse_grad=dlse is not None)
+        dq, dk, dv, *of_tensors = settled.run(backward, given, "backward", this.learns, *wanted, lse_grad=dlse is not None)
     return dq, dk, dv, of_tensors
 
 
-_backward_op = torch.library.custom_op("ring_attn::backward", _backward_of, mutates_args=())
+_backward_op = torch.library.custom_op("ring_attn::backward", _backward_of, mutates_args=(), tags=_TAGS)
 
 
 def as_given(q: Tensor) -> AbstractContextManager:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _BRIEF = 600.0  # us of a forward that a host takes as long to ask a library for, see Note [brief] of `ring_attn.kernels.order`
-_SHORT = 1500.0  # us of a forward that, with its backward, a host takes as long to ask for
+_SHORT = 1500.0  # us of a forward; a longer one, and its backward, take a GPU longer than they take a host
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
 _SUMS = 350 << 20  # bytes of the sums of dq, dK and dV that a part of the heads may take
 _LEAST = 4000.0  # us of a backward in a part of the heads at least: shorter ones cost four H200s 5 to 16 %
@@ -199,8 +199,7 @@ class Call:
         plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
         # Whatever carries KV.
         us = forward_us(plan, part._work(*of_part), MACHINES["gpus"])
-        pulls = all(isinstance(one, PullExchange) for one in (exchange, back))
-        replays = part._replays(q.device) if pulls and us < _SHORT else None
+        replays = part._replays(q.device) if isinstance(exchange, PullExchange) and us < _SHORT else None
         if q.is_cuda and self.ring.kernel == "auto" and replays is None:
             problem = replace(problem, brief=us < _BRIEF)
         forward_parts = part._forward_parts(exchange, plan, *of_part)

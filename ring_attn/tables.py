@@ -28,6 +28,11 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def captured_elsewhere() -> bool:
+    """Whether it is, for another graph than one of ours."""
+    return capturing() and getattr(_here, "met", None) is None
+
+
 @contextmanager
 def held() -> Iterator[list[object]]:
     """What is captured inside reads tables, which are put into the list: they live as long as that."""

@@ -239,14 +239,14 @@ def test_what_finds_no_room_is_not_asked_about_again():
     assert replays.captures == 0
 
 
-def test_room_is_what_is_left_of_a_limit_and_of_the_device(monkeypatch):
+def test_so_much_must_be_free(monkeypatch, caplog):
     replays, free = Replays(), [replay._MOST]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
-    x = torch.empty(replay._MOST // 4, dtype=torch.uint8, device="meta")
-    assert replays.make_room([x, None, x])
-    assert not replays.make_room([x, x[:1], x])
+    assert replays.may_capture([None, torch.empty(1)])
     free[0] -= 1
-    assert not replays.make_room([x])
+    with caplog.at_level("INFO", "ring_attn"):
+        assert not replays.may_capture([torch.empty(1)])
+    assert "less than 1024 MiB" in caplog.text
 
 
 def test_those_make_room_that_were_not_used_for_longest():
@@ -257,15 +257,42 @@ def test_those_make_room_that_were_not_used_for_longest():
         one.graph, one.used, one._calls = replay.Graph([None, eighth], [eighth], lambda: None), used, 3
         replays._captured.add(one)
     kinds[3].graph = None
-    assert replays.make_room([eighth])
+    quarter = eighth.nbytes * 2
+    assert replays.make_room(quarter)
     assert [one.graph is not None for one in kinds] == [True, True, True, False]
-    assert replays.make_room([eighth, eighth[:1]])
+    assert replays.make_room(quarter + 1)
     assert [one.graph is not None for one in kinds] == [True, False, True, False]
     assert (kinds[0]._calls, kinds[1]._calls) == (3, 0)
-    assert replays.make_room([eighth] * 3)
+    assert replays.make_room(3 * quarter)
     assert [one.graph is not None for one in kinds] == [True, False, False, False]
-    assert replays.make_room([eighth] * 4)
+    assert not replays.make_room(replay._MOST + 1) and kinds[0].graph
+    assert replays.make_room(replay._MOST)
     assert not any(one.graph for one in kinds)
+
+
+def test_what_gave_way_waits_longer():
+    replays, x = Redone(), torch.ones(2)
+    one = Repeated(replays)
+    for waits in (1, 2, 4):
+        for _ in range(waits * BEFORE):
+            one(lambda given: [given + 1], [x], "forward")
+            assert one.graph is None
+        one(lambda given: [given + 1], [x], "forward")
+        assert one.graph is not None
+        one.give_way()
+
+
+def test_what_has_no_room_is_made_all_the_same(monkeypatch):
+    """What a call takes is known when it has been made."""
+    ring, replays = make_ring()
+    wanted = []
+    monkeypatch.setattr(replays, "make_room", lambda size: wanted.append(size))
+    for seed in range(BEFORE + 2):
+        assert_right(ring, seed)
+    leaves, dout = inputs()
+    out = sum(x.nbytes for x in leaves) + dout.nbytes + dout[..., 0].nbytes  # and lse
+    assert wanted == [out, out + dout.nbytes + sum(x.nbytes for x in leaves)]
+    assert replays.captures == 0
 
 
 def test_what_is_replayed_is_used():
@@ -409,7 +436,7 @@ def gpu(monkeypatch):
     state = SimpleNamespace(done=[], refuses=None, gone=[], allowed=False)
 
     class Captured:
-        def capture_begin(self, pool, capture_error_mode):
+        def capture_begin(self, pool=None, *, capture_error_mode):
             state.done.append(("begin", pool, capture_error_mode))
 
         def capture_end(self):
@@ -489,14 +516,16 @@ def test_a_call_is_made_before_it_is_captured_on_the_tensors_of_the_graph(gpu):
     assert gpu.done[:4] == [gpu.here, ("begin", (0, 1), "thread_local"), "end", "replay"]
     # Nothing is asked for but the copies; those on other streams wait.
     assert wires.asked == 2 * ["finish", (gpu.here.record_event(), "pull forward, replayed")]
-    assert replays._aside.waited == [gpu.here, wires.forked] and gpu.here.waited == [replays._aside]
+    assert replays._aside.waited == [gpu.here, wires.forked, *[gpu.here.record_event()] * 2]
+    assert gpu.here.waited == [replays._aside]
     other = FakeStream()
     with other():
         repeated(run, [x.t(), None], "")
         repeated(run, [x.t(), None], "")
     assert other.waited == [gpu.here.record_event()]
-    Repeated(replays), replays.capture(lambda given: [given], [x])
-    assert replays._aside.waited[2:] == [gpu.here, other.record_event(), wires.forked]
+    replays.capture(lambda given: [given], [x])
+    # The stream on which memory is made knows when what was there before is over.
+    assert replays._aside.waited[4:] == [other.record_event(), other.record_event(), gpu.here, wires.forked]
     assert gpu.done[-2][1] == (0, 1), "one pool for all"
 
 
@@ -515,11 +544,14 @@ def test_a_capture_that_fails_leaves_the_call_as_it_was(refuses, gpu, caplog):
     for _ in range(BEFORE + 3):
         assert torch.equal(repeated(run, [x], "forward")[0], x + 1)
     (text,) = [record.getMessage() for record in caplog.records]
-    assert text.endswith("capturing it failed, no memory is left")
-    assert gpu.done[1:] == [("begin", (0, 1), "thread_local"), "end", *([(0, (0, 1))] if refuses else [])]
+    assert text.endswith("one failed, OutOfMemoryError: no memory is left")
+    # Another capture that ends ends what the first left of random numbers.
+    ended = [(0, (0, 1)), ("begin", None, "thread_local"), "end"] if refuses else []
+    assert gpu.done[1:] == [("begin", (0, 1), "thread_local"), "end", *ended]
     assert replays._aside.waited == [gpu.here, wires.forked], "what was forked is joined"
     assert not replays.recording and gc.isenabled() and repeated.graph is None
-    # Its pool went with it.
+    # Nothing is captured any more, and its pool went with it.
+    assert not replays.may_capture([x])
     gpu.refuses = None
     replays.capture(lambda given: [given], [x])
     assert gpu.done[-2][1] == (0, 2)
@@ -562,3 +594,11 @@ def test_a_transport_is_not_held_by_its_replays():
     del wires
     assert gone() is None
     replays.look_at_memory()
+
+
+def test_calls_that_are_compared_every_time_are_replayed_as_well():
+    ring, replays = make_ring()
+    ring.compares_every_call = True
+    for seed in range(BEFORE + 2):
+        assert_right(ring, seed)
+    assert (replays.captures, replays.replayed) == (2, 2)

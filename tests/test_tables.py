@@ -145,9 +145,20 @@ def test_which_stream_a_table_is_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     found = []
     for captured in (False, True):
-        monkeypatch.setattr(triton_blocks, "capturing", lambda captured=captured: captured)
+        monkeypatch.setattr(tables, "capturing", lambda captured=captured: captured)
         found.append(triton_blocks._stream_of(on_gpu))
-    assert found == [7, triton_blocks._ANY]
+    with held():
+        # On the stream of a capture of ours the call was made just before.
+        found.append(triton_blocks._stream_of(on_gpu))
+    assert found == [7, triton_blocks._ANY, 7]
+
+
+@pytest.mark.parametrize(("stream", "waited_for"), [(7, False), (triton_blocks._ANY, True)])
+def test_a_table_for_any_stream_is_waited_for(stream, waited_for, monkeypatch):
+    asked = []
+    monkeypatch.setattr(triton_blocks, "_to_device", lambda ints, device, waited: asked.append(waited))
+    triton_blocks._make.__wrapped__(triton_blocks.TableKey((), False, 8, 4, 1, torch.device("cuda"), 0, 9, False, stream))
+    assert asked == [waited_for]
 
 
 def test_a_graph_has_what_was_held_while_it_was_captured(monkeypatch):

@@ -18,7 +18,7 @@ from ring_attn.check import NAMES, Problem, Sizes, differentiated, make_problem
 logger = logging.getLogger("ring_attn")
 
 AGAIN = 3
-"""So many calls go before the one that is checked."""
+"""So many calls go before the one that is checked, which is then replayed where any is."""
 
 # What somebody else's library may raise, as far as it is about the call and not about this process.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)

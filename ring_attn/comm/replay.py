@@ -39,7 +39,7 @@ _MOST = 1 << 30
 """Bytes that the graphs over a transport may read and write, and that must be free before one more is captured."""
 
 _KERNELS = frozenset({"aten", "cudnn", "flash2", "flash4", "gluon", "triton"})
-"""What all they do is decided by their arguments: no switch of PyTorch's, and nothing that they read but those."""
+"""Those that go by their arguments alone, and by whether PyTorch is to be deterministic, which tells kinds of calls apart."""
 
 Tensors = Sequence[Tensor | None]
 Run = Callable[..., Sequence[Tensor]]
@@ -77,6 +77,7 @@ class Replays:
 
     def __init__(self, wires: Wires | None = None) -> None:
         self.recording = False
+        self._refused = False
         # A transport holds its replays, and goes when nobody else holds it.
         self._wires: Callable[[], Wires | None] = (lambda: None) if wires is None else ref(wires)
         self._memory = 0
@@ -109,10 +110,18 @@ class Replays:
             for one in list(self._captured):
                 one.forget()
 
-    def make_room(self, inputs: Tensors) -> bool:
-        """Whether there is room for one more graph, of a call with these inputs; those go that were not used for longest."""
-        wanted = 2 * sum(x.nbytes for x in inputs if x is not None)
-        if wanted > _MOST or self.free(_device_of(inputs)) < _MOST:
+    def may_capture(self, inputs: Tensors) -> bool:
+        """Whether a call with these inputs may be captured: so much is free, and none was refused."""
+        if self._refused:
+            return False
+        if self.free(_device_of(inputs)) < _MOST:
+            logger.info("a short call is not replayed: less than %d MiB of its device are free", _MOST >> 20)
+            return False
+        return True
+
+    def make_room(self, wanted: int) -> bool:
+        """Whether so many bytes may be kept for one more graph; those graphs go that were not used for longest."""
+        if wanted > _MOST:
             return False
         captured = sorted((one for one in self._captured if one.graph is not None), key=lambda one: one.used)
         taken = sum(one.graph.nbytes for one in captured)
@@ -120,7 +129,7 @@ class Replays:
             if taken + wanted <= _MOST:
                 break
             taken -= one.graph.nbytes
-            one.forget()
+            one.give_way()
         return True
 
     def free(self, device: torch.device) -> int:
@@ -128,7 +137,7 @@ class Replays:
         return torch.cuda.mem_get_info(device)[0]
 
     def capture(self, run: Run, inputs: Tensors) -> tuple[list[Tensor], Graph | None]:
-        """What `run` makes of these inputs, and its graph; None where it could not be captured, which is logged."""
+        """What `run` makes of these inputs, and its graph; None where there is no room, or it fails, which is logged."""
         # What inference mode makes could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad(), self.aside(_device_of(inputs)) as hand_over:
             own = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
@@ -136,16 +145,20 @@ class Replays:
             found = list(run(*own))
             for x in found:
                 hand_over(x)
+            if not self.make_room(_bytes(own) + _bytes(found)):
+                return found, None
             self.recording = True
             try:
                 with held() as tables, _nothing_collected():
-                    graph = Graph(own, *self.record(run, own), tables)
-            except RuntimeError as error:
-                logger.warning("a short call is not replayed, but asked for anew each time: capturing it failed, %s", error)
+                    return found, Graph(own, *self.record(run, own), tables)
+            except Exception as error:
+                self._refused = True
+                # In words: whoever keeps the record would keep, by the error, all that the capture held.
+                why = f"{type(error).__name__}: {error}"
+                logger.warning("short calls are no longer captured, but asked for anew each time: one failed, %s", why)
                 return found, None
             finally:
                 self.recording = False
-        return found, graph
 
     @contextmanager
     def aside(self, device: torch.device) -> Iterator[Callable[[Tensor], None]]:
@@ -156,20 +169,20 @@ class Replays:
         if self._aside is None:
             self._aside = torch.cuda.Stream(device)
         self._aside.wait_stream(here)
-        if self._over is not None:
-            self._aside.wait_event(self._over)
-        with torch.cuda.stream(self._aside):
-            yield lambda x: x.record_stream(here)
-        here.wait_stream(self._aside)
+        try:
+            with torch.cuda.stream(self._aside):
+                yield lambda x: x.record_stream(here)
+        finally:
+            here.wait_stream(self._aside)
 
     def record(self, run: Run, inputs: Tensors) -> tuple[list[Tensor], Callable[[], None]]:
         """What `run` makes of exactly these tensors, unwritten, and what writes it each time it is called."""
         if self._keeper is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on with what a capture does not allow.
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
+            # Other threads go on with what a capture does not allow.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             outputs = list(run(*inputs))
         except BaseException:
             with suppress(RuntimeError):
@@ -191,9 +204,13 @@ class Replays:
                     here.wait_stream(stream)
             graph.capture_end()
         except RuntimeError:
-            # Where the driver refuses, PyTorch leaves its allocator as it is amid a capture.
+            # Where the driver refuses, PyTorch leaves its allocator, and its random numbers, as they are amid a capture.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(here.device_index, self._pool)
+            with suppress(RuntimeError):
+                another = torch.cuda.CUDAGraph()
+                another.capture_begin(capture_error_mode="thread_local")
+                another.capture_end()
             raise
 
     def replay(self, one: Repeated, inputs: Tensors, what: str) -> list[Tensor]:
@@ -206,6 +223,8 @@ class Replays:
             stream.wait_event(self._over)
         found = one.graph(inputs)
         self._stream, self._over = stream, stream.record_event()
+        # Where what graphs read is made, and goes to others when they go.
+        self._aside.wait_event(self._over)
         if wires is not None:
             wires.watch(Reached(self._over), what)
         return found
@@ -234,7 +253,7 @@ class Graph:
         self, inputs: Tensors, outputs: list[Tensor], replay: Callable[[], None], tables: Sequence[object] = ()
     ) -> None:
         self.inputs, self.outputs, self._replay, self._tables = inputs, outputs, replay, tables
-        self.nbytes = sum(x.nbytes for x in (*inputs, *outputs) if x is not None)
+        self.nbytes = _bytes(inputs) + _bytes(outputs)
 
     def __call__(self, inputs: Tensors) -> list[Tensor]:
         _copy(inputs, self.inputs)
@@ -252,12 +271,17 @@ class Repeated:
 
     def __init__(self, replays: Replays) -> None:
         self._replays = replays
-        self.used = 0
+        self.used, self._before = 0, _BEFORE
         self.forget()
 
     def forget(self) -> None:
         self.graph: Graph | None = None
         self._calls = 0
+
+    def give_way(self) -> None:
+        """Forgets its graph for others, and waits longer for the next: to capture takes longer than a call."""
+        self._before *= 2
+        self.forget()
 
     def __call__(self, run: Run, inputs: Tensors, what: str) -> Sequence[Tensor]:
         """`run(*inputs)`, which must do the same every time; `what` it is, for errors."""
@@ -269,7 +293,7 @@ class Repeated:
             self.used = next(replays._clock)
             return replays.replay(self, inputs, what)
         self._calls += 1
-        if self._calls != _BEFORE + 1 or not replays.make_room(inputs):
+        if self._calls != self._before + 1 or not replays.may_capture(inputs):
             return run(*inputs)
         found, self.graph = replays.capture(run, inputs)
         if self.graph is not None:
@@ -280,6 +304,10 @@ class Repeated:
 
 def _device_of(tensors: Tensors) -> torch.device:
     return next(x.device for x in tensors if x is not None)
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(x.nbytes for x in tensors if x is not None)
 
 
 def _copy(tensors: Tensors, to: Tensors) -> None:

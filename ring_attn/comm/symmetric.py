@@ -165,7 +165,8 @@ class SymmetricTransport(ProcessGroupTransport):
             if isinstance(parts, tuple):
                 self._memory.keep(key, route, parts)
         if capturing:
-            hold(route.places)
+            if route.places is not None:
+                hold(route.places)
             if not self.replays.recording:
                 hold(route.memory)
         return route

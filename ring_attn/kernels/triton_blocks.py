@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ring_attn.tables import capturing, kept_tables
+from ring_attn.tables import captured_elsewhere, kept_tables
 from ring_attn.tiles import Tile
 
 ENTRY, PLACED_ENTRY = 8, 12
@@ -268,7 +268,7 @@ def kv_table(
 def _stream_of(x: Tensor) -> int:
     if not x.is_cuda:
         return 0
-    return _ANY if capturing() else torch.cuda.current_stream(x.get_device()).cuda_stream
+    return _ANY if captured_elsewhere() else torch.cuda.current_stream(x.get_device()).cuda_stream
 
 
 @kept_tables(512)

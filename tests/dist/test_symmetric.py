@@ -154,20 +154,47 @@ def test_it_conforms_and_gives_the_matrix(num_processes, tmp_path):
     run_processes(_conforms, num_processes, str(tmp_path))
 
 
+class Watched:
+    """A watch that notes what it is told, and whether amid a capture."""
+
+    def __init__(self, replays):
+        self.noted, self.amid, self._replays = [], [], replays
+
+    def add(self, works, what, roll):
+        self.noted.append((works, what))
+        self.amid.append(self._replays.amid)
+
+
 def _comes_again(rank, folder):
     """Calls that are replayed; amid them memory is made anew, of which all graphs must hear and which none keeps."""
     with pretended(MappedFiles, folder):
         transport = SymmetricTransport()
         assert transport.beside.replays is transport.replays
         replays = transport.replays = transport.beside.replays = Redone(transport)
-        with patch.object(symmetric, "_capturing", lambda device: replays.amid), patch.object(symmetric, "_GRAIN", 1):
+        watched = Watched(replays)
+        with (
+            patch.object(symmetric, "_capturing", lambda device: replays.amid),
+            patch.object(tables, "capturing", lambda: replays.amid),
+            patch.object(symmetric, "made_beside", nullcontext),
+            patch.object(symmetric, "_GRAIN", 1),
+            patch.object(transport, "_watch", watched),
+        ):
             ring = ra.Ring(transport, exchange="pull", kernel="reference")
             small = Case("zigzag", "pull", "causal")
             for n, case in enumerate((small, replace(small, rows_per_chunk=40, mask="window"), small)):
                 for seed in range(1 if n == 1 else BEFORE + 3):
                     check(replace(case, seed=seed), ring)
             assert (replays.captures, replays.replayed) == (2 + 2, 4 + 4)
-        assert not tables._for_good
+            reads = [one for repeated in replays._captured for one in repeated.graph._tables]
+            assert not tables._for_good and reads and not any(isinstance(one, symmetric.Shared) for one in reads)
+            assert watched.noted and not any(watched.amid), "nothing moves while it is captured"
+            transport.watch("reached", "pull forward, replayed")
+            assert watched.noted[-1] == (["reached"], f"rank [{rank}] of 2: pull forward, replayed")
+            # Theirs on a GPU.
+            transport._stream, transport.beside._stream = "mine", "its"
+            assert transport.streams() == ["mine", "its"]
+            transport._stream = transport.beside._stream = None
+            assert transport.streams() == []
         # A graph of the user's, over whatever is captured for the first time.
         replays.capturing = True
         with (
