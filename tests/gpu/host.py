@@ -4,10 +4,11 @@
     torchrun --standalone --nproc-per-node 2 -m tests.gpu.host [--rows 64] [--kernel auto] [--profile]
 
 Without a GPU: a kernel that does nothing, on a ring of one and on rank 0 of 4, whose memory, messages and peers are stand-ins.
-With GPUs: the real kernels, on rings in one process and, under torchrun, by pull over symmetric memory and by messages over
-NCCL. "at once": calls one after another, never waited for; "from idle": each after the device was done and the host slept a
-millisecond. Below, what of a call the host spends in its parts, and with --profile where by function. Every number is of one
-process in microseconds; under torchrun rank 0 prints. Symmetric memory needs TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
+With GPUs: the real kernels, on rings in one process and, under torchrun, by pull over symmetric memory, replayed and asked for
+singly, and by messages over NCCL. "at once": calls one after another, never waited for; "from idle": each after the device was
+done and the host slept a millisecond. Below, what of a call the host spends in its parts, and with --profile where by function.
+Every number is of one process in microseconds; under torchrun rank 0 prints. Symmetric memory needs
+TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
 from __future__ import annotations
@@ -234,9 +235,9 @@ def main() -> None:
             show(f"{size} ranks in one process, pull", ring, options)
         return
     dist.init_process_group("nccl", device_id=DEVICE)
-    for exchange in ("pull", "ring"):
-        ring = ra.Ring.from_group(None, exchange=exchange, kernel=options.kernel)
-        show(f"{ring.size} processes, {exchange}, {ring.transport.link}", ring, options)
+    for exchange, replay in (("pull", True), ("pull", False), ("ring", False)):
+        ring = ra.Ring.from_group(None, exchange=exchange, kernel=options.kernel, replay=replay)
+        show(f"{ring.size} processes, {exchange}, {ring.transport.link}{', replayed' * replay}", ring, options)
     dist.destroy_process_group()
 
 
