@@ -60,7 +60,7 @@ class Share:
         self.rank, self.length, scale = rank, options.length, min(2.0, options.length / 65536)
         self.documents = tuple(document_lengths(self.length, scale=scale)) if options.mask == "documents" else None
         self.mask = mask_of(options.mask, self.length, min(4096, self.length // 2), self.documents)
-        self.wires = SimpleNamespace(link="symmetric", ranks_per_node=None, ring_size=options.of, hosted=(rank,))
+        self.wires = SimpleNamespace(link="symmetric", replays=None, ranks_per_node=None, ring_size=options.of, hosted=(rank,))
         shape = Shape(options.heads, options.kv_heads, options.dim, torch.bfloat16, DEVICE)
         *self.inputs, self.dout = shape.random(self.length // options.of, seed=rank)
         cells = sum(tile.cells for tile in tiles((range(self.length),), [(range(self.length),)], self.mask))
