@@ -199,6 +199,22 @@ def test_every_run_is_timed_behind_another_one(monkeypatch):
     assert done == 2 * (["run"] * 2 + bench.options.repeats * ["meet", "run", "mark", "run", "mark"])
 
 
+@pytest.mark.parametrize(("tflop", "runs"), [(0.0, 8), (0.137, 8), (0.48, 2), (1.0, 1), (35.0, 1)])
+def test_short_runs_are_timed_behind_several(tflop, runs, monkeypatch):
+    """A host that has paused is slow; 8,192 positions on four GPUs are 0.137 TFLOP forward, 0.48 with the backward."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (bench_ring.behind(tflop * 1e12 + 1, gpu), bench_ring.behind(tflop * 1e12 + 1, cpu)) == (runs, 1)
+    done = []
+    monkeypatch.setattr(timing, "mark", lambda device: done.append("mark") or 0.0)
+    timing.timed(lambda: done.append("run"), 1, cpu, lambda: done.append("ready"), runs)
+    assert done == ["run", "run", "ready", *["run"] * runs, "mark", "run", "mark"]
+    bench, asked = small_bench(exchanges=("pull",), layouts=("zigzag",)), []
+    monkeypatch.setattr(bench_ring, "behind", lambda flops, device: asked.append(flops) or runs)
+    monkeypatch.setattr(bench_ring, "timed", lambda run, repeats, device, ready, behind: ([float(behind)] * repeats, None))
+    assert [ms for ms, _, _ in bench.speeds(bench.rings[0], bench.cases[0])] == [runs, runs]
+    assert asked == [4 * 8 * 4 * (64 * 65 // 2), 3.5 * 4 * 8 * 4 * (64 * 65 // 2)]
+
+
 @pytest.mark.parametrize("late", [2, 3])
 def test_what_is_wrong_when_it_comes_again_is_found(late, monkeypatch):
     bench, calls = small_bench(exchanges=("pull",), layouts=("zigzag",)), count()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.bench.results import Row, append, draw, machine, table, write_order
-from ring_attn.bench.timing import captured, second_of_two, timed
+from ring_attn.bench.timing import captured, last_of_some, timed
 from ring_attn.kernels import KERNEL_NAMES, Kernel, Problem, Upstream, get_kernel, resolve
 from ring_attn.kernels.sums import Grads
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
@@ -246,7 +246,7 @@ def measure(kernels: Sequence[Kernel], mask_name: str, length: int, direction: s
     times: dict[str, list[float]] = {name: [] for name in replays}
     for _ in range(options.repeats):
         for name, replay in replays.items():
-            times[name].append(second_of_two(replay, visit.q.device))
+            times[name].append(last_of_some(replay, visit.q.device))
     per_cell = 4 if direction == "forward" else 10
     flops = per_cell * options.head_dim * options.heads * visit.cells
     ms = {name: statistics.median(taken) for name, taken in times.items()}

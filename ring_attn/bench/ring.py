@@ -35,6 +35,7 @@ from ring_attn.layout import LAYOUTS
 from ring_attn.ring import Ring
 
 DIRECTIONS = {"forward": 1.0, "forward + backward": 3.5}
+BUSY_FLOPS = 1.2e12  # two milliseconds or a little more of a GPU
 LENGTHS = {"cuda": (8192, 32768, 131072), "cpu": (256,)}
 
 
@@ -55,7 +56,8 @@ class RingBenchOptions:
         head_dim: Head dimension of q, k and v.
         dtype: Of the inputs.
         kernel: As for a ring.
-        repeats: Timed runs, of which the median counts; each follows one that is not, and two more warm up.
+        repeats: Timed runs, of which the median counts; each follows one that is not, short ones on a GPU up to eight, and two
+            more warm up.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
         singly: On GPUs, also what auto takes, and what is kept, with every call asked for anew, none replayed.
         peers: Other libraries as well, where they are installed.
@@ -246,11 +248,11 @@ class Bench:
             forward = torch.no_grad()(partial(attend, q, k, v))
             runs = forward, lambda: torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
             for factor, run in zip(DIRECTIONS.values(), runs, strict=True):
-                times, extra = timed(run, options.repeats, everyone.device, ready=everyone.meet)
+                flops = factor * 4 * options.head_dim * options.heads * case.cells / contender.processes
+                times, extra = timed(run, options.repeats, everyone.device, everyone.meet, behind(flops, everyone.device))
                 gib = None if extra is None else (extra + contender.staging) / 2**30
                 slowest = everyone.tell([*times, torch.nan if gib is None else gib]).amax(0).tolist()
                 ms = statistics.median(slowest[:-1])
-                flops = factor * 4 * options.head_dim * options.heads * case.cells / contender.processes
                 yield ms, flops / ms / 1e9, None if gib is None else slowest[-1]
 
     def timelines(self, entries: Sequence[Sequence[Entry]], rows: Sequence[RingRow]) -> list[Timeline]:
@@ -264,6 +266,11 @@ class Bench:
             if row.ms and contender and (row.mask, row.length, row.direction) == (case.name, case.length, list(DIRECTIONS)[-1]):
                 found.setdefault(contender.ring.exchange, contender)
         return [timeline(found[name], case, self.everyone) for name in EXCHANGE_NAMES if name in found]
+
+
+def behind(flops: float, device: torch.device) -> int:
+    """How many runs of so much work go before one that is timed: what takes a GPU a few milliseconds, at most eight."""
+    return 1 if device.type != "cuda" else max(1, min(8, int(BUSY_FLOPS / flops)))
 
 
 def beside(row: RingRow, bound: RingRow) -> RingRow:

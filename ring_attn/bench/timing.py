@@ -35,12 +35,16 @@ def ms_between(start: Mark, stop: Mark) -> float:
 
 
 def timed(
-    run: Callable[[], object], repeats: int, device: torch.device, ready: Callable[[], None] = lambda: None
+    run: Callable[[], object],
+    repeats: int,
+    device: torch.device,
+    ready: Callable[[], None] = lambda: None,
+    behind: int = 1,
 ) -> tuple[list[float], int | None]:
     """(milliseconds of each run, peak bytes beyond what was allocated before), after two runs to warm up.
 
-    Each timed run is the second of two, and `ready` is called before them. The bytes are None on a CPU, where PyTorch does not
-    count them.
+    Each timed run is the last of `behind + 1`, and `ready` is called before them. The bytes are None on a CPU, where PyTorch
+    does not count them.
     """
     for _ in range(2):
         run()
@@ -51,13 +55,16 @@ def timed(
     times = []
     for _ in range(repeats):
         ready()
-        times.append(second_of_two(run, device))
+        times.append(last_of_some(run, device, behind))
     return times, torch.cuda.max_memory_allocated(device) - before if on_cuda else None
 
 
-def second_of_two(run: Callable[[], object], device: torch.device) -> float:
-    """The milliseconds of the second of two runs: a GPU that is busy with the first does not wait for the host."""
-    run()
+def last_of_some(run: Callable[[], object], device: torch.device, behind: int = 1) -> float:
+    """The milliseconds of a run behind so many others: a GPU that is busy with these does not wait for the host, which after a
+    pause takes three times as long as when it is busy.
+    """
+    for _ in range(behind):
+        run()
     start = mark(device)
     run()
     return ms_between(start, mark(device))

@@ -26,7 +26,7 @@ import ring_attn as ra
 from ring_attn import call
 from ring_attn.bench.contenders import Shape, Silent
 from ring_attn.bench.kernels import document_lengths, mask_of
-from ring_attn.bench.timing import captured, second_of_two
+from ring_attn.bench.timing import captured, last_of_some
 from ring_attn.call import Call, validate
 from ring_attn.settled import Settled
 from ring_attn.tiles import tiles
@@ -107,7 +107,7 @@ def show(share: Share, options: argparse.Namespace) -> None:
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(options.repeats):
         for key, run in runs.items():
-            times[key].append(second_of_two(run, DEVICE))
+            times[key].append(last_of_some(run, DEVICE))
     for name, (_, settled) in rings.items():
         forward, both = (statistics.median(times[name, way]) for way in ("forward", "both"))
         took = f"{forward:8.3f} {both:8.3f} ms {1e3 * share.tflop / forward:6.1f} {3.5e3 * share.tflop / both:6.1f} TFLOP/s"

@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 
 import ring_attn as ra
 from ring_attn.bench import kernels
-from ring_attn.bench.timing import second_of_two
+from ring_attn.bench.timing import last_of_some
 from ring_attn.kernels import KernelUnavailable, Upstream, get_kernel
 from ring_attn.kernels.triton_kernel import interpreted
 from ring_attn.partial import only_sinks
@@ -122,7 +122,7 @@ def milliseconds(runs: dict[tuple[str, str], Callable[[], object]], device: str,
     """
     taken: dict[tuple, list[tuple[float, float]]] = {key: [] for key in runs}
     for _, key in product(range(2 + rounds), runs):
-        taken[key].append(tuple(second_of_two(run, torch.device(device)) for run in (runs[key], runs["plain", key[1]])))
+        taken[key].append(tuple(last_of_some(run, torch.device(device)) for run in (runs[key], runs["plain", key[1]])))
     return {key: tuple(map(statistics.median, zip(*times[2:], strict=True))) for key, times in taken.items()}
 
 
