@@ -215,13 +215,13 @@ def test_short_runs_are_timed_behind_several(tflop, runs, monkeypatch):
     assert asked == [4 * 8 * 4 * (64 * 65 // 2), 3.5 * 4 * 8 * 4 * (64 * 65 // 2)]
 
 
-@pytest.mark.parametrize("late", [2, 3])
-def test_what_is_wrong_when_it_comes_again_is_found(late, monkeypatch):
+@pytest.mark.parametrize("wrong", [{0}, {2, 3}, {3}], ids=str)
+def test_what_is_wrong_at_first_or_when_it_comes_again_is_found(wrong, monkeypatch):
     bench, calls = small_bench(exchanges=("pull",), layouts=("zigzag",)), count()
 
     @contextmanager
     def attention(one, case):
-        yield lambda *given: ra.ring_attention(*given, ring=one.ring) * (1.5 if next(calls) >= late else 1.0)
+        yield lambda *given: ra.ring_attention(*given, ring=one.ring) * (1.5 if next(calls) in wrong else 1.0)
 
     monkeypatch.setattr(OnRing, "attention", attention)
     assert bench.entry(bench.rings[0], bench.cases[0]).fault.startswith("wrong: ")
