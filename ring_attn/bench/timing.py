@@ -61,7 +61,7 @@ def timed(
 
 def last_of_some(run: Callable[[], object], device: torch.device, behind: int = 1) -> float:
     """The milliseconds of a run behind so many others: a GPU that is busy with these does not wait for the host, which after a
-    pause takes three times as long as when it is busy.
+    pause takes more than twice as long as when it is busy.
     """
     for _ in range(behind):
         run()
