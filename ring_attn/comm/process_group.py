@@ -41,6 +41,12 @@ class _Message(NamedTuple):
     receive: Tensor | None
 
 
+_ELSEWHERE = (
+    "; another rank died, raised (see its error), or made another call: of forwards of one kind the first is compared among "
+    "ranks, with RING_ATTN_COMPARE_CALLS=1 each"
+)
+
+
 class ProcessGroupTransport:
     """A ring over the processes of `group` (None: the default group), `ranks_per_process` neighbouring ranks in each.
 
@@ -86,7 +92,7 @@ class ProcessGroupTransport:
     def beside(self) -> ProcessGroupTransport:
         if self._second is None:
             split = self.ranks_per_node is not None
-            group = self._guarded(lambda: second_group(self.group), "a second communicator") if split else self.group
+            group = self._guarded(lambda: second_group(self.group), "a second communicator", hint="") if split else self.group
             self._second = self._over(group)
         return self._second
 
@@ -238,7 +244,7 @@ class ProcessGroupTransport:
     def _global(self, rank: int) -> int:
         return self._processes[rank // self.ranks_per_process]
 
-    def _guarded(self, post: Callable, what: str, hint: str = ""):
+    def _guarded(self, post: Callable, what: str, hint: str = _ELSEWHERE):
         """`post()`, with a failure named; backends raise RuntimeError or its subclass DistBackendError."""
         try:
             return post()
@@ -254,17 +260,12 @@ class ProcessGroupTransport:
 
         def finish(_sent=keep) -> None:  # sent buffers live until the transfer is done
             for work in works:
-                self._guarded(work.wait, what, _ELSEWHERE)
+                self._guarded(work.wait, what)
             if after is not None:
                 after()
 
         return Pending(received, finish, what)
 
-
-_ELSEWHERE = (
-    "; another rank died, raised (see its error), or made another call: of forwards of one kind the first is compared among "
-    "ranks, with RING_ATTN_COMPARE_CALLS=1 each"
-)
 
 _living: WeakSet[ProcessGroupTransport] = WeakSet()
 

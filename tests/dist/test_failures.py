@@ -146,6 +146,7 @@ def _a_rank_dies(rank, exchange):
     _call(ring)
     if rank == 2:
         os._exit(0)
+    time.sleep(rank)  # rank 0 finds out amid its transfer, rank 1 as it posts one
     start = time.monotonic()
     named = rf"rank \[{rank}\] of 3: {exchange} forward.*failed(?s:.*) RING_ATTN_COMPARE_CALLS=1 each"
     with pytest.raises(RuntimeError, match=named):
