@@ -234,19 +234,23 @@ def test_what_finds_no_room_is_not_asked_about_again():
     replays.left = replay._MOST - 1
     for seed in range(BEFORE + 1):
         assert_right(ring, seed)
-    replays.left = replay._MOST
+    replays.left = 2 * replay._MOST
     assert_right(ring, 9)
     assert replays.captures == 0
 
 
 def test_so_much_must_be_free(monkeypatch, caplog):
-    replays, free = Replays(), [replay._MOST]
+    megabytes = torch.empty(5 << 20, dtype=torch.uint8, device="meta")
+    replays, free = Replays(), [replay._MOST + megabytes.nbytes]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
-    assert replays.may_capture([None, torch.empty(1)])
+    assert replays.may_capture([None, megabytes])
     free[0] -= 1
     with caplog.at_level("INFO", "ring_attn"):
-        assert not replays.may_capture([torch.empty(1)])
-    assert "less than 1024 MiB" in caplog.text
+        assert not replays.may_capture([megabytes])
+    assert "less than 1029 MiB" in caplog.text
+    free[0] = 1 << 40
+    much = torch.empty(replay._MOST, dtype=torch.uint8, device="meta")
+    assert replays.may_capture([much]) and not replays.may_capture([much, torch.empty(1)])
 
 
 def test_those_make_room_that_were_not_used_for_longest():
@@ -517,7 +521,7 @@ def test_a_call_is_made_before_it_is_captured_on_the_tensors_of_the_graph(gpu):
     # Nothing is asked for but the copies; those on other streams wait.
     assert wires.asked == 2 * ["finish", (gpu.here.record_event(), "pull forward, replayed")]
     assert replays._aside.waited == [gpu.here, wires.forked, *[gpu.here.record_event()] * 2]
-    assert gpu.here.waited == [replays._aside]
+    assert gpu.here.waited == [replays._aside.record_event()] * 2, "of the call that was captured, and to replay it"
     other = FakeStream()
     with other():
         repeated(run, [x.t(), None], "")
@@ -555,6 +559,46 @@ def test_a_capture_that_fails_leaves_the_call_as_it_was(refuses, gpu, caplog):
     gpu.refuses = None
     replays.capture(lambda given: [given], [x])
     assert gpu.done[-2][1] == (0, 2)
+
+
+def test_what_the_driver_refuses_ends_a_capture_all_the_same(gpu, monkeypatch):
+    """A capture that it took for spoilt refuses everything on its streams, until it is ended."""
+    wires, calls, spoilt = Wired(), count(), [False]
+    replays = Replays(wires)
+    repeated, x, wait, end = Repeated(replays), torch.ones(2), FakeStream.wait_stream, torch.cuda.CUDAGraph.capture_end
+
+    def wait_stream(self, other):
+        if spoilt[0]:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        wait(self, other)
+
+    def capture_end(self):
+        spoilt[0] = False
+        end(self)
+
+    def run(given):
+        if next(calls) == BEFORE + 1:
+            spoilt[0], gpu.refuses = True, "the capture was spoilt"
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return [given + 1]
+
+    monkeypatch.setattr(FakeStream, "wait_stream", wait_stream)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", capture_end)
+    before = len(replay._unended)
+    for _ in range(BEFORE + 2):
+        assert torch.equal(repeated(run, [x], "forward")[0], x + 1)
+    assert gpu.done.count("end") == 2 and repeated.graph is None
+    gc.collect()
+    assert len(replay._unended) == before + 1 and gpu.gone == [False], "PyTorch may ask the one that has not ended"
+
+
+def test_the_first_replay_waits_for_the_call_that_was_captured(gpu):
+    repeated, x, other = Repeated(Replays()), torch.ones(2), FakeStream()
+    for _ in range(BEFORE + 1):
+        repeated(lambda given: [given + 1], [x], "forward")
+    with other():
+        repeated(lambda given: [given + 1], [x], "forward")
+    assert other.waited == [repeated._replays._aside.record_event()]
 
 
 def test_graphs_go_without_hurting_a_capture(gpu):

@@ -41,6 +41,8 @@ _MOST = 1 << 30
 _KERNELS = frozenset({"aten", "cudnn", "flash2", "flash4", "gluon", "triton"})
 """Those that go by their arguments alone, and by whether PyTorch is to be deterministic, which tells kinds of calls apart."""
 
+_unended: list[torch.cuda.CUDAGraph] = []
+
 Tensors = Sequence[Tensor | None]
 Run = Callable[..., Sequence[Tensor]]
 
@@ -111,11 +113,12 @@ class Replays:
                 one.forget()
 
     def may_capture(self, inputs: Tensors) -> bool:
-        """Whether a call with these inputs may be captured: so much is free, and none was refused."""
-        if self._refused:
+        """Whether a call with these inputs may be captured: they fit, so much is free beside them, and none was refused."""
+        wanted = _bytes(inputs)
+        if self._refused or wanted > _MOST:
             return False
-        if self.free(_device_of(inputs)) < _MOST:
-            logger.info("a short call is not replayed: less than %d MiB of its device are free", _MOST >> 20)
+        if self.free(_device_of(inputs)) < _MOST + wanted:
+            logger.info("a short call is not replayed: less than %d MiB of its device are free", _MOST + wanted >> 20)
             return False
         return True
 
@@ -173,7 +176,12 @@ class Replays:
             with torch.cuda.stream(self._aside):
                 yield lambda x: x.record_stream(here)
         finally:
-            here.wait_stream(self._aside)
+            here.wait_event(self._ends_on(self._aside))
+
+    def _ends_on(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """The next replay, on whatever stream, waits for what was asked for on this one."""
+        self._stream, self._over = stream, stream.record_event()
+        return self._over
 
     def record(self, run: Run, inputs: Tensors) -> tuple[list[Tensor], Callable[[], None]]:
         """What `run` makes of exactly these tensors, unwritten, and what writes it each time it is called."""
@@ -201,10 +209,14 @@ class Replays:
                 with torch.cuda.stream(stream):
                     captured = torch.cuda.is_current_stream_capturing()
                 if captured:
-                    here.wait_stream(stream)
+                    # Where the driver refused something, also this, until the capture is ended.
+                    with suppress(RuntimeError):
+                        here.wait_stream(stream)
             graph.capture_end()
         except RuntimeError:
-            # Where the driver refuses, PyTorch leaves its allocator, and its random numbers, as they are amid a capture.
+            # Where the driver refuses, PyTorch leaves its allocators, and its random numbers, as they are amid a capture: that
+            # of pinned memory asks the graph itself from then on.
+            _unended.append(graph)
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(here.device_index, self._pool)
             with suppress(RuntimeError):
@@ -222,11 +234,11 @@ class Replays:
         if self._over is not None and stream != self._stream:
             stream.wait_event(self._over)
         found = one.graph(inputs)
-        self._stream, self._over = stream, stream.record_event()
+        over = self._ends_on(stream)
         # Where what graphs read is made, and goes to others when they go.
-        self._aside.wait_event(self._over)
+        self._aside.wait_event(over)
         if wires is not None:
-            wires.watch(Reached(self._over), what)
+            wires.watch(Reached(over), what)
         return found
 
 

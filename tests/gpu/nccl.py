@@ -225,16 +225,20 @@ def small_inputs(seed: int) -> list[torch.Tensor]:
     return random_qkv(1, 300, 300, 4, 2, 128, dtype=torch.bfloat16, device=DEVICE, seed=10 * seed + dist.get_rank())
 
 
-def failing_captures(count: int = 6) -> str:
-    """A capture that fails where a transfer has just forked leaves calls as they were, and is the last one."""
+def failing_captures(count: int = 6, *, by_driver: bool = False) -> str:
+    """A capture that fails where a transfer has just forked leaves calls as they were, and is the last one. `by_driver`: for
+    it was asked for what it does not do amid one, and refuses all that follows.
+    """
     transport = SymmetricTransport()
     ring, singly = (ra.Ring(transport, exchange="pull", replay=replay) for replay in (True, False))
     copies = symmetric_memory.copy
 
-    def fails(*given):
+    def fails(to_do, to, stream):
         if transport.replays.recording:
+            if by_driver:
+                stream.synchronize()
             raise RuntimeError("out of patience")
-        copies(*given)
+        copies(to_do, to, stream)
 
     for broken, mask in ((True, ra.Causal()), (False, ra.Window(100, 0))):
         with patch.object(symmetric_memory, "copy", fails if broken else copies):
@@ -400,6 +404,7 @@ def again(report: Report) -> None:
     report.attempt("captures that fail", failing_captures)
     report.attempt("calls that are abandoned", abandoned_calls)
     report.attempt("few rows, exchange auto", short_by_messages)
+    report.attempt("captures that the driver ends", lambda: failing_captures(by_driver=True))
 
 
 def messages(report: Report) -> None:
