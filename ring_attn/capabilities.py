@@ -63,7 +63,7 @@ def usual_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def _per_head(ring: Ring) -> Tensor:
+def _per_head() -> Tensor:
     return torch.linspace(0.1, 1.0, NUM_HEADS)
 
 
@@ -81,12 +81,12 @@ FEATURES = (
     Feature("KeyPadding", KeyPadding([SEQ_LEN - 3, SEQ_LEN // 2])),
     Feature("MaskMod", Causal() & MaskMod(lambda b, h, q, k: (q - k) % 3 == 0)),
     Feature("SoftCap", score=lambda ring: SoftCap(2.0)),
-    Feature("Alibi", score=lambda ring: Alibi(_per_head(ring))),
+    Feature("Alibi", score=lambda ring: Alibi(_per_head())),
     Feature("RelativeBias", score=lambda ring: RelativeBias(torch.linspace(-1.0, 1.0, NUM_HEADS * 7).cos().view(NUM_HEADS, 7))),
     Feature("Bias", score=lambda ring: Bias(_bias(ring))),
     Feature("ScoreMod", score=lambda ring: ScoreMod(lambda score, b, h, q, k: score - 0.1 * (h + 1) * (q - k))),
     Feature("CosineSim", score=lambda ring: CosineSim(8.0, groups=2)),
-    Feature("Sinks", score=lambda ring: Sinks(_per_head(ring))),
+    Feature("Sinks", score=lambda ring: Sinks(_per_head())),
     Feature("Dropout", score=lambda ring: Dropout(0.3, seed=1)),
     Feature("float64", dtype=torch.float64),
     Feature("float32", dtype=torch.float32),

@@ -13,11 +13,9 @@ _SAMPLES = 512
 
 def draw(plan: Plan, title: str, path: str) -> None:
     """Draws to `path`: the mask coloured by step and by rank (queries down, keys across), and the work of ranks and steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     by_step, by_rank, bars = figure.subplots(1, 3)
     picture = paint(plan)
     _image(by_step, picture[0], len(plan.meets), "step", plan.layout.seq_len)
@@ -62,12 +60,8 @@ def _cells(tile: Tile, where: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     q, kv = (where[_indices(shard)] for shard in tile.positions)
     i, j = np.flatnonzero(q >= 0), np.flatnonzero(kv >= 0)
     offset = j - i[:, None]
-    allowed = np.ones(offset.shape, bool)
-    if tile.band.lo is not None:
-        allowed &= offset >= tile.band.lo
-    if tile.band.hi is not None:
-        allowed &= offset <= tile.band.hi
-    return q[i], kv[j], allowed
+    lo, hi = tile.bounds
+    return q[i], kv[j], (offset >= lo) & (offset <= hi)
 
 
 def _indices(shard: Shard) -> np.ndarray:

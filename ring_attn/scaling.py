@@ -23,10 +23,24 @@ def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float 
     if cosine is not None:
         if softmax_scale is not None:
             raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
-        q, k, scale = cosine.prepare(q, k, of_unit_norm)
+        q, k, scale = _of_cosine(q, k, cosine)
     if not math.isfinite(scale):
         raise ValueError(f"the scale of scores must be finite, got {scale}")
     if scale > 0:
         return q, k, scale
     # Libraries scale scores that they have masked with -inf, which such a factor makes inf or NaN.
     return (-q, k, -scale) if scale else (q * 0, k, 1.0)
+
+
+def _of_cosine(q: Tensor, k: Tensor, cosine: CosineSim) -> tuple[Tensor, Tensor, float]:
+    """(q, k, scale) whose scaled products are the scores; differentiable."""
+    if q.shape[-1] % cosine.groups:
+        raise ValueError(f"CosineSim groups {cosine.groups} must divide head_dim {q.shape[-1]}")
+    q, k = (of_unit_norm(x, cosine.groups) for x in (q, k))
+    if not isinstance(cosine.scale, Tensor):
+        return q, k, float(cosine.scale)
+    if tuple(cosine.scale.shape) != (q.shape[2],):
+        raise ValueError(f"CosineSim scale must be a number or [num_heads] = [{q.shape[2]}], got {tuple(cosine.scale.shape)}")
+    if cosine.scale.device != q.device:
+        raise ValueError(f"CosineSim scale must be on the device of q, {q.device}, got {cosine.scale.device}; move it with .to")
+    return (q * cosine.scale[:, None]).to(k.dtype), k, 1.0

@@ -260,21 +260,6 @@ class CosineSim(Score):
         if self.groups < 1:
             raise ValueError(f"CosineSim groups must be at least 1, got {self.groups}")
 
-    def prepare(self, q: Tensor, k: Tensor, of_unit_norm: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor, float]:
-        """(q, k, softmax_scale) whose scaled products are the scores; differentiable. `of_unit_norm`: in so many groups."""
-        if q.shape[-1] % self.groups:
-            raise ValueError(f"CosineSim groups {self.groups} must divide head_dim {q.shape[-1]}")
-        q, k = (of_unit_norm(x, self.groups) for x in (q, k))
-        if not isinstance(self.scale, Tensor):
-            return q, k, float(self.scale)
-        if tuple(self.scale.shape) != (q.shape[2],):
-            raise ValueError(f"CosineSim scale must be a number or [num_heads] = [{q.shape[2]}], got {tuple(self.scale.shape)}")
-        if self.scale.device != q.device:
-            raise ValueError(
-                f"CosineSim scale must be on the device of q, {q.device}, got {self.scale.device}; move it with .to"
-            )
-        return (q * self.scale[:, None]).to(k.dtype), k, 1.0
-
     def bound(self, size: float) -> float:
         return math.inf if isinstance(self.scale, Tensor) else abs(self.scale) * self.groups
 

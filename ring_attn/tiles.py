@@ -57,6 +57,12 @@ class Tile:
         return left, right
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        """(lo, hi) of the band, an open side as a number that hides no cell."""
+        lo, hi = self.band
+        return -len(self.q_rows) if lo is None else lo, len(self.kv_rows) if hi is None else hi
+
+    @property
     def cells(self) -> int:
         """The number of allowed (query, key) pairs, for one batch row and head."""
         return count_cells(len(self.q_rows), len(self.kv_rows), self.band)
@@ -100,8 +106,7 @@ def kv_rows_met(q_shard: Shard, kv_layout: Layout, mask: Mask) -> list[range]:
 
 def within(tile: Tile, rows: range, columns: range) -> Tile | None:
     """The tile of a tile's cells in some rows and columns of it, counted from its corner; None where its band has none."""
-    lo = -len(tile.q_rows) if tile.band.lo is None else tile.band.lo
-    hi = len(tile.kv_rows) if tile.band.hi is None else tile.band.hi
+    lo, hi = tile.bounds
     shift = rows.start - columns.start
     lo, hi = max(lo + shift, 1 - len(rows)), min(hi + shift, len(columns) - 1)
     own = tile.q_rows[rows.start : rows.stop], tile.kv_rows[columns.start : columns.stop]

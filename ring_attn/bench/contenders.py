@@ -25,7 +25,7 @@ from ring_attn.call import Call, validate
 from ring_attn.comm.nodes import NodesTransport
 from ring_attn.comm.replay import Replays
 from ring_attn.comm.symmetric import SymmetricTransport
-from ring_attn.comm.transport import Parts, Pending, Pieces, Transport
+from ring_attn.comm.transport import Parts, Pending, Pieces, Sums, Transport, Unpacked
 from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import Exchange
 from ring_attn.layout import total_rows
@@ -257,10 +257,8 @@ class Silent:
             [self._kept(x, total_rows(parts[rank]), rank) for rank, x in zip(self.hosted, shards, strict=True)], what
         )
 
-    def push(
-        self, grads: Sequence[Tensor], parts: Parts, into: Sequence[Tensor], *, what: str = "push"
-    ) -> Pending[Sequence[Tensor]]:
-        return _at_once(into, what)
+    def push(self, grads: Sequence[Unpacked], parts: Parts, into: Sequence[Sums], *, what: str = "push") -> Pending[None]:
+        return _at_once(None, what)
 
     def _kept(self, pieces: Pieces, rows: int, rank: int) -> Tensor:
         like, width = pieces[0], sum(x.shape[2] for x in pieces)
@@ -270,5 +268,5 @@ class Silent:
         return self._rows[key]
 
 
-def _at_once(received: Sequence, what: str) -> Pending:
+def _at_once(received: Sequence | None, what: str) -> Pending:
     return Pending(received, lambda: None, what)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ring_attn.bench.results import Row, append, draw, machine, table, write_order
 from ring_attn.bench.timing import captured, last_of_some, timed
+from ring_attn.check import rel_error
 from ring_attn.kernels import KERNEL_NAMES, Kernel, Problem, Upstream, get_kernel, resolve
 from ring_attn.kernels.sums import Grads
 from ring_attn.mask import Causal, Documents, Full, Mask, Window
@@ -35,7 +36,7 @@ class KernelBenchOptions:
 
     Attributes:
         kernels: Kernel names with commas between them; "all" for every one.
-        masks: Of causal, full, window (1,024 keys) and documents (packed, log-normal lengths).
+        masks: Of causal, full, window (1,024 keys back) and documents (packed, log-normal lengths).
         lengths: Sequence lengths.
         heads: Query heads.
         kv_heads: KV heads.
@@ -132,15 +133,10 @@ def gate(kernel: Kernel, mask_name: str, options: KernelBenchOptions, direction:
     found = visit.run(kernel) if direction == "backward" else [visit.forward(kernel)]
     limits = (OUT_LIMIT, GRAD_LIMIT, GRAD_LIMIT, GRAD_LIMIT)
     for name, x, ref, other, limit in zip(("out", "dq", "dk", "dv"), found, exact, plain, limits, strict=False):
-        ratio = error(x, ref) / error(other, ref)
+        ratio = rel_error(x, ref) / rel_error(other, ref)
         if not ratio <= limit:
             return f"wrong: {name} has {ratio:.3g} times the error of plain PyTorch, the limit is {limit:g}"
     return None
-
-
-def error(x: Tensor, ref: Tensor) -> float:
-    """‖x - ref‖ / ‖ref‖."""
-    return ((x.double() - ref).norm() / ref.norm()).item()
 
 
 @dataclass
@@ -218,8 +214,7 @@ class Visit:
         for tile in self.tiles:
             i, j = (torch.arange(len(rows), device=self.q.device) for rows in (tile.q_rows, tile.kv_rows))
             offset = j - i.unsqueeze(1)
-            lo = -len(i) if tile.band.lo is None else tile.band.lo
-            hi = len(j) if tile.band.hi is None else tile.band.hi
+            lo, hi = tile.bounds
             rows, columns = (slice(r.start, r.stop) for r in (tile.q_rows, tile.kv_rows))
             seen[rows, columns] |= (offset >= lo) & (offset <= hi)
         return seen

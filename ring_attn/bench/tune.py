@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ring_attn.bench.kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit, error
+from ring_attn.bench.kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit
 from ring_attn.bench.results import append, machine
 from ring_attn.bench.timing import timed
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
 from ring_attn.bench.tune_report import Timed, line, report
+from ring_attn.check import rel_error
 from ring_attn.kernels import Upstream, get_kernel
 from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.triton_blocks import Config, Configs
@@ -262,7 +263,7 @@ def _gate(launch: str, config: Config, gate: str, options: TuneOptions) -> str:
     into.write(*grads)
     for number, name in {"forward": [(0, "out")], "dq": [(1, "dq")], "dkdv": [(2, "dk"), (3, "dv")]}[launch]:
         found = (out, *grads)[number]
-        ratio = error(found, exact[number]) / error(plain[number], exact[number])
+        ratio = rel_error(found, exact[number]) / rel_error(plain[number], exact[number])
         if not ratio <= (OUT_LIMIT if name == "out" else GRAD_LIMIT):
             return f"wrong under {gate}: {name} has {ratio:.3g} times the error of plain PyTorch"
     return ""

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.comm.transport import Parts
-from ring_attn.layout import places, total_rows
-
-
-class Read(NamedTuple):
-    """Rows `rows` of what `rank` has put up."""
-
-    rank: int
-    rows: range
+from ring_attn.layout import Part, places, total_rows
 
 
 class Reads(NamedTuple):
@@ -26,7 +19,7 @@ class Reads(NamedTuple):
     """
 
     put_up: list[int]
-    reads: list[Read]
+    reads: list[Part]
     homes: list[range]
 
     def rows_of(self, ranks: int) -> list[int]:
@@ -36,13 +29,13 @@ class Reads(NamedTuple):
 
 def pulled(rank: int, parts: Parts, rows: int) -> Reads:
     """The reads of a pull out of shards of `rows` rows: the parts that the rank wants."""
-    return Reads([rows] * len(parts), [Read(part.rank, part.rows) for part in parts[rank]], [])
+    return Reads([rows] * len(parts), list(parts[rank]), [])
 
 
 def pushed(rank: int, parts: Parts, _: int) -> Reads:
     """The reads of a push: what others have of the rank's rows."""
     found = [
-        (Read(source, range(place.start, place.stop)), part.rows)
+        (Part(source, range(place.start, place.stop)), part.rows)
         for source, wanted in enumerate(parts)
         for part, place in places(wanted)
         if part.rank == rank

@@ -111,7 +111,7 @@ class PullExchange:
         widths, remote = Widths.of(kv[0]), plan.steps[1:]
         for n, step in enumerate(remote):
             came = kept[n * len(kv) : (n + 1) * len(kv)]
-            yield Visit(step, list(map(widths.unpack, came)), False, came)
+            yield Visit(step, list(map(widths.unpack, came)), False)
         yield Visit(0, kv, True)
 
     def homeward(self, transport: Transport, plan: Plan, how: HowHome) -> Homeward:

@@ -106,7 +106,6 @@ class _TwoLevelHomeward(OwnApart):
         self.exchange, self.level = exchange, 0
         self.held: list[PackedSum] = []
         self.pushed: Pending | None = None
-        self.travelling: Pending[list[Tensor]] | None = None
 
     def add(self, visit: Visit) -> None:
         if not self.of_visit:
@@ -126,17 +125,17 @@ class _TwoLevelHomeward(OwnApart):
 
     def collect(self) -> list[Sum]:
         self._close()
-        self._arrive(self.own)
         return super().collect()
 
     def _leave_for(self, level: int) -> None:
         """What the shards of this level gathered goes on to another, 0 being home; at level 0 they are home."""
         self._close()
         if self.level > 0:
-            self._arrive(self.held)
+            self.add_arrived(self.held)
             away = (level - self.level) * self.exchange.ranks_per_node
             what = f"two-level backward, dK and dV {'on' if level else 'home'} from {self.level} nodes away"
-            self.travelling = self.transport.shift([one.packed() for one in self.held], away, what=what)
+            sent = self.transport.shift([one.packed() for one in self.held], away, what=what)
+            self.pending = [(range(self.plan.kv_layout.shard_len), sent)]
         self.held, self.level = [], level
 
     def _close(self) -> None:
@@ -144,10 +143,3 @@ class _TwoLevelHomeward(OwnApart):
         if self.pushed is not None:
             self.pushed.wait()
             self.pushed = None
-
-    def _arrive(self, to: list[PackedSum]) -> None:
-        """Adds what came of the level before."""
-        if self.travelling is not None:
-            self.pending = [(range(self.plan.kv_layout.shard_len), self.travelling)]
-            self.add_arrived(to)
-            self.travelling = None

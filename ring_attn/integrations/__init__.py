@@ -1,1 +1,1 @@
-"""Other people's models over a ring. Each module needs the library that it is named after, and nothing else imports it."""
+"""Other people's models over a ring. They need transformers, which nothing else imports."""

@@ -117,7 +117,7 @@ class Kernel(Protocol):
         into: Partial | None = None,
         out: Tensor | None = None,
     ) -> Partial:
-        """The partial of all tiles, merged into `into` (written to) where given.
+        """The partial of all tiles, merged into `into` (written to) where given. `scale` is above 0, see `scaling.scaled`.
 
         `out` [b, s, h, dv] marks the last visit: the partial returned is normalised, its acc the output of every row, its m the
         final lse, and `into` is not meant to be read again. That acc is `out`, or where a library made all of it in one call,

@@ -6,7 +6,7 @@ backward asks for are never read and empty tensors stand in for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,10 +16,8 @@ from torch import Tensor
 from ring_attn.kernels import Problem, Upstream
 from ring_attn.kernels.packs import Pack
 from ring_attn.kernels.split import squares, strips, windows
-from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.tilewise import Gradients, Packing, Scaling, Tilewise, refusal
 from ring_attn.partial import Partial
-from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
 
@@ -35,33 +33,11 @@ class AtenKernel:
             return f"PyTorch has no flash attention for device {problem.device!r} that takes part in a ring; use cpu or cuda"
         return adapter.supports(problem)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-        score: Scores | None = None,
-        into: Partial | None = None,
-        out: Tensor | None = None,
-    ) -> Partial:
-        return _ADAPTERS[q.device.type].forward(q, k, v, tiles, scale=scale, score=score, into=into, out=out)
+    def forward(self, q: Tensor, *rest, **options) -> Partial:
+        return _ADAPTERS[q.device.type].forward(q, *rest, **options)
 
-    def backward(
-        self,
-        up: Upstream,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-        score: Scores | None = None,
-        into: Grads,
-    ) -> None:
-        _ADAPTERS[q.device.type].backward(up, q, k, v, tiles, scale=scale, score=score, into=into)
+    def backward(self, up: Upstream, q: Tensor, *rest, **options) -> None:
+        _ADAPTERS[q.device.type].backward(up, q, *rest, **options)
 
 
 @dataclass(frozen=True)
@@ -212,7 +188,8 @@ def _causal_or_mask(tile: Tile, dtype: torch.dtype) -> tuple[bool, Tensor | None
     if lo is None and (hi is None or (hi == 0 and num_q == num_kv)):
         return hi is not None, None
     offset = torch.arange(num_kv, device="cpu") - torch.arange(num_q, device="cpu").unsqueeze(1)
-    hidden = (offset < (-num_q if lo is None else lo)) | (offset > (num_kv if hi is None else hi))
+    lo, hi = tile.bounds
+    hidden = (offset < lo) | (offset > hi)
     return False, torch.zeros(num_q, num_kv, dtype=dtype, device="cpu").masked_fill_(hidden, -torch.inf)
 
 

@@ -65,11 +65,6 @@ class _Blocks:
             yield strip
 
     @cached_property
-    def _bounds(self) -> tuple[int, int]:
-        lo, hi = self.tile.band
-        return -len(self.tile.q_rows) if lo is None else lo, len(self.tile.kv_rows) if hi is None else hi
-
-    @cached_property
     def _depends(self) -> list[tuple[bool, bool]]:
         return [depends_on(predicate.fn, self.device) for predicate in self.tile.predicates]
 
@@ -87,14 +82,14 @@ class _Blocks:
 
     def _entered(self, rows: range) -> Iterator[range]:
         """The columns of blocks that the band enters beside these rows."""
-        lo, hi = self._bounds
+        lo, hi = self.tile.bounds
         start = max(0, rows[0] + lo) // self.block * self.block
         stop = min(len(self.tile.kv_rows), rows[-1] + hi + 1)
         return _pieces(range(start, min(len(self.tile.kv_rows), -(-stop // self.block) * self.block)), self._most_columns)
 
     def _of_band(self, rows: range) -> Tensor:
         """What the band alone leaves of these rows, [1, 1, q blocks, kv blocks]."""
-        (lo, hi), columns = self._bounds, range(len(self.tile.kv_rows))
+        (lo, hi), columns = self.tile.bounds, range(len(self.tile.kv_rows))
         (i0, i1), (j0, j1) = (self._ends(x) for x in (rows, columns))
         least, most = j0 - i1.unsqueeze(1) + 1, j1 - 1 - i0.unsqueeze(1)
         some, every = (least <= hi) & (most >= lo), (least >= lo) & (most <= hi)
@@ -110,7 +105,7 @@ class _Blocks:
         sides = zip((rows, columns), self.tile.positions, strict=True)
         q_pos, kv_pos = (global_positions(shard, x, self.device) for x, shard in sides)
         i, j = (torch.arange(x.start, x.stop, device=self.device) for x in (rows, columns))
-        offset, (lo, hi) = j - i.unsqueeze(1), self._bounds
+        offset, (lo, hi) = j - i.unsqueeze(1), self.tile.bounds
         first = 0 if self.tile.batch is None else self.tile.batch
         asked = []
         for predicate, (by_batch, by_head) in zip(self.tile.predicates, self._depends, strict=True):

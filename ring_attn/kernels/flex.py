@@ -23,7 +23,6 @@ from ring_attn.kernels.flex_call import KINDS, Work, compiled, work_of
 from ring_attn.kernels.functions import outside_of_ops
 from ring_attn.kernels.sums import Grads
 from ring_attn.kernels.tilewise import Tilewise, refusal
-from ring_attn.partial import Partial
 from ring_attn.score import Scores
 from ring_attn.tiles import Tile
 
@@ -37,6 +36,17 @@ class Scoring:
     scale: float
     score: Scores
     wanted: tuple[int, ...] = ()
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Inside, nothing is recorded, compilers work, and what cannot be compiled says what else runs it."""
+    try:
+        with outside_of_ops(), torch.no_grad():
+            yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        error.add_note("torch's flex_attention cannot compile this for kernel 'flex'; kernel='reference' runs any function")
+        raise
 
 
 @dataclass(frozen=True)
@@ -55,21 +65,9 @@ class FlexKernel(Tilewise):
     def scaling(self, scale: float, score: Scores | None) -> Scoring:
         return Scoring(scale, score or Scores(()))
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-        score: Scores | None = None,
-        into: Partial | None = None,
-        out: Tensor | None = None,
-    ) -> Partial:
-        with _compiling():
-            return super().forward(q, k, v, tiles, scale=scale, score=score, into=into, out=out)
+    forward = _compiling()(Tilewise.forward)
 
+    @_compiling()
     def backward(
         self,
         up: Upstream,
@@ -84,12 +82,11 @@ class FlexKernel(Tilewise):
     ) -> None:
         wanted = tuple(n for n, total in enumerate(into.score) if total is not None)
         scoring = replace(self.scaling(scale, score), wanted=wanted)
-        with _compiling():
-            for call in self.calls(tiles, q, k):
-                dq, dk, dv, *of_tensors = call.differentiate(self, up, q, k, v, scoring)
-                call.add(into, dq, dk, dv)
-                for n, grad in zip(wanted, of_tensors, strict=True):
-                    into.score[n].add_(grad)
+        for call in self.calls(tiles, q, k):
+            dq, dk, dv, *of_tensors = call.differentiate(self, up, q, k, v, scoring)
+            call.add(into, dq, dk, dv)
+            for n, grad in zip(wanted, of_tensors, strict=True):
+                into.score[n].add_(grad)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scoring) -> tuple[Tensor, Tensor]:
         work = work_of(tile, q, scaling.score.steps, scaling.scale)
@@ -113,17 +110,6 @@ class FlexKernel(Tilewise):
         grads = torch.autograd.grad((out, lse), [*leaves, *(tensors[n] for n in learning)], (dout, dlse))
         of_scores = dict(zip(learning, grads[3:], strict=True))
         return *grads[:3], *(of_scores.get(n, torch.zeros_like(tensors[n])) for n in scaling.wanted)
-
-
-@contextmanager
-def _compiling() -> Iterator[None]:
-    """Inside, nothing is recorded, compilers work, and what cannot be compiled says what else runs it."""
-    try:
-        with outside_of_ops(), torch.no_grad():
-            yield
-    except torch._dynamo.exc.TorchDynamoException as error:
-        error.add_note("torch's flex_attention cannot compile this for kernel 'flex'; kernel='reference' runs any function")
-        raise
 
 
 def _refusal_here(device: str) -> str | None:

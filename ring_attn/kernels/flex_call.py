@@ -101,8 +101,7 @@ def _prepared(tile: Tile, batch: int, num_heads: int, device: torch.device, writ
         tensors = function.arguments(captured(predicate.fn), i)
         heads = _heads(num_heads, predicate.first_head, device)
         parts.append((function.fn, lookup.batches, heads, lookup.q_shifts, lookup.kv_shifts, tensors))
-    lo = -i if tile.band.lo is None else tile.band.lo
-    hi = j if tile.band.hi is None else tile.band.hi
+    lo, hi = tile.bounds
     own = torch.arange(i, dtype=torch.int32, device=device)
     first, last = own + lo, own + hi
     blocks = _blocks(block_map(tile, batch, num_heads, BLOCK, device))

@@ -25,11 +25,12 @@ from ring_attn.kernels.gluon_attend import attend_overlapped, attend_plainly, la
 from ring_attn.kernels.gluon_work import CONSUMER_ROWS, Queue, Shared, item_of, laps_of, place_of, span_of, walk_of, work_of
 from ring_attn.kernels.tilewise import Scaling
 from ring_attn.kernels.triton_blocks import Table
-from ring_attn.kernels.triton_forward import positive
-from ring_attn.kernels.triton_rows import LEFT_BELOW, LN2, LOG2E, Call, numbers_of, rows_of
+from ring_attn.kernels.triton_rows import LEFT_BELOW, LN2, LOG2E, Call, visit_arguments
 from ring_attn.partial import Partial
 
 at_head = gluon.jit(triton_rows.at_head.fn)
+load_numbers = gluon.jit(triton_rows.load_numbers.fn)
+store_numbers = gluon.jit(triton_rows.store_numbers.fn)
 
 
 @dataclass(frozen=True)
@@ -81,34 +82,20 @@ def forward_call(
     What `carried` has is the target's. With `out` it is the last visit: out [b, s, h, d] is written, the final lse to target's
     m, and target's acc and sum are not.
     """
-    q, scale = positive(q, scaling.scale)
-    adding = carried is not None and carried.acc is not None
-    every_row_counts = not adding or out is not None
-    programs = table.programs if every_row_counts else table.busy
-    heads, groups = q.shape[2], k.shape[2]
+    visit, heads = visit_arguments(q, k, table, carried, target, out), q.shape[2]
+    items = visit["programs"] * heads
     arguments = {
         "q": described(q, CONSUMER_ROWS.value),
         "k": described(k, config.walk),
         "v": described(v, config.walk),
-        "acc": rows_of(target.acc) if adding or out is None else None,
-        "m": numbers_of(target.m),
-        "sums": None if carried is None and out is not None else numbers_of(target.sum),
-        "out": None if out is None else rows_of(out),
-        "table": table.ints,
-        "factors": factors_of(scale, scaling.softcap),
-        "num_q": q.shape[1],
-        "programs": programs,
-        "items": programs * heads,
-        "group": heads // groups,
+        **visit,
+        "factors": factors_of(scaling.scale, scaling.softcap),
+        "items": items,
         "heads": heads,
-        "CARRIED": carried is not None,
-        "ADDING": adding,
-        "LAST": out is not None,
-        "DIM": q.shape[3],
         "CONFIG": config,
         "num_warps": 4,
     }
-    return Call(forward_kernel, min(programs * heads, multiprocessors(q.device)), arguments)
+    return Call(forward_kernel, min(items, multiprocessors(q.device)), arguments)
 
 
 def factors_of(scale: float, softcap: float) -> tuple[float | None, float]:
@@ -229,7 +216,7 @@ def _produce(q, k, v, shared, queue, DIM: gl.constexpr, CONFIG: gl.constexpr):
     """Copies each item's Q, and the K and V blocks of all its entries in the order in which they are consumed."""
     met = 0
     for lap in range(laps_of(queue)):
-        item = item_of(queue, lap)
+        item = item_of(lap)
         if item < queue.items:
             work = work_of(queue, item, CONFIG.own)
             CONSUMERS: gl.constexpr = CONFIG.consumers
@@ -278,7 +265,7 @@ def _consume(
     """Attends for a consumer's part of each item's query rows."""
     met, cleared = 0, 0
     for lap in range(laps_of(queue)):
-        item = item_of(queue, lap)
+        item = item_of(lap)
         if item < queue.items:
             work = work_of(queue, item, CONFIG.own)
             met, cleared = _consume_one(
@@ -311,8 +298,8 @@ def _consume_one(
     rows = first_row + gl.arange(0, CONSUMER_ROWS, rows_layout)
     live = rows < work.block_stop
     if CARRIED:
-        m2 = _load_numbers(m, work, rows, live, float("-inf")) * LOG2E
-        l_whole = _load_numbers(sums, work, rows, live, 0.0)
+        m2 = load_numbers(at_head(m, work.batch, work.head), rows, live, float("-inf")) * LOG2E
+        l_whole = load_numbers(at_head(sums, work.batch, work.head), rows, live, 0.0)
     else:
         m2 = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, rows_layout)
     # A row's sum is kept in parts, by the four lanes that share the row, and added up once at the end.
@@ -347,7 +334,7 @@ def _consume_one(
     divisor = gl.where(l_row == 0.0, 1.0, l_row)
     lse2 = m2 + gl.log2(divisor)
     m_row = (lse2 if LAST else lse2 - LEFT_BELOW) * LN2
-    _store_numbers(m, work, rows, live, m_row)
+    store_numbers(at_head(m, work.batch, work.head), m_row, rows, live)
     if LAST:
         # By rows, so that neighbouring threads write neighbouring memory.
         wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -357,7 +344,7 @@ def _consume_one(
     else:
         # See Note [base 2] of triton_forward.
         to_read_back = gl.where(m2 == float("-inf"), 1.0, gl.exp2(m2 - m_row * LOG2E))
-        _store_numbers(sums, work, rows, live, l_row * to_read_back)
+        store_numbers(at_head(sums, work.batch, work.head), l_row * to_read_back, rows, live)
         at, mask = _row_pointers(acc, work, rows_across, total_layout, DIM)
         gl.store(at, total * gl.convert_layout(to_read_back, across)[:, None], mask=mask)
     return met, cleared
@@ -369,15 +356,3 @@ def _row_pointers(x, work, rows, LAYOUT: gl.constexpr, DIM: gl.constexpr):
     at = at_head(x, work.batch, work.head)
     columns = gl.arange(0, DIM, gl.SliceLayout(0, LAYOUT))
     return at[0] + rows.to(gl.int64)[:, None] * at[1] + columns[None, :], (rows < work.block_stop)[:, None]
-
-
-@gluon.jit
-def _load_numbers(x, work, rows, live, other: gl.constexpr):
-    at = at_head(x, work.batch, work.head)
-    return gl.load(at[0] + rows.to(gl.int64) * at[1], mask=live, other=other)
-
-
-@gluon.jit
-def _store_numbers(x, work, rows, live, value):
-    at = at_head(x, work.batch, work.head)
-    gl.store(at[0] + rows.to(gl.int64) * at[1], value, mask=live)

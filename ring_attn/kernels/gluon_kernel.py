@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ring_attn.kernels import Problem, Upstream, get_kernel, modifier_refusal
-from ring_attn.kernels.sums import Grads
+from ring_attn.kernels import Problem, get_kernel, modifier_refusal
 from ring_attn.kernels.tilewise import ONE_SOFTCAP, Scaling
 from ring_attn.kernels.triton_blocks import query_table
 from ring_attn.kernels.triton_kernel import interpreted, target_of
@@ -78,18 +77,7 @@ class GluonKernel:
         forward_call(q, k, v, table, config, scaling=Scaling.of(scale, score), carried=into, target=target, out=out)()
         return target if out is None else Partial(out, target.m)
 
-    def backward(
-        self,
-        up: Upstream,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tiles: Sequence[Tile],
-        *,
-        scale: float,
-        score: Scores | None = None,
-        into: Grads,
-    ) -> None:
+    def backward(self, *_: object, **__: object) -> None:
         raise NotImplementedError(f"kernel 'gluon': {_BACKWARD}")
 
     def _check_refusal(self, problem: Problem) -> str | None:

@@ -121,7 +121,7 @@ def laps_of(queue):
 
 
 @gluon.jit
-def item_of(queue, lap):
+def item_of(lap):
     """The program's item in a lap, see Note [laps]; past the last for no item."""
     place = gl.program_id(0)
     return lap * gl.num_programs(0) + gl.where(lap % 2 == 0, place, gl.num_programs(0) - 1 - place)

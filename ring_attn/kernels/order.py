@@ -28,7 +28,7 @@ MEASURED = Path(__file__).with_name("measured.json")
 # Where nothing was measured. Where flash-attn 2 is the best there is, that is the Triton forward and flash-attn's backward.
 _FIXED = {
     ("cuda", "forward"): ("flash4", "cudnn", "gluon", "triton", "flash2", "aten", "reference"),
-    ("cuda", "backward"): ("flash4", "cudnn", "flash2", "triton", "gluon", "aten", "reference"),
+    ("cuda", "backward"): ("flash4", "cudnn", "flash2", "triton", "aten", "reference"),
     ("cpu", "forward"): ("aten", "reference"),
     ("cpu", "backward"): ("aten", "reference"),
 }

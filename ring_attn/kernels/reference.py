@@ -72,8 +72,7 @@ class ReferenceKernel:
     def _blocks(self, q, k, v, tiles: Sequence[Tile], scale: float, score: Scores | None) -> Iterator[_Block]:
         """Every block of every tile that the band enters."""
         for tile in tiles:
-            lo = -len(tile.q_rows) if tile.band.lo is None else tile.band.lo
-            hi = len(tile.kv_rows) if tile.band.hi is None else tile.band.hi
+            lo, hi = tile.bounds
             for i in range(0, len(tile.q_rows), self.q_block):
                 rows = range(i, min(i + self.q_block, len(tile.q_rows)))
                 for j in range(0, len(tile.kv_rows), self.kv_block):

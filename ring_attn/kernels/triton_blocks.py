@@ -13,7 +13,7 @@ can be left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -32,9 +32,9 @@ PROGRAM = 4
 class Config:
     """One launch: `own` rows stay with a program, `walk` rows are met at a time.
 
-    `tma`: the backward's copies, see Note [whole blocks]; the forward has none. `early`: the backward has dout v^T before the
-    softmax. `mixed`: see Note [powers of two] of triton_scores, for the dq kernel. `narrow`: the launch in its place where
-    blocks walk over few rows, see `chosen`; the dk, dv kernel has none.
+    `tma`: the backward's copies, see Note [whole blocks] of `triton_rows`; the forward has none. `early`: the backward has
+    dout v^T before the softmax. `mixed`: see Note [powers of two] of triton_scores, for the dq kernel. `narrow`: the launch in
+    its place where blocks walk over few rows, see `chosen`; the dk, dv kernel has none.
     """
 
     own: int
@@ -218,7 +218,7 @@ class TableKey:
     device on that stream and only ever read there, so nothing waits; or _ANY: it is there before any stream reads it.
     """
 
-    tiles: Sequence[Tile]
+    tiles: Sequence[Tile] = field(compare=False)
     transposed: bool
     rows: int
     block: int
@@ -228,16 +228,11 @@ class TableKey:
     most: int
     placed: bool
     stream: int
+    number: int = field(init=False)
 
-    def __hash__(self) -> int:
-        return hash((id(self.tiles), *self._values))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TableKey) and self.tiles is other.tiles and self._values == other._values
-
-    @property
-    def _values(self) -> tuple:
-        return self.transposed, self.rows, self.block, self.batch, self.device, self.least, self.most, self.placed, self.stream
+    def __post_init__(self) -> None:
+        # The key keeps the tiles, so the number stays theirs.
+        object.__setattr__(self, "number", id(self.tiles))
 
 
 def query_table(tiles: Sequence[Tile], q: Tensor, block: int, *, placed: bool = False) -> Table:

@@ -1,10 +1,10 @@
 """The Triton forward: all tiles of a visit in one launch, unnormalised and carried on from visit to visit.
 
 Note [base 2]: scores are scaled by log2(e) so that exp2 serves; m2 is in base 2, and m and lse in memory are natural logs. The
-baseline is scale * max of the raw scores, which needs a positive scale: `forward_call` turns other scales into one. What is
-carried is left relative to m = log-sum-exp - 24 ln 2, as near as the next visit reads that back: m2 rounds on the way to m and
-back. The next visit's probabilities are relative to that or to its own largest score: at the log-sum-exp itself they would be
-as small as one in all keys so far, and float16 has no digits left for those.
+baseline is scale * max of the raw scores, for a scale above 0. What is carried is left relative to m = log-sum-exp - 24 ln 2,
+as near as the next visit reads that back: m2 rounds on the way to m and back. The next visit's probabilities are relative to
+that or to its own largest score: at the log-sum-exp itself they would be as small as one in all keys so far, and float16 has no
+digits left for those.
 
 Note [lanes]: four neighbouring threads share a row of a block of scores, two columns each of every eight, and to add up across
 them takes as long as the products leave for it. So each keeps a sum of its own, and they meet once, after the last block.
@@ -17,7 +17,6 @@ was carried joins in the end. A row has met a key iff its sum is not 0.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,11 +32,11 @@ from ring_attn.kernels.triton_rows import (
     load_numbers,
     load_rows,
     met_by,
-    numbers_of,
     program_work,
     rows_of,
     store_numbers,
     store_rows,
+    visit_arguments,
 )
 from ring_attn.kernels.triton_scores import PLAIN, Chain, block_cells, entry_cells, modified
 from ring_attn.partial import Partial
@@ -63,27 +62,12 @@ def forward_call(
     What `carried` has is the target's. The table is placed where the chain is. With `out` it is the last visit: out
     [b, s, h, dv] is written, the final lse to target's m, and target's acc and sum are not.
     """
-    q, scale = positive(q, scale)
-    adding = carried is not None and carried.acc is not None
-    every_row_counts = not adding or out is not None
-    programs = table.programs if every_row_counts else table.busy
-    heads, groups = q.shape[2], k.shape[2]
+    visit = visit_arguments(q, k, table, carried, target, out)
     arguments = {
         "q": rows_of(q),
         "k": rows_of(k),
         "v": rows_of(v),
-        "acc": rows_of(target.acc) if adding or out is None else None,
-        "m": numbers_of(target.m),
-        "sums": None if carried is None and out is not None else numbers_of(target.sum),
-        "out": None if out is None else rows_of(out),
-        "table": table.ints,
-        "num_q": q.shape[1],
-        "programs": programs,
-        "group": heads // groups,
-        "CARRIED": carried is not None,
-        "ADDING": adding,
-        "LAST": out is not None,
-        "DIM": q.shape[3],
+        **visit,
         "V_DIM": v.shape[3],
         "WIDTH": padded(q.shape[3]),
         "V_WIDTH": padded(v.shape[3]),
@@ -93,14 +77,7 @@ def forward_call(
         **chain.arguments(scale),
         **config.options,
     }
-    return Call(forward_kernel, programs * heads, arguments)
-
-
-def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """(q, scale) with the same scores and a positive scale."""
-    if scale > 0:
-        return q, scale
-    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    return Call(forward_kernel, visit["programs"] * q.shape[2], arguments)
 
 
 @triton.jit

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ring_attn.kernels.triton_blocks import padded
+from ring_attn.kernels.triton_blocks import Table, padded
 from ring_attn.kernels.triton_launch import Rows, launch
+from ring_attn.partial import Partial
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -59,6 +60,27 @@ def numbers_of(x: Tensor) -> Rows:
     """`Rows` of x [b, h, s], one number a row."""
     b, h, s = x.stride()
     return Rows(x, b, s, h)
+
+
+def visit_arguments(
+    q: Tensor, k: Tensor, table: Table, carried: Partial | None, target: Partial, out: Tensor | None
+) -> dict[str, Any]:
+    """What a forward's launch takes of a table, of what it carries on from and of where it writes, see `forward_call`."""
+    adding = carried is not None and carried.acc is not None
+    return {
+        "acc": rows_of(target.acc) if adding or out is None else None,
+        "m": numbers_of(target.m),
+        "sums": None if carried is None and out is not None else numbers_of(target.sum),
+        "out": None if out is None else rows_of(out),
+        "table": table.ints,
+        "num_q": q.shape[1],
+        "programs": table.programs if not adding or out is not None else table.busy,
+        "group": q.shape[2] // k.shape[2],
+        "CARRIED": carried is not None,
+        "ADDING": adding,
+        "LAST": out is not None,
+        "DIM": q.shape[3],
+    }
 
 
 @dataclass(frozen=True)
@@ -171,7 +193,7 @@ def met_by(place, i, low, high, BLOCK: tl.constexpr):
 
 @triton.jit
 def program_work(table, program):
-    """(block, batch, first, last) of a program, see Note [block table]."""
+    """(block, batch, first, last) of a program, see Note [block table] of `triton_blocks`."""
     at = table + program * 4
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 

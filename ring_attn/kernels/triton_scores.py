@@ -5,10 +5,10 @@ division and multiplication and the change of base are such factors, folded toge
 multiplication. The product of all factors is scale * log2(e) whatever the steps, and a gradient is linear in what comes in, so
 the way back leaves the factors out: `scale`, with which the backward ends, is all of them.
 
-Note [positions]: a step that asks where a score lies gets global positions. They are linear in the rows of one entry of the
-block table, see Note [block table]. A difference of positions is taken from the first walked one of a block, near which
-float32 holds every position. Heads are counted from 0 in a launch; a user's function brings the number of the first one along,
-see Note [parts of the heads] in `ring_attn.score`.
+Note [positions]: a step that asks where a score lies gets global positions. They are linear in the rows of one entry, see Note
+[block table] of `triton_blocks`. A difference of positions is taken from the first walked one of a block, near which float32
+holds every position. Heads are counted from 0 in a launch; a user's function brings the number of the first one along, see Note
+[parts of the heads] in `ring_attn.score`.
 
 Note [powers of two]: tanh and exp2 go through one unit, 16 numbers a clock, while the tensor cores wait. Under a softcap the dq
 kernel takes every second exp2 by multiply-adds, which run beside it: 2^x = 2^n * 2^f with the integer n next to x and a cubic
@@ -86,7 +86,8 @@ class Chain:
         }
 
     def baseline(self, dtype: torch.dtype) -> float | None:
-        """In base 2 the baseline of every row, for probabilities rounded to `dtype`, or None; see Note [baseline].
+        """In base 2 the baseline of every row, for probabilities rounded to `dtype`, or None; see Note [baseline] of
+        `triton_forward`.
 
         The least takes at most 0.7 of the exponents below 1: it keeps its digits, and so does its product with a value as small
         as those that are left, 4e-12 in float32. The greatest is at most 2^60, so that values to 2^43 of 2^24 keys add up in

@@ -115,14 +115,12 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def draw_curve(folder: Path) -> Path:
-    """Draws loss.png from metrics.jsonl, and returns its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_curve(folder: Path) -> None:
+    """Draws loss.png from metrics.jsonl."""
     from matplotlib.figure import Figure
 
     lines = read(folder)
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
         points = [(line["step"], line[key]) for line in lines if key in line]
@@ -131,4 +129,3 @@ def draw_curve(folder: Path) -> Path:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(folder / CURVE, dpi=120)
-    return folder / CURVE

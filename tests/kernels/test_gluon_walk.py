@@ -79,9 +79,9 @@ def test_laps_do_every_item_once_and_share_the_work(items, programs):
             num_programs=lambda axis: min(programs, items),
         )
         laps_of, item_of = (FunctionType(f.fn.__code__, {"gl": gl}) for f in (gluon_work.laps_of, gluon_work.item_of))
-        done.append([item for lap in range(laps_of(queue)) if (item := item_of(queue, lap)) < items])
+        done.append([item for lap in range(laps_of(queue)) if (item := item_of(lap)) < items])
         # Only the last lap may hold too many, so that a barrier's phase is that of the lap.
-        assert done[-1] == [item_of(queue, lap) for lap in range(len(done[-1]))]
+        assert done[-1] == [item_of(lap) for lap in range(len(done[-1]))]
     assert sorted(item for mine in done for item in mine) == list(range(items))
     work = [sum(items - item for item in mine) for mine in done]
     assert max(work) - min(work) <= items

@@ -19,7 +19,7 @@ NAMES = [name for name in KERNEL_NAMES if name != "auto"]
 # Where nothing was measured; devices without a line here have the reference only.
 FIXED = {
     ("cuda", "forward"): ["flash4", "cudnn", "gluon", "triton", "flash2", "aten", "reference"],
-    ("cuda", "backward"): ["flash4", "cudnn", "flash2", "triton", "gluon", "aten", "reference"],
+    ("cuda", "backward"): ["flash4", "cudnn", "flash2", "triton", "aten", "reference"],
     ("cpu", "forward"): ["aten", "reference"],
     ("cpu", "backward"): ["aten", "reference"],
     ("mps", "forward"): ["reference"],

@@ -248,11 +248,6 @@ def test_keys_outside_the_tiles_are_not_read():
         assert rel_error(got[name].cpu(), expected[name]) < FLOAT32_LIMIT, name
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
-def test_any_scale(scale):
-    check(cut(band_tiles("causal", 37, 44), 21), *random_qkv(1, 37, 44, 2, 1, 16, seed=13), scale=scale)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mask", [Causal(), Full(), Window(30, 4)], ids=["causal", "full", "window"])
 def test_16_bit_errs_as_little_as_plain_torch(mask, dtype):
