@@ -17,6 +17,7 @@ from ring_attn.by_document import LayoutChoice
 from ring_attn.layout import Shard, continued
 from ring_attn.ring import Ring
 from ring_attn.typed import typed
+from ring_attn.watched import between_graphs
 
 
 class KVCache:
@@ -49,6 +50,7 @@ class KVCache:
     def __repr__(self) -> str:
         return f"KVCache(seq_len={self.seq_len}, rows={[shard.rows for shard in self.shards]})"
 
+    @between_graphs
     @typed
     def extend(self, k: Tensor, v: Tensor, *, seq_len: int | None = None, layout: LayoutChoice | None = None) -> None:
         """Adds the next positions: k [b, s, g, d], v [b, s, g, dv], the rows this process hosts, as `ring.shard` makes them.
@@ -72,6 +74,7 @@ class KVCache:
                 start += len(positions)
         self.seq_len += seq_len
 
+    @between_graphs
     @typed
     def append(self, k: Tensor, v: Tensor) -> None:
         """Adds new tokens k [b, n, g, d], v [b, n, g, dv], the same on every process; each is stored by one, Note [owner]."""

@@ -26,8 +26,10 @@ from ring_attn.ring import Ring
 from ring_attn.scaling import scaled
 from ring_attn.score import Score, sort_scores
 from ring_attn.tiles import tiles
+from ring_attn.watched import between_graphs
 
 
+@between_graphs
 def tree_decode(
     q: Tensor,
     cache: KVCache,

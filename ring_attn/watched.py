@@ -1,4 +1,4 @@
-"""Whether anything watches the operators of PyTorch, to which a call is to be one.
+"""Whether anything watches the operators of PyTorch, to which a call is to be one, and what compilers leave to Python.
 
 An operator of one's own costs the host as much as the rest of a call, so where nothing would see the difference what it runs is
 run by itself.
@@ -6,10 +6,15 @@ run by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 
 
 def watched(*tensors: Tensor) -> bool:
@@ -29,6 +34,25 @@ def watched(*tensors: Tensor) -> bool:
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+
+def between_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, which compilers leave to Python between two graphs: what it goes by is another at every call."""
+    aside: list[Callable[_P, _R]] = []
+
+    @wraps(function)
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        torch._dynamo.graph_break("caches and what decodes over them stay out of graphs")
+        if not aside:
+            # Not earlier: what that imports takes as long as torch.
+            aside.append(torch.compiler.disable(function))
+        return aside[0](*args, **kwargs)
+
+    # What is compiled around it is kept by its code, of one's own for each.
+    called.__code__ = called.__code__.replace(co_name=function.__name__)
+    return called
 
 
 def unseen() -> AbstractContextManager:
