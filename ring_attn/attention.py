@@ -30,7 +30,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ring_attn.by_document import LayoutChoice
 from ring_attn.call import Call, called, given_to, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
-from ring_attn.inputs import check_input
+from ring_attn.inputs import check_input, wants_gradients
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.mask import Causal, Mask, check_mask, parts_of
@@ -119,10 +119,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: str
     if not torch.compiler.is_compiling() and wants_gradients(q, k, v, *tensors):
         return _Attend.apply(call, q, k, v, *tensors)
     return (_forward_op if watched(q, k, v, *tensors) else _forward_of)(q, k, v, tensors, call)[:2]
-
-
-def wants_gradients(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _forward(call: Call, settled: Settled, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> list[Tensor]:

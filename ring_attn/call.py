@@ -23,7 +23,7 @@ from ring_attn.by_document import LayoutChoice
 from ring_attn.comm.replay import Replays
 from ring_attn.cost import BACKWARD_OPERATIONS, MACHINES, Question, Work, fastest, forward_us, longest_wait
 from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
-from ring_attn.inputs import check_inputs, check_parts
+from ring_attn.inputs import check_inputs, check_parts, wants_gradients
 from ring_attn.kernels import Problem
 from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Causal, Mask
@@ -55,6 +55,7 @@ class Choices(NamedTuple):
     grad_dtype: torch.dtype | None
     link: str
     compares_every_call: bool
+    wants_gradients: bool | None  # where every call is compared: a backward waits for those of all ranks
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ class Call:
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
         of_ring = r.layout_choice, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.keep_kv, r.grad_dtype
-        choices = Choices(*of_ring, r.transport.link, r.compares_every_call)
+        wanted = wants_gradients(q, k, v, *tensors) if r.compares_every_call else None
+        choices = Choices(*of_ring, r.transport.link, r.compares_every_call, wanted)
         shapes = (tuple(x.shape) for x in (q, k, v))
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
         return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), choices, of_scores)

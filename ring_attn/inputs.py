@@ -51,3 +51,7 @@ def check_parts(num_heads: int, num_kv_heads: int, ulysses: int) -> None:
             f"num_kv_heads {num_kv_heads} must be a multiple of ulysses {ulysses}, or a divisor of it, so that ranks share KV "
             f"heads; choose another ulysses, or repeat the heads of k and v with repeat_interleave(n, 2)"
         )
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
