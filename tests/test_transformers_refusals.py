@@ -121,6 +121,10 @@ MODELS = {
         lambda: of_class("GPT2DoubleHeadsModel", "GPT2", vocab_size=37, n_embd=32, n_layer=1, n_head=4),
         r"GPT2DoubleHeadsModel makes something else of its rows",
     ),
+    "a window without a mask": (
+        lambda: of_class("OlmoeForCausalLM", "Olmoe", **LLAMA, num_experts=2, num_experts_per_tok=1, sliding_window=9),
+        r"has a window of 9 by its config, of which it makes no mask: OlmoeAttention .* hand over ring_mask=ra.Window\(8\)",
+    ),
     "no language model": (lambda: of_class("CLIPTextModel", "CLIPText", **LLAMA), r"CLIPTextModel makes something else of its"),
 }
 
@@ -208,6 +212,8 @@ def test_two_models_of_one_config():
     use_ring(one, None)
     assert one.config._attn_implementation == "sdpa"
     use_ring(other, ring)
+    with pytest.raises(ValueError, match=r"handed no ring: .* it has the config object of a model on a ring; give each"):
+        one(input_ids=tokens())
 
 
 def test_attention_that_is_set_to_another_later():
@@ -252,9 +258,7 @@ def test_dropout_and_generation():
         ValueError, match=r"takes no past_key_values: generate with the model as it was, use_ring\(model, None\)"
     ):
         model.generate(tokens(), max_new_tokens=2)
-    with pytest.raises(
-        ValueError, match="LlamaAttention was handed no ring: it was called by itself, or its model does not hand"
-    ):
+    with pytest.raises(ValueError, match="LlamaAttention was handed no ring: it was called by itself, its model does not hand"):
         integration.attend(model.model.layers[0].self_attn, *torch.zeros(3, 1, 4, 8, 8), None)
 
 

@@ -19,6 +19,7 @@ _LAYERS = "full_attention", "sliding_attention"
 _FIELDS_OF_LAYERS = {"layer_types": _LAYERS, "layers_block_type": (*_LAYERS, "attention")}
 _ATTENTION = "Attention", "MLA"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_MASKS_OF_WINDOWS = "create_sliding_window_causal_mask", "create_bidirectional_sliding_window_mask"
 _ROTARY_BY_LENGTH = "dynamic", "longrope"
 
 
@@ -74,10 +75,17 @@ def _reasons(model: PreTrainedModel, implementation: str) -> Iterator[str]:
         others = sorted(set(getattr(config, field, None) or known) - set(known))
         if others:
             yield f"has layers of {', '.join(others)}; over a ring there are {' and '.join(_LAYERS)} alone"
-    own = sorted({type(module).__name__ for module in attention if not _goes_through_interface(type(module))})
+    own = sorted({type(module).__name__ for module in attention if not _is_written_with(type(module), _INTERFACE)})
     if own or not attention:
         yield f"has attention of its own ({', '.join(own) or 'none by name'}) that goes through no AttentionInterface"
     counted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    unseen = [module for module in attention if windowed(module) and not _is_written_with(type(module), *_MASKS_OF_WINDOWS)]
+    if unseen:
+        yield (
+            f"has a window of {windowed(unseen[0])} by its config, of which it makes no mask: {type(unseen[0]).__name__} sees "
+            f"all where no other library hides it; set config.sliding_window = None, and where a window is wanted hand over "
+            f"ring_mask=ra.Window({windowed(unseen[0]) - 1})"
+        )
     if "position_ids" not in parameters_of(model) or counted:
         yield "makes its positions itself, of the rows that it is given, and cannot be told where in the sequence these are"
     rotary = repr(getattr(config, "rope_parameters", None))
@@ -104,6 +112,6 @@ def _gives_each_row_its_output(model: PreTrainedModel) -> bool:
     return is_base and type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def _goes_through_interface(kind: type) -> bool:
-    """Whether a file in which a class of attention, or one that it is made of, is written has transformers' interface."""
-    return any(hasattr(sys.modules.get(one.__module__), _INTERFACE) for one in kind.__mro__)
+def _is_written_with(kind: type, *names: str) -> bool:
+    """Whether a file in which a class of attention, or one that it is made of, is written has one of these names."""
+    return any(hasattr(sys.modules.get(one.__module__), name) for one in kind.__mro__ for name in names)

@@ -103,7 +103,8 @@ def attend(
     if ring is None:
         name = type(module).__name__
         raise ValueError(
-            f"{name} was handed no ring: it was called by itself, or its model does not hand keyword arguments down to it"
+            f"{name} was handed no ring: it was called by itself, its model does not hand keyword arguments down to it, or it "
+            f"has the config object of a model on a ring; give each model a copy.deepcopy of the config"
         )
     if dropout:
         raise ValueError(
