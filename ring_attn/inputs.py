@@ -26,6 +26,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, merged: str = MERGED) -> No
         raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them first")
     if len({x.device for x in (q, k, v)}) > 1:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if q.device.type == "meta":
+        raise ValueError("q, k and v are on device meta, where there are no numbers; for shapes alone there is FakeTensorMode")
     (b, _, h, d), (_, skv, g, _) = q.shape, k.shape
     if k.shape[0] != b or v.shape[:2] != (b, skv):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,8 @@ class RingSelfAttention(nn.Module):
             raise ValueError(f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
         if rope_theta is not None and head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head_dim, got {head_dim}; pass rope_theta=None to leave them out")
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be above 0 and finite, got {rope_theta}; None leaves rotary embeddings out")
         self.dim, self.head_dim, self.rope_theta = dim, head_dim, rope_theta
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.ring = Ring.simulated(1, "contiguous") if ring is None else ring

@@ -81,8 +81,9 @@ def main(argv: Sequence[str]) -> int:
 
 def plan_of(options: PlanOptions) -> Plan:
     """The plan asked for. Raises ValueError where layout, mask and sizes do not fit."""
-    if options.max_tiles < 0:
-        raise ValueError(f"--max-tiles must be at least 0, got {options.max_tiles}")
+    for name, least in (("max_tiles", 0), ("seq_len", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     if options.exchange not in ("auto", *EXCHANGE_NAMES):
         raise ValueError(f"exchange {options.exchange!r} is not one of auto, {', '.join(EXCHANGE_NAMES)}")
     if options.exchange == "two-level" and options.ranks_per_node is None:
@@ -124,7 +125,8 @@ def explained(options: PlanOptions) -> list[str]:
     if "two-level" in (estimate.exchange for estimate in found):
         places = {"two-level between nodes": 0, "two-level inside nodes": 1}
         lines += [_moves(place, machine.link("two-level", step)) for place, step in places.items()]
-    return [*lines, *(f"  {estimate}" for estimate in found), f"auto takes {found[0].exchange}"]
+    shown = "" if options.exchange in ("auto", found[0].exchange) else f"; the steps above are of {options.exchange}"
+    return [*lines, *(f"  {estimate}" for estimate in found), f"auto takes {found[0].exchange}{shown}"]
 
 
 def _moves(what: str, link: Link) -> str:

@@ -71,6 +71,9 @@ class Ring:
             raise ValueError(f"grad_dtype must be a floating torch.dtype, or None for that of the sums, got {grad_dtype!r}")
         if ranks_per_node is not None and (not isinstance(ranks_per_node, Integral) or ranks_per_node < 1):
             raise ValueError(f"ranks_per_node must be a whole number of ranks, at least 1, or None, got {ranks_per_node!r}")
+        for name, choice in (("keep_kv", keep_kv), ("replay", replay)):
+            if not isinstance(choice, bool):
+                raise TypeError(f"{name} must be True or False, got {choice!r}")
         if kv_memory is not None and (not isinstance(kv_memory, Integral) or kv_memory < 1):
             raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")
         if keep_kv and (exchange != "pull" or kv_memory is not None):

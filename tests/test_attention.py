@@ -327,6 +327,7 @@ def broken(**change):
             r"q must have dtype float16, bfloat16, float32 or float64, got torch.float8_e4m3fn; cast it",
         ),
         ({"v": lambda v: v.to("meta")}, r"must be on one device, got cpu, cpu, meta"),
+        ({name: lambda x: x.to("meta") for name in "qkv"}, r"q, k and v are on device meta, where there are no numbers"),
         ({"q": lambda q: q[:, :, :3]}, r"num_heads 3 must be a multiple of num_kv_heads 2"),
         (
             {"k": lambda k: k[:, :6], "v": lambda v: v[:, :6]},

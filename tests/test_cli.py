@@ -79,6 +79,13 @@ def test_plan_explains_with_the_links_between_and_inside_nodes_where_there_are_s
     assert "two-level" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("exchange", ["ring", "gather", "auto"])
+def test_plan_explains_of_what_the_steps_above_are(exchange, capsys):
+    assert cli.main(["plan", "--explain", "--seq-len", "1024", "--exchange", exchange]) == 0
+    ends = "auto takes gather" + ("; the steps above are of ring" if exchange == "ring" else "") + "\n\n"
+    assert ends in capsys.readouterr().out
+
+
 def test_plan_names_steps_that_nobody_needs_and_the_kinds_of_tiles(capsys):
     args = ["--layout", "contiguous", "--ring-size", "4", "--seq-len", "64", "--window", "8"]
     assert cli.main(["plan", *args]) == 0
@@ -119,6 +126,7 @@ def test_plan_shows_the_balance_of_the_layouts(capsys):
         (["--exchange", "two-level", "--ranks-per-node", "3"], "--ranks-per-node 3 must divide --ring-size 4"),
         (["--ranks-per-node", "2"], "--ranks-per-node is for the two-level exchange and for --explain, not for ring"),
         (["--window", "-1"], "Window left must be at least 0"),
+        (["--seq-len", "0"], "--seq-len must be at least 1, got 0"),
         (["--max-tiles", "-1"], "--max-tiles must be at least 0, got -1"),
         (["--seq-len", "64", "--plot", "no/such/folder/plan.png"], "No such file or directory: 'no/such/folder/plan.png'"),
     ],

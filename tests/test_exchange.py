@@ -314,6 +314,9 @@ def test_too_little_memory_is_named():
             ra.ring_attention(q, k, v, ring=ring)
     with pytest.raises(ValueError, match=r"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got 0"):
         ra.Ring.simulated(3, kv_memory=0)
+    for choice in ("keep_kv", "replay"):
+        with pytest.raises(TypeError, match=f"{choice} must be True or False, got 'no'"):
+            ra.Ring.simulated(3, exchange="pull", **{choice: "no"})
 
 
 @pytest.mark.parametrize(("ring_size", "ranks_per_node"), [(4, 2), (6, 2), (6, 3), (3, 1), (3, 3)])

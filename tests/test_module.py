@@ -1,5 +1,6 @@
 """RingSelfAttention: the same layer with and without a ring."""
 
+import math
 import re
 
 import pytest
@@ -64,6 +65,7 @@ def test_bfloat16_rotation_keeps_far_positions_apart():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        *(((12, 2, 2, None, theta), r"rope_theta must be above 0 and finite, got ") for theta in (0, -1.0, math.inf, math.nan)),
         ((10, 4), r"dim 10 must be a multiple of num_heads 4, or name head_dim"),
         ((12, 4, 3), r"num_heads 4 must be a multiple of num_kv_heads 3"),
         ((12, 4, 0), r"num_kv_heads must be at least 1, got 0"),
@@ -73,7 +75,7 @@ def test_bfloat16_rotation_keeps_far_positions_apart():
 )
 def test_bad_shapes_are_named(args, message):
     with pytest.raises(ValueError, match=message):
-        ra.RingSelfAttention(*args)
+        ra.RingSelfAttention(*args[:4], **{"rope_theta": theta for theta in args[4:]})
 
 
 @pytest.mark.parametrize("shape", [(12,), (4, 12), (1, 4, 11), (1, 4, 2, 12)])
