@@ -65,7 +65,6 @@ def test_bfloat16_rotation_keeps_far_positions_apart():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        *(((12, 2, 2, None, theta), r"rope_theta must be above 0 and finite, got ") for theta in (0, -1.0, math.inf, math.nan)),
         ((10, 4), r"dim 10 must be a multiple of num_heads 4, or name head_dim"),
         ((12, 4, 3), r"num_heads 4 must be a multiple of num_kv_heads 3"),
         ((12, 4, 0), r"num_kv_heads must be at least 1, got 0"),
@@ -75,7 +74,13 @@ def test_bfloat16_rotation_keeps_far_positions_apart():
 )
 def test_bad_shapes_are_named(args, message):
     with pytest.raises(ValueError, match=message):
-        ra.RingSelfAttention(*args[:4], **{"rope_theta": theta for theta in args[4:]})
+        ra.RingSelfAttention(*args)
+
+
+@pytest.mark.parametrize("theta", [0, -1.0, math.inf, math.nan])
+def test_a_base_without_rotations_is_named(theta):
+    with pytest.raises(ValueError, match=f"rope_theta must be above 0 and finite, got {theta}; None leaves rotary"):
+        ra.RingSelfAttention(12, 2, rope_theta=theta)
 
 
 @pytest.mark.parametrize("shape", [(12,), (4, 12), (1, 4, 11), (1, 4, 2, 12)])
