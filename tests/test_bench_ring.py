@@ -235,6 +235,15 @@ def test_what_is_asked_for_singly_is_not_replayed_and_neither_is_its_bound():
     assert OnRing("auto", ra.Ring.simulated(2)).settled(case).without_wires().ring.replay
 
 
+def test_gradients_in_another_dtype_are_timed_beside_those_of_the_sums():
+    bench = small_bench(exchanges=("auto", "pull"), layouts=("zigzag",), grad_dtype="bfloat16")
+    (one,) = (x for x in bench.rings if x.ring.grad_dtype is not None)
+    assert (one.name, one.ring.exchange) == ("auto, dK dV in bfloat16", "auto")
+    settled = one.settled(bench.cases[0])
+    ways = one, settled, settled.without_wires(), settled.singly()
+    assert [x.ring.grad_dtype for x in ways] == [torch.bfloat16] * 4
+
+
 def test_the_percentage_is_of_the_bound():
     row = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=4.0, tflops=300.0)
     bound = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=3.0, tflops=400.0)

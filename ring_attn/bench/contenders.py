@@ -171,6 +171,11 @@ class OnRing:
         """The same with every call asked for anew."""
         return replace(self, name=f"{self.name}, singly", ring=self._with(replay=False))
 
+    def sending(self, grad_dtype: torch.dtype) -> OnRing:
+        """The same with dK and dV travelling in that dtype."""
+        name = f"{self.name}, dK dV in {str(grad_dtype).removeprefix('torch.')}"
+        return replace(self, name=name, ring=self._with(grad_dtype=grad_dtype))
+
     def without_wires(self) -> OnRing:
         """Its bound, see Note [bound]."""
         return replace(self, ring=self._with(silent(self.ring.transport)))
@@ -178,7 +183,7 @@ class OnRing:
     def _with(self, transport: Transport | TwoAxes | None = None, **changed) -> Ring:
         """The ring with something else in it."""
         ring = self.ring
-        options = {"exchange": ring.exchange, "kernel": ring.kernel, "keep_kv": ring.keep_kv, "replay": ring.replay, **changed}
+        options = {name: getattr(ring, name) for name in ("exchange", "kernel", "keep_kv", "replay", "grad_dtype")} | changed
         nodes = ring.ranks_per_node if options["exchange"] == "two-level" else None
         return Ring(transport or ring.transport, layout=ring.layout_choice, ranks_per_node=nodes, **options)
 

@@ -59,6 +59,7 @@ class RingBenchOptions:
         repeats: Timed runs, of which the median counts; each follows one that is not, short ones on a GPU up to eight, and two
             more warm up.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
+        grad_dtype: Also what auto takes with dK and dV travelling in this dtype; empty for none.
         singly: On GPUs, also what auto takes, and what is kept, with every call asked for anew, none replayed.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
@@ -81,6 +82,7 @@ class RingBenchOptions:
     kernel: str = "auto"
     repeats: int = 7
     keep_kv: bool = True
+    grad_dtype: Literal["", "bfloat16", "float16", "float32"] = ""
     singly: bool = True
     peers: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -136,6 +138,9 @@ class Bench:
         self.rings = [self.ring(*choices) for choices in product(of_ulysses, options.exchanges, options.layouts)]
         if options.keep_kv:
             self.rings += [one.keeping() for one in self.rings if one.ring.exchange == "pull"]
+        if options.grad_dtype:
+            dtype = getattr(torch, options.grad_dtype)
+            self.rings += [one.sending(dtype) for one in self.rings if one.ring.exchange == "auto"]
         if options.singly and device.type == "cuda":
             self.rings += [one.singly() for one in self.rings if one.ring.exchange == "auto" or one.ring.keep_kv]
         alone = OnRing("one device", Ring.simulated(1, "contiguous", exchange="ring", kernel=options.kernel))
