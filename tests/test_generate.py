@@ -202,7 +202,7 @@ def test_a_cache_is_filled_without_gradient():
 def test_what_is_compiled_leaves_caches_to_python():
     """As many blocks and tokens as would be too many graphs if one were made for each."""
     ring = ra.Ring.simulated(2)
-    _, model = decoders(ring, num_layers=10)
+    _, model = decoders(ring, num_layers=12, window=5, full_every=4)
     tokens = torch.randint(0, 11, (2, 28))
     wanted, caches = [], model.new_caches()
     for compiled in (False, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +68,12 @@ class DecoderConfig:
     def window_of(self, block: int) -> Window | None:
         """What holds in that block, counted from 0, beside the mask of a call."""
         full = self.window is None or (self.full_every is not None and (block + 1) % self.full_every == 0)
-        return None if full else Window(self.window, None)
+        return None if full else self._window
+
+    @cached_property
+    def _window(self) -> Window:
+        """One for all blocks: a compiler compiles for each."""
+        return Window(self.window, None)
 
 
 class Decoder(nn.Module):
