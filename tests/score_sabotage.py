@@ -123,12 +123,12 @@ def norm_of(groups: Callable[[int], int], rows: bool = False) -> AbstractContext
 
 
 def learned_scale_without_gradient() -> AbstractContextManager:
-    prepare = score.CosineSim.prepare
+    of_cosine = scaling._of_cosine
 
-    def broken(self, q, k, of_unit_norm):
-        return prepare(replace(self, scale=self.scale.detach() + 0 * self.scale), q, k, of_unit_norm)
+    def broken(q, k, cosine):
+        return of_cosine(q, k, replace(cosine, scale=cosine.scale.detach() + 0 * cosine.scale))
 
-    return patch.object(score.CosineSim, "prepare", broken)
+    return patch.object(scaling, "_of_cosine", broken)
 
 
 def forget_functions() -> AbstractContextManager:
