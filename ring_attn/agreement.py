@@ -10,7 +10,15 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 
-_PARTS = ("dtype or device", "mask", "score", "scale", "layout, exchange and wires", "the tensors of scores")
+_PARTS = (
+    "dtype or device",
+    "mask",
+    "score",
+    "scale",
+    "layout, exchange and wires",
+    "the tensors of scores",
+    "whether gradients are wanted",
+)
 _BYTES = 600  # of the words of a part
 
 

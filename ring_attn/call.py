@@ -55,7 +55,6 @@ class Choices(NamedTuple):
     grad_dtype: torch.dtype | None
     link: str
     compares_every_call: bool
-    wants_gradients: bool | None  # where every call is compared: a backward waits for those of all ranks
 
 
 @dataclass(frozen=True)
@@ -173,11 +172,12 @@ class Call:
         kinds = frozenset((str(x.dtype), x.device.type) for x in (q, k, v))
         r = self.ring
         of_ring = r.layout_choice, self.kv_layout, r.exchange, r.ranks_per_node, r.kv_memory, r.keep_kv, r.grad_dtype
-        wanted = wants_gradients(q, k, v, *tensors) if r.compares_every_call else None
-        choices = Choices(*of_ring, r.transport.link, r.compares_every_call, wanted)
+        choices = Choices(*of_ring, r.transport.link, r.compares_every_call)
         shapes = (tuple(x.shape) for x in (q, k, v))
         of_scores = tuple((tuple(x.shape), str(x.dtype), x.device.type) for x in tensors)
-        return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), choices, of_scores)
+        # A backward waits for those of all ranks. What is compiled asks without gradients.
+        wanted = r.compares_every_call and wants_gradients(q, k, v, *tensors)
+        return (*shapes, kinds, self.mask, self.modifiers, (self.scale, self.cosine), choices, of_scores, wanted)
 
     def refuse(self, refusal: ValueError, q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> NoReturn:
         """Raises it, also on the other ranks, which would wait for one that left alone."""

@@ -125,7 +125,7 @@ def explained(options: PlanOptions) -> list[str]:
     if "two-level" in (estimate.exchange for estimate in found):
         places = {"two-level between nodes": 0, "two-level inside nodes": 1}
         lines += [_moves(place, machine.link("two-level", step)) for place, step in places.items()]
-    shown = "" if options.exchange in ("auto", found[0].exchange) else f"; the steps above are of {options.exchange}"
+    shown = "" if options.exchange in ("auto", found[0].exchange) else f"; the steps above are those of {options.exchange}"
     return [*lines, *(f"  {estimate}" for estimate in found), f"auto takes {found[0].exchange}{shown}"]
 
 

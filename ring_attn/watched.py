@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
+_ASIDE = "caches, and what decodes over them, stay out of graphs"
 
 
 def watched(*tensors: Tensor) -> bool:
@@ -44,10 +45,10 @@ def between_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        torch._dynamo.graph_break("caches and what decodes over them stay out of graphs")
+        torch._dynamo.graph_break(msg=_ASIDE)
         if not aside:
             # Not earlier: what that imports takes as long as torch.
-            aside.append(torch.compiler.disable(function))
+            aside.append(torch.compiler.disable(function, reason=_ASIDE))
         return aside[0](*args, **kwargs)
 
     # What is compiled around it is kept by its code, of one's own for each.

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 
 import ring_attn as ra
 from ring_attn.integrations import transformers as integration
@@ -123,7 +124,7 @@ MODELS = {
     ),
     "a window without a mask": (
         lambda: of_class("OlmoeForCausalLM", "Olmoe", **LLAMA, num_experts=2, num_experts_per_tok=1, sliding_window=9),
-        r"has a window of 9 by its config, of which it makes no mask: OlmoeAttention .* hand over ring_mask=ra.Window\(8\)",
+        r"has a window of 9 by its config, of which it makes no mask: alone it sees every key .* ring_mask=ra.Window\(8\)",
     ),
     "no language model": (lambda: of_class("CLIPTextModel", "CLIPText", **LLAMA), r"CLIPTextModel makes something else of its"),
 }
@@ -170,7 +171,17 @@ class OfMyOwnForCausalLM(transformers.PreTrainedModel, transformers.GenerationMi
         return (self.head(self.model(input_ids=input_ids, position_ids=position_ids, **kwargs)[0]),)
 
 
+def with_attention_from_elsewhere():
+    """The model's file makes masks of its window, that of its attention does not."""
+    config = config_of("Mistral", sliding_window=9, num_key_value_heads=2)
+    config.clip_qkv, config.attention_bias = None, False
+    model = transformers.MistralForCausalLM(config)
+    model.model.layers[0].self_attn = OlmoeAttention(config, 0)
+    return model
+
+
 OTHERS = {
+    "attention from elsewhere": with_attention_from_elsewhere,
     "a subclass": lambda: Mine(config_of("Llama")),
     "written elsewhere": lambda: OfMyOwnForCausalLM(config_of("Llama")),
     "a base model": lambda: transformers.LlamaModel(config_of("Llama")),

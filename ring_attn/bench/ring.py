@@ -59,7 +59,7 @@ class RingBenchOptions:
         repeats: Timed runs, of which the median counts; each follows one that is not, short ones on a GPU up to eight, and two
             more warm up.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
-        grad_dtype: Also what auto takes with dK and dV travelling in this dtype; empty for none.
+        grad_dtype: Where auto is among the exchanges, also with dK and dV travelling in this dtype; empty for none.
         singly: On GPUs, also what auto takes, and what is kept, with every call asked for anew, none replayed.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.

@@ -42,8 +42,8 @@ class _Message(NamedTuple):
 
 
 _ELSEWHERE = (
-    "; another rank died, raised (see its error), or made another call: of forwards of one kind the first is compared among "
-    "ranks, with RING_ATTN_COMPARE_CALLS=1 each"
+    "; unless it is this rank's own, another rank died, raised (see its error), or made another call: of forwards of one kind "
+    "the first is compared among ranks, with RING_ATTN_COMPARE_CALLS=1 each"
 )
 
 

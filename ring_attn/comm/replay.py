@@ -36,12 +36,13 @@ _BEFORE = 2
 """So many calls of a kind go before the one that is captured."""
 
 _MOST = 1 << 30
-"""Bytes that the graphs over a transport may read and write, and that must be free before one more is captured."""
+"""Bytes that graphs over a transport may read and write, and that must be free, beside its inputs, where one is captured."""
 
 _KERNELS = frozenset({"aten", "cudnn", "flash2", "flash4", "gluon", "triton"})
 """Those that go by their arguments alone, and by whether PyTorch is to be deterministic, which tells kinds of calls apart."""
 
 _unended: list[torch.cuda.CUDAGraph] = []
+"""Whose capture the driver would not end: PyTorch's allocator of pinned memory goes on asking them."""
 
 Tensors = Sequence[Tensor | None]
 Run = Callable[..., Sequence[Tensor]]
@@ -214,8 +215,7 @@ class Replays:
                         here.wait_stream(stream)
             graph.capture_end()
         except RuntimeError:
-            # Where the driver refuses, PyTorch leaves its allocators, and its random numbers, as they are amid a capture: that
-            # of pinned memory asks the graph itself from then on.
+            # Where the driver refuses, PyTorch leaves its allocators, and its random numbers, as they are amid a capture.
             _unended.append(graph)
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(here.device_index, self._pool)

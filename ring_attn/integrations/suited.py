@@ -79,12 +79,12 @@ def _reasons(model: PreTrainedModel, implementation: str) -> Iterator[str]:
     if own or not attention:
         yield f"has attention of its own ({', '.join(own) or 'none by name'}) that goes through no AttentionInterface"
     counted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
-    unseen = [module for module in attention if windowed(module) and not _is_written_with(type(module), *_MASKS_OF_WINDOWS)]
-    if unseen:
+    window = next(filter(None, map(windowed, attention)), None)
+    if window and not any(_is_written_with(type(module), *_MASKS_OF_WINDOWS) for module in model.modules()):
         yield (
-            f"has a window of {windowed(unseen[0])} by its config, of which it makes no mask: {type(unseen[0]).__name__} sees "
-            f"all where no other library hides it; set config.sliding_window = None, and where a window is wanted hand over "
-            f"ring_mask=ra.Window({windowed(unseen[0]) - 1})"
+            f"has a window of {window} by its config, of which it makes no mask: alone it sees every key unless a library such "
+            f"as flash-attn hides some by itself; set config.sliding_window = None, and where a window is wanted hand over "
+            f"ring_mask=ra.Window({window - 1})"
         )
     if "position_ids" not in parameters_of(model) or counted:
         yield "makes its positions itself, of the rows that it is given, and cannot be told where in the sequence these are"
@@ -113,5 +113,5 @@ def _gives_each_row_its_output(model: PreTrainedModel) -> bool:
 
 
 def _is_written_with(kind: type, *names: str) -> bool:
-    """Whether a file in which a class of attention, or one that it is made of, is written has one of these names."""
+    """Whether a file in which a class, or one that it is made of, is written has one of these names."""
     return any(hasattr(sys.modules.get(one.__module__), name) for one in kind.__mro__ for name in names)

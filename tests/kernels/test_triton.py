@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ring_attn.kernels import Problem, Upstream, get_kernel, resolve
-from ring_attn.kernels.triton_blocks import Config, Configs, chosen, configs, kv_table, query_table
+from ring_attn.kernels.triton_blocks import Config, Configs, TableKey, chosen, configs, kv_table, query_table
 from ring_attn.kernels.triton_kernel import TritonKernel, interpreted
 from ring_attn.mask import Causal, Documents, Full, Window
 from ring_attn.partial import Partial, empty
@@ -323,6 +323,8 @@ def test_tables_are_made_once_for_a_tuple_of_tiles():
     # A list may change between visits, so it is never recognised.
     assert query_table([], q, 16).busy == 0
     assert query_table(list(tile_list), q, 16).busy == 3
+    # To hash tiles would take longer than a launch.
+    assert hash(TableKey(([],), False, 8, 4, 1, q.device, 0, 9, False, 0))
 
 
 def problem(**changed):
