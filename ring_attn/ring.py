@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ring_attn import sharding
 from ring_attn.agreement import compares_every_call, differences_of, numbers_of, words_of
 from ring_attn.by_document import LayoutChoice, recipe_of
+from ring_attn.comm.alike import check_alike
 from ring_attn.comm.copy_engines import with_copy_engines
 from ring_attn.comm.local import LocalTransport
 from ring_attn.comm.process_group import ProcessGroupTransport, all_reduce_sum, cut_two_axes, split_group, two_axes
@@ -144,8 +145,11 @@ class Ring:
         must then call this. `ulysses`: so many neighbouring processes trade heads, one ring rank together; a divisor of the
         ring's size, of num_heads, and of num_kv_heads or a multiple of these; every process of the group must call this, too.
         On GPUs of one host over NCCL "pull" goes by copy engines, and so does what "two-level" pulls inside a host of several,
-        where TORCH_SYMM_MEM_DISABLE_MULTICAST=1 is set and all GPUs reach each other. Raises ValueError where the ring is
-        larger than the group or does not divide it, and where "pull" by name finds GPUs of one host without copy engines.
+        where TORCH_SYMM_MEM_DISABLE_MULTICAST=1 is set and all GPUs reach each other.
+
+        Every process of the group makes the same rings in the same order. Raises ValueError where another one made this ring of
+        other sizes, where it is larger than the group or does not divide it, and where "pull" by name finds GPUs of one host
+        without copy engines.
         """
         if ranks_per_process < 1:
             raise ValueError(f"ranks_per_process must be at least 1, got {ranks_per_process}")
@@ -153,6 +157,8 @@ class Ring:
             raise NotImplementedError(
                 f"ulysses={ulysses} needs one rank a process, or all in one with Ring.simulated; got {ranks_per_process=}"
             )
+        if torch.distributed.is_initialized() and not isinstance(group, int):
+            check_alike(group, ring_size, ranks_per_process, ulysses)
         if ring_size is not None:
             group = split_group(group, ring_size, ranks_per_process)
         messages = ProcessGroupTransport(group, ranks_per_process=ranks_per_process)

@@ -76,6 +76,29 @@ def test_calls_that_get_out_of_step_are_found_where_every_one_is_compared(ranks_
     run_processes(_calls_get_out_of_step, 2, ranks_per_process)
 
 
+def _rings_are_made_in_other_ways(rank, last):
+    for way in ({"ulysses": 1 + rank}, {"ring_size": 1 + rank}, {"ranks_per_process": 1 + rank}):
+        if rank != last:
+            ra.Ring.from_group(None, **way)
+        dist.barrier()
+        if rank == last:
+            here, there = ({"ring_size": 2, "ranks_per_process": 1, "ulysses": 1} for _ in range(2))
+            ((name, made),) = way.items()
+            here[name], there[name] = made, 3 - made
+            for one in (here, there):
+                one["ring_size"] *= one["ranks_per_process"]
+            other, mine = (", ".join(f"{key}={x}" for key, x in one.items()) for one in (there, here))
+            words = f"process {1 - rank} made this one with {other}, and process {rank} with {mine}$"
+            with pytest.raises(ValueError, match=words):
+                ra.Ring.from_group(None, **way)
+    _call(ra.Ring.from_group(None, ulysses=2))
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_rings_that_are_made_in_other_ways(last):
+    run_processes(_rings_are_made_in_other_ways, 2, last)
+
+
 def _one_rank_alone_compares(rank):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("RING_ATTN_COMPARE_CALLS", "01"[rank])
