@@ -44,7 +44,7 @@ class Ring:
     grad_dtype: in what dtype dK and dV travel, such as torch.bfloat16 for half the bytes; None: as they are summed, in fp32
     (float64 for float64 inputs);
     replay: whether short calls by copy engines that come again are asked for at once, as CUDA graphs, where 1 GiB is
-    free; their inputs and outputs take up to as much for each ring; ranks may differ in it;
+    free beside their inputs; these and the outputs take up to as much for each ring; ranks may differ in it;
     ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.
 
     With `ulysses` above 1 the sequence is sharded over all `size` ranks, but the layout is that of `size // ulysses` ring

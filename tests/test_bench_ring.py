@@ -242,6 +242,8 @@ def test_gradients_in_another_dtype_are_timed_beside_those_of_the_sums():
     settled = one.settled(bench.cases[0])
     ways = one, settled, settled.without_wires(), settled.singly()
     assert [x.ring.grad_dtype for x in ways] == [torch.bfloat16] * 4
+    with pytest.raises(ValueError, match=r"grad_dtype bfloat16 is for what auto takes, which is not among \('pull',\)"):
+        small_bench(exchanges=("pull",), layouts=("zigzag",), grad_dtype="bfloat16")
 
 
 def test_the_percentage_is_of_the_bound():

@@ -59,7 +59,8 @@ class RingBenchOptions:
         repeats: Timed runs, of which the median counts; each follows one that is not, short ones on a GPU up to eight, and two
             more warm up.
         keep_kv: Where pull is among the exchanges, also with what it brought kept for the backward.
-        grad_dtype: Where auto is among the exchanges, also with dK and dV travelling in this dtype; empty for none.
+        grad_dtype: Also what auto takes, which must be among the exchanges, with dK and dV travelling in this dtype; empty for
+            none.
         singly: On GPUs, also what auto takes, and what is kept, with every call asked for anew, none replayed.
         peers: Other libraries as well, where they are installed.
         device: auto, cpu or cuda.
@@ -139,6 +140,10 @@ class Bench:
         if options.keep_kv:
             self.rings += [one.keeping() for one in self.rings if one.ring.exchange == "pull"]
         if options.grad_dtype:
+            if "auto" not in options.exchanges:
+                raise ValueError(
+                    f"grad_dtype {options.grad_dtype} is for what auto takes, which is not among {options.exchanges}"
+                )
             dtype = getattr(torch, options.grad_dtype)
             self.rings += [one.sending(dtype) for one in self.rings if one.ring.exchange == "auto"]
         if options.singly and device.type == "cuda":

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ring_attn as ra
 from tests.dist.harness import run_processes
@@ -97,6 +98,18 @@ def _rings_are_made_in_other_ways(rank, last):
 @pytest.mark.parametrize("last", [0, 1])
 def test_rings_that_are_made_in_other_ways(last):
     run_processes(_rings_are_made_in_other_ways, 2, last)
+
+
+def _a_group_without_a_store(rank):
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    assert ra.Ring.from_group(None).size == 4
+    os._exit(0)
+
+
+def test_a_job_that_is_none_keeps_no_notes():
+    """As it is made to find out what a job of many would do."""
+    run_processes(_a_group_without_a_store, 1)
 
 
 def _one_rank_alone_compares(rank):
