@@ -32,10 +32,10 @@ def compares_every_call() -> bool:
     return asked == "1"
 
 
-def numbers_of(signature: tuple, refused: bool) -> list[int]:
-    """Whether a rank refuses its call, and what is alike where signatures are."""
+def numbers_of(signature: tuple, refused: bool, rounds: bool) -> list[int]:
+    """Whether a rank refuses its call, and rounds in it, then what is alike where signatures are."""
     sizes = [size for shape in signature[:3] for size in (*shape, 0, 0, 0, 0)[:4]]
-    return [refused, *sizes, *(zlib.crc32(_text(part)) for part in signature[3:])]
+    return [refused, rounds, *sizes, *(zlib.crc32(_text(part)) for part in signature[3:])]
 
 
 def words_of(signature: tuple) -> list[list[int]]:
@@ -44,7 +44,7 @@ def words_of(signature: tuple) -> list[list[int]]:
 
 
 def differences_of(columns: Sequence[Sequence[int]], words: Sequence[Sequence[Sequence[int]]]) -> Iterator[str]:
-    """What differs among ranks, in words. `columns`: each number behind the first, by rank; `words[rank]`: of its parts."""
+    """What differs among ranks, in words. `columns`: each number behind the first two, by rank; `words[rank]`: of its parts."""
     shapes, sums = columns[:12], columns[12:]
     if any(len(set(column)) > 1 for column in shapes):
         by_rank = {rank: (row[:4], row[4:8], row[8:]) for rank, row in enumerate(zip(*shapes, strict=True))}

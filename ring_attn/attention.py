@@ -238,7 +238,7 @@ def _of_heads(
             grads[n] = inputs[n].new_empty(inputs[n].shape) if grads[n] is None else grads[n]
         return list(zip(*(call.hosted(_of_part(grads[n], heads)) for n in which), strict=True))
 
-    how = HowHome(sums, wire=ring.grad_dtype or sums, busy=settled.overlaps, aim=lambda i: of_ranks(1, 2)[i])
+    how = HowHome(sums, wire=settled.home, busy=settled.overlaps, aim=lambda i: of_ranks(1, 2)[i])
     homeward = exchange.homeward(ring.transport, plan, how)
     what, sums_q = f"{exchange.name} backward", [Sum([x.shape], sums, x.device) for x in queries]
     if len(plan.steps) == 1:

@@ -189,23 +189,23 @@ class Call:
         of_call = self.mask, self.modifiers, self.sinks, self.scale, self.kv_layout, self.cosine
         return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, of_scores, of_call
 
-    def settle(self, q: Tensor, k: Tensor, v: Tensor) -> Settled:
-        """What the call comes to, on two axes that of a part."""
+    def settle(self, q: Tensor, k: Tensor, v: Tensor, rounded: bool = False) -> Settled:
+        """What the call comes to, on two axes that of a part. `rounded`: on every rank `Settled.rounds`."""
         part, *of_part = self.of_part(q, k, v)
         exchange = back = part.exchange(*of_part)
         plan = part._plan_by(exchange, *of_part)
+        us = forward_us(plan, part._work(*of_part), MACHINES["gpus"])  # whatever carries KV
+        replays = part._replays(q.device) if isinstance(exchange, PullExchange) and us < _SHORT else None
         head_parts = 1 if self.ring.keep_kv else part._head_parts(plan, *of_part)
+        home = self.ring.grad_dtype or (q.dtype if rounded else accumulator_dtype(q.dtype))
         if not self.ring.keep_kv and head_parts == 1:
             row = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in of_part[1:])
-            back = for_backward(exchange, plan, row * (self.ring.grad_dtype or accumulator_dtype(q.dtype)).itemsize)
+            back = for_backward(exchange, plan, row * home.itemsize, replays is not None)
         plan_back, problem = part._plan_by(back, *of_part), part.problem(*of_part, "forward")
-        # Whatever carries KV.
-        us = forward_us(plan, part._work(*of_part), MACHINES["gpus"])
-        replays = part._replays(q.device) if isinstance(exchange, PullExchange) and us < _SHORT else None
         if q.is_cuda and self.ring.kernel == "auto" and replays is None:
             problem = replace(problem, brief=us < _BRIEF)
         forward_parts = part._forward_parts(exchange, plan, *of_part)
-        return Settled(exchange, back, plan, plan_back, head_parts, problem, self.ring.kernel, forward_parts, replays)
+        return Settled(exchange, back, plan, plan_back, head_parts, home, problem, self.ring.kernel, forward_parts, replays)
 
     def _replays(self, device: torch.device) -> Replays | None:
         """What graphs of such calls share; None where none may be made, as where functions read what may change."""
@@ -371,20 +371,20 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
     if settled is None or call.ring.compares_every_call:
         signature = call.signature(q, k, v, tensors)
         if not call.ring.has_agreed(signature):
-            refusal = None
+            refusal, rounds = None, False
             try:
-                _check(q, k, v, tensors, call)
+                rounds = _check(q, k, v, tensors, call)
             except ValueError as error:
                 # A rank that left here alone would keep the others waiting: they hear of it first.
                 refusal = error
-            call.ring.agree(signature, q.device, refusal)
+            call.ring.agree(signature, q.device, refusal, rounds)
         if settled is None:
-            settled = call.ring.settled[key] = call.settle(q, k, v)
+            settled = call.ring.settled[key] = call.settle(q, k, v, call.ring.rounds(signature))
     return settled
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> None:
-    """Raises ValueError for a call that cannot be done, naming the rule and the values."""
+def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Call) -> bool:
+    """Whether it rounds here, see `Settled.rounds`. Raises ValueError for one that cannot be done: the rule and the values."""
     check_inputs(q, k, v)
     check_parts(q.shape[2], k.shape[2], call.ring.ulysses)
     if call.kv_layout is None and k.shape[1] != q.shape[1]:
@@ -397,3 +397,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
     settled = call.settle(q, k, v)
     call.check_scores(q, kv_layout.seq_len, tensors)
     settled.kernel("forward")
+    return call.ring.ulysses == 1 and settled.rounds(call.ring.hosted)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from ring_attn.comm.replay import Repeated, Replays
 from ring_attn.exchange import Exchange, PullExchange
-from ring_attn.kernels import Kernel, Problem, resolve
+from ring_attn.kernels import Kernel, KernelUnavailable, Problem, resolve
 from ring_attn.plan import Plan
 
 
@@ -19,9 +20,9 @@ from ring_attn.plan import Plan
 class Settled:
     """What a call comes to for tensors of some shapes, so that it is found out once. `problem`: of its forward.
 
-    `back`, `plan_back`, `head_parts`: exchange and plan of the backward, and in how many parts of the heads it goes.
-    `forward_parts`: for how many the forward meets others' KV. `replays`: where calls that come again are replayed, see Note
-    [replay] of `ring_attn.comm.replay`, what they share.
+    `back`, `plan_back`, `head_parts`: exchange and plan of the backward, and in how many parts of the heads it goes. `home`: in
+    what dtype dK and dV go home. `forward_parts`: for how many the forward meets others' KV. `replays`: where calls that come
+    again are replayed, see Note [replay] of `ring_attn.comm.replay`, what they share.
     """
 
     exchange: Exchange
@@ -29,6 +30,7 @@ class Settled:
     plan: Plan
     plan_back: Plan
     head_parts: int
+    home: torch.dtype
     problem: Problem
     kernel_name: str
     forward_parts: int
@@ -39,9 +41,29 @@ class Settled:
         wanted = direction, lse_grad, torch.are_deterministic_algorithms_enabled()
         found = self._kernels.get(wanted)
         if found is None:
-            problem = replace(self.problem, direction=direction, lse_grad=lse_grad, deterministic=wanted[2])
-            found = self._kernels[wanted] = resolve(self.kernel_name, problem)
+            found = self._kernels[wanted] = self._resolved(*wanted)
         return found
+
+    def _resolved(self, direction: str, lse_grad: bool, deterministic: bool) -> Kernel:
+        problem = replace(self.problem, direction=direction, lse_grad=lse_grad, deterministic=deterministic)
+        return resolve(self.kernel_name, problem)
+
+    def rounds(self, ranks: Sequence[int]) -> bool:
+        """Whether of dK and dV each row that leaves these ranks is what one call of a library made, rounded to the dtype of the
+        inputs: then nothing is lost where it travels in that. Whatever the backward is, which may be another on each rank.
+        """
+        if self.back.name != PullExchange.name:
+            return False
+        plan, device = self.plan_back, self.problem.device
+        visits = [plan[rank, step] for rank in ranks for step in plan.steps_away]
+        for lse_grad, deterministic in product((False, True), repeat=2):
+            try:
+                rounds = getattr(self._resolved("backward", lse_grad, deterministic), "rounds", None)
+            except KernelUnavailable:
+                continue  # it is not made either
+            if rounds is None or not all(rounds(device, tiles) for tiles in visits):
+                return False
+        return True
 
     @cached_property
     def overlaps(self) -> bool:

@@ -128,10 +128,15 @@ def band_tiles(kind: str, num_q: int, num_kv: int) -> tuple[Tile, ...]:
         case "many":
             shards = [Contiguous(num_kv // 4 * 4, 4).shard(r) for r in (2, 0, 3, 1)]
             return tiles(queries, shards, Window(num_kv // 2, 3))
+        case "zigzag":
+            # The first third of the keys is seen by all queries, the rest by the last half of them.
+            half = num_q // 2
+            queries = range(t, t + half), range(9 * t, 9 * t + num_q - half)
+            return tiles(queries, [(range(cut), range(3 * t, 3 * t + num_kv - cut))], Causal())
     raise AssertionError(kind)
 
 
-BAND_KINDS = ("full", "causal", "strict", "window", "far window", "documents", "batch rows", "many")
+BAND_KINDS = ("full", "causal", "strict", "window", "far window", "documents", "batch rows", "many", "zigzag")
 
 
 def cells_of(tile_list: Sequence[Tile], batch: int, num_q: int, num_kv: int, device="cpu") -> Tensor:
@@ -257,7 +262,8 @@ def way_home_hidden(by_heads: bool) -> Iterator[None]:
     may, while a forward by pull meets others' KV for one half of the heads after the other.
     """
     of_heads = by_head() if by_heads else patch.object(call, "_SUMS", 1 << 60)
-    with patch.object(exchange, "HALVES_FROM", 0), of_heads, patch.object(call, "_WAIT", -math.inf if by_heads else math.inf):
+    halves = patch.multiple(exchange, HALVES_FROM=0, HALVES_FROM_REPLAYED=0)
+    with halves, of_heads, patch.object(call, "_WAIT", -math.inf if by_heads else math.inf):
         yield
 
 

@@ -23,7 +23,8 @@ from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.plan import Plan
 
-HALVES_FROM = 64 << 20  # bytes, from where on a way home takes longer than what more calls of a kernel do
+# Bytes, from where on a way home takes longer than what one more call of a kernel does: a host longer than a replay.
+HALVES_FROM, HALVES_FROM_REPLAYED = 64 << 20, 16 << 20
 
 EXCHANGES: dict[str, Exchange] = {exchange.name: exchange for exchange in (RingExchange(), GatherExchange(), PullExchange())}
 """Those among which auto chooses, and beside them "two-level" where nodes are known."""
@@ -37,12 +38,14 @@ def get_exchange(name: str, ranks_per_node: int | None) -> Exchange:
     return TwoLevelExchange(ranks_per_node) if name == TwoLevelExchange.name else _BY_NAME[name]
 
 
-def for_backward(exchange: Exchange, plan: Plan, row_home: int) -> Exchange:
-    """The exchange of the backward of a forward by that plan; dK and dV of a KV row take `row_home` bytes on their way home."""
+def for_backward(exchange: Exchange, plan: Plan, row_home: int, replayed: bool = False) -> Exchange:
+    """The exchange of the backward of a forward by that plan; dK and dV of a KV row take `row_home` bytes on their way home.
+    `replayed`: when it comes again, as a CUDA graph.
+    """
     if isinstance(exchange, GatherExchange):
         return exchange
     most = max((total_rows(parts) for step in plan.steps[1:] for parts in plan.meets[step]), default=0)
-    return replace(exchange, halved=most * row_home >= HALVES_FROM)
+    return replace(exchange, halved=most * row_home >= (HALVES_FROM_REPLAYED if replayed else HALVES_FROM))
 
 
 @lru_cache(maxsize=128)

@@ -98,6 +98,9 @@ class Kernel(Protocol):
     q [b, s, h, d], k [b, skv, g, d], v [b, skv, g, dv] share dtype and device, have unit stride in the last dimension and any
     other strides; h is a multiple of g, and query head i reads KV head i // (h // g). `tiles` are disjoint, so a cell counts
     once.
+
+    A kernel whose gradients a library makes also has `rounds(device, tiles)`: whether each row of dk and dv of a visit with
+    these tiles comes from one call of it, rounded to the dtype of the inputs.
     """
 
     name: str

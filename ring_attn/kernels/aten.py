@@ -6,7 +6,7 @@ backward asks for are never read and empty tensors stand in for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +38,9 @@ class AtenKernel:
 
     def backward(self, up: Upstream, q: Tensor, *rest, **options) -> None:
         _ADAPTERS[q.device.type].backward(up, q, *rest, **options)
+
+    def rounds(self, device: str, tiles: Sequence[Tile]) -> bool:
+        return _ADAPTERS[device].rounds(device, tiles)
 
 
 @dataclass(frozen=True)

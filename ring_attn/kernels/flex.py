@@ -88,6 +88,9 @@ class FlexKernel(Tilewise):
             for n, grad in zip(wanted, of_tensors, strict=True):
                 into.score[n].add_(grad)
 
+    def rounds(self, device: str, tiles: Sequence[Tile]) -> bool:
+        return False
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, scaling: Scoring) -> tuple[Tensor, Tensor]:
         work = work_of(tile, q, scaling.score.steps, scaling.scale)
         out, lse = self.call(*(x.transpose(1, 2) for x in (q, k, v)), work)

@@ -1,14 +1,23 @@
 """Tiles cut into tiles that a library can express, with exactly the same cells.
 
-Here a tile's rows and columns are counted from its corner. All functions take a trimmed tile and return trimmed ones, so no
+Here a tile's rows and columns are counted from its corner. All functions take trimmed tiles and return trimmed ones, so no
 library ever meets an empty row, whose lse each of them spells differently.
+
+Note [met once]: open tiles may share KV rows, as on a zigzag rank whose first queries see some of the rows that its last ones
+see. Cut by KV rows and joined over queries, the same cells are as many tiles, of which no two share any. Then dk and dv of a
+row come from one call of a library, which has rounded them: as they are they go home, with nothing to add, in half the bytes
+of a sum. A forward is better off with tiles that share no queries, whose results are not merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
 
 from ring_attn.tiles import Band, Tile
+
+_OPEN = Band()
 
 
 def cut(tile: Tile, rows: range, columns: range) -> Tile:
@@ -42,6 +51,47 @@ def squares(tile: Tile) -> Iterator[Tile]:
         yield cut(tile, range(side), range(hi))
     if side < num_q:
         yield cut(tile, range(side, num_q), range(num_kv))
+
+
+def met_once(tiles: Sequence[Tile]) -> Sequence[Tile]:
+    """The tiles of a visit; where all are open and hold for every batch row, cut by KV rows if that makes no more of them, see
+    Note [met once]. What was cut has no positions.
+    """
+    if len(tiles) < 2 or any(tile.band != _OPEN or tile.batch is not None for tile in tiles):
+        return tiles
+    return _met_once(tuple(tiles))
+
+
+@lru_cache(maxsize=256)
+def _met_once(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    if share_no_keys(tiles):
+        return tiles
+    found: list[Tile] = []
+    for start, stop in pairwise(sorted({end for t in tiles for end in (t.kv_rows.start, t.kv_rows.stop)})):
+        for q_rows in _joined(t.q_rows for t in tiles if t.kv_rows.start <= start and stop <= t.kv_rows.stop):
+            first = start
+            if found and found[-1].q_rows == q_rows and found[-1].kv_rows.stop == start:
+                first = found.pop().kv_rows.start
+            found.append(Tile(q_rows, range(first, stop), _OPEN, ((), ())))
+    return tuple(found) if len(found) <= len(tiles) and share_no_keys(found) else tiles
+
+
+def share_no_keys(tiles: Iterable[Tile]) -> bool:
+    """Whether no KV row is in two of the tiles; in two batch rows it is two."""
+    tiles = sorted(tiles, key=lambda t: t.kv_rows.start)
+    rows = ([t.kv_rows for t in tiles if t.batch in (None, batch)] for batch in {t.batch for t in tiles})
+    return all(a.stop <= b.start for of_batch in rows for a, b in pairwise(of_batch))
+
+
+def _joined(rows: Iterable[range]) -> list[range]:
+    """Disjoint ranges in order, those that continue each other as one."""
+    found: list[range] = []
+    for one in sorted(rows, key=lambda x: x.start):
+        if found and found[-1].stop == one.start:
+            found[-1] = range(found[-1].start, one.stop)
+        else:
+            found.append(one)
+    return found
 
 
 def windows(tile: Tile) -> Iterator[Tile]:

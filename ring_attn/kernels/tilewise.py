@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ring_attn.kernels import Problem, Upstream, modifier_refusal
 from ring_attn.kernels.packs import Pack, Rows, all_rows, groups, make_pack
+from ring_attn.kernels.split import met_once, share_no_keys
 from ring_attn.kernels.sums import Grads, RowsOfSum, fused, on_its_own
 from ring_attn.partial import Partial, finish, merge, merge_, to_add_to, to_merge_into
 from ring_attn.score import Scores, SoftCap
@@ -162,8 +163,11 @@ class Tilewise(ABC):
         into: Grads,
     ) -> None:
         scaling = self.scaling(scale, score)
-        for call in self.calls(tiles, q, k):
+        for call in self.calls(met_once(tiles), q, k):
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
+
+    def rounds(self, device: str, tiles: Sequence[Tile]) -> bool:
+        return share_no_keys(piece for tile in met_once(tiles) for piece in self.pieces(tile))
 
 
 class Packing(Tilewise):

@@ -88,7 +88,7 @@ class RingConfig:
         ranks_per_node: Neighbouring ranks that share a node, for the two-level exchange; default: what torchrun tells NCCL.
         keep_kv: What exchange = "pull" brought for a forward stays for its backward.
         kv_memory: Bytes of other ranks' KV that a rank may hold in a forward; default: what the exchange takes at once.
-        grad_dtype: In what dtype dK and dV travel; default: that of their sums.
+        grad_dtype: In what dtype dK and dV travel; default: that of their sums, or of the inputs where nothing is lost by it.
     """
 
     size: int | None = None

@@ -202,6 +202,11 @@ def repeated(count: int = 10, anew: int = 6, some: bool = False, **options) -> s
     return f"{len(replayed)} replays"
 
 
+def repeated_with_hidden_way_home() -> str:
+    with way_home_hidden(by_heads=False):
+        return repeated()
+
+
 def rings_made_anew(count: int = 8) -> str:
     """A ring for every batch, as of documents, replays its calls as well, and what earlier ones captured takes no memory."""
     ring, taken = ra.Ring(SymmetricTransport(), exchange="pull"), []
@@ -400,6 +405,8 @@ def again(report: Report) -> None:
     report.attempt("repeated calls, in parts, by Triton", lambda: repeated(kv_memory=1 << 18, kernel="triton"))
     report.attempt("repeated calls, by flash-attn 2", lambda: repeated(kernel="flash2"))
     report.attempt("repeated calls, 16 bits home", lambda: repeated(grad_dtype=torch.bfloat16))
+    report.attempt("repeated calls, 32 bits home", lambda: repeated(grad_dtype=torch.float32))
+    report.attempt("repeated calls, way home hidden", repeated_with_hidden_way_home)
     report.attempt("repeated calls, a ring for every batch", rings_made_anew)
     report.attempt("captures that fail", failing_captures)
     report.attempt("calls that are abandoned", abandoned_calls)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
+from itertools import combinations
 
 import pytest
 
-from ring_attn.kernels.split import squares, strips, windows
+from ring_attn.kernels.split import met_once, share_no_keys, squares, strips, windows
 from ring_attn.tiles import Band, Tile
 
 SIZE = 7
@@ -121,3 +123,50 @@ def test_strips_are_no_higher_than_asked(height):
         heights = [len(piece.q_rows) for piece in pieces]
         assert all(h == height for h in heights[:-1]), tile
         assert heights[-1] <= height, tile
+
+
+def rectangle(q_rows: range, kv_rows: range, batch: int | None = None) -> Tile:
+    return Tile(q_rows, kv_rows, Band(), ((), ()), batch)
+
+
+def test_rows_of_a_zigzag_rank_are_met_once():
+    """Of eight halves, the rank that holds the third and the sixth: the first two are seen by all of its queries."""
+    visit = rectangle(range(8), range(16)), rectangle(range(8, 16), range(32))
+    assert met_once(visit) == (rectangle(range(16), range(16)), rectangle(range(8, 16), range(16, 32)))
+    assert met_once(visit[::-1]) == met_once(visit), "in whatever order they come"
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_tiles_that_meet_keys_once_have_the_same_cells(seed):
+    chance, found = random.Random(seed), []
+    for _ in range(chance.randint(2, 5)):
+        rows = [sorted(chance.sample(range(12), 2)) for _ in range(2)]
+        one = rectangle(*(range(*ends) for ends in rows))
+        found += [one] if all(cells(one).isdisjoint(cells(tile)) for tile in found) else []
+    cut = met_once(tuple(found))
+    covered = [cell for tile in cut for cell in cells(tile)]
+    assert sorted(covered) == sorted(cell for tile in found for cell in cells(tile))
+    assert len(cut) <= len(found) and (share_no_keys(cut) or cut == tuple(found))
+
+
+def test_tiles_that_meet_keys_once_are_no_more_than_before():
+    """Three tiles of a staircase from above, which cut by KV rows would be five."""
+    stairs = [(range(2), range(6)), (range(4, 6), range(2, 8)), (range(8, 10), range(4, 9))]
+    visit = tuple(rectangle(*rows) for rows in stairs)
+    assert not share_no_keys(visit) and met_once(visit) is visit
+
+
+def test_only_open_tiles_of_all_batch_rows_are_cut_by_keys():
+    one, other = rectangle(range(8), range(16)), rectangle(range(8, 16), range(32))
+    banded = Tile(range(8, 16), range(32), Band(hi=26), ((), ()))
+    of_row = rectangle(range(8, 16), range(32), batch=1)
+    for visit in ((one, banded), (one, of_row), (other,)):
+        assert met_once(visit) is visit
+
+
+def test_keys_are_shared_by_tiles_of_one_batch_row():
+    all_rows, *of_rows = (rectangle(range(2), range(4), batch) for batch in (None, 0, 1))
+    behind = rectangle(range(2), range(4, 6))
+    assert share_no_keys(of_rows) and share_no_keys([*of_rows, behind]) and share_no_keys([])
+    assert not any(share_no_keys([behind, all_rows, one]) for one in of_rows)
+    assert not any(share_no_keys(pair) for pair in combinations([all_rows] * 2 + [of_rows[0]], 2))
