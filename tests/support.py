@@ -129,10 +129,10 @@ def band_tiles(kind: str, num_q: int, num_kv: int) -> tuple[Tile, ...]:
             shards = [Contiguous(num_kv // 4 * 4, 4).shard(r) for r in (2, 0, 3, 1)]
             return tiles(queries, shards, Window(num_kv // 2, 3))
         case "zigzag":
-            # The first third of the keys is seen by all queries, the rest by the last half of them.
-            half = num_q // 2
-            queries = range(t, t + half), range(9 * t, 9 * t + num_q - half)
-            return tiles(queries, [(range(cut), range(3 * t, 3 * t + num_kv - cut))], Causal())
+            # A third of the keys, half of the queries, the other keys, the other queries: the first keys are seen by all.
+            first, half = num_kv // 3, num_q // 2
+            queries = range(first, first + half), range(half + num_kv, num_q + num_kv)
+            return tiles(queries, [(range(first), range(first + half, half + num_kv))], Causal())
     raise AssertionError(kind)
 
 

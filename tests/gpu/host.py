@@ -76,6 +76,7 @@ def rank_0_of_4() -> Iterator[None]:
 
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     with ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
         for owner, name, value in (
             (process_group, "_link", lambda group: ("gpus", 4)),
             (symmetric, "_why_not", lambda processes: None),
@@ -83,11 +84,10 @@ def rank_0_of_4() -> Iterator[None]:
             (symmetric, "enqueue", lambda operations, stream: None),
             (symmetric, "copy", lambda copies, to, stream: [ctypes.memmove(to + at, source, n) for at, source, n in copies]),
             (symmetric, "rendezvous", lambda size, device, group: Memory(size)),
-            (ra.Ring, "agree", lambda self, signature, device, refusal=None: self._agreed.setdefault(signature)),
+            (ra.Ring, "agree", lambda self, signature, device, refusal, rounds: self._agreed.setdefault(signature, rounds)),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield
-    dist.destroy_process_group()
 
 
 class Problem:
