@@ -41,12 +41,9 @@ class Settled:
         wanted = direction, lse_grad, torch.are_deterministic_algorithms_enabled()
         found = self._kernels.get(wanted)
         if found is None:
-            found = self._kernels[wanted] = self._resolved(*wanted)
+            problem = replace(self.problem, direction=direction, lse_grad=lse_grad, deterministic=wanted[2])
+            found = self._kernels[wanted] = resolve(self.kernel_name, problem)
         return found
-
-    def _resolved(self, direction: str, lse_grad: bool, deterministic: bool) -> Kernel:
-        problem = replace(self.problem, direction=direction, lse_grad=lse_grad, deterministic=deterministic)
-        return resolve(self.kernel_name, problem)
 
     def rounds(self, ranks: Sequence[int]) -> bool:
         """Whether of dK and dV each row that leaves these ranks is what one call of a library made, rounded to the dtype of the
@@ -57,8 +54,9 @@ class Settled:
         plan, device = self.plan_back, self.problem.device
         visits = [plan[rank, step] for rank in ranks for step in plan.steps_away]
         for lse_grad, deterministic in product((False, True), repeat=2):
+            problem = replace(self.problem, direction="backward", lse_grad=lse_grad, deterministic=deterministic)
             try:
-                rounds = getattr(self._resolved("backward", lse_grad, deterministic), "rounds", None)
+                rounds = getattr(resolve(self.kernel_name, problem, quietly=True), "rounds", None)
             except KernelUnavailable:
                 continue  # it is not made either
             if rounds is None or not all(rounds(device, tiles) for tiles in visits):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ring_attn as ra
-from ring_attn.kernels import tilewise
+from ring_attn.kernels import resolve, tilewise
 from tests.dist.harness import run_processes
 from tests.support import random_qkv
 
@@ -116,6 +116,15 @@ def _one_rank_adds_up(rank):
 
 def test_a_rank_that_adds_up_has_all_send_in_fp32():
     run_processes(_one_rank_adds_up, 3)
+
+
+def test_only_kernels_that_run_are_logged(caplog):
+    with caplog.at_level("INFO", logger="ring_attn"):
+        resolve.cache_clear()
+        gradients(ra.Ring.simulated(4, exchange="pull"), ra.Causal())
+    assert [line.split(";")[0] for line in caplog.messages if " kernel: " in line] == [
+        "forward kernel: aten", "backward kernel: aten",
+    ]  # fmt: skip
 
 
 def test_ranks_of_two_axes_round_in_their_rings():

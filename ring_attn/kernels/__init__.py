@@ -183,13 +183,13 @@ def get_kernel(name: str) -> Kernel:
 
 
 @lru_cache(maxsize=1024)
-def resolve(name: str, problem: Problem) -> Kernel:
+def resolve(name: str, problem: Problem, quietly: bool = False) -> Kernel:
     """The kernel for a problem: the one named, or under "auto" the fastest that supports it, by `order_for`.
 
     `name` may be a pair such as triton+flash2: the first for the forward, the second for the backward.
 
     Raises KernelUnavailable (a ValueError) with the reason where a named kernel cannot do it. What "auto" chose, and why not
-    the ones before it, is logged once for a problem.
+    the ones before it, is logged once for a problem, unless it is only asked about, `quietly`.
     """
     if "+" in name:
         name = name.split("+", 1)[problem.direction == "backward"]
@@ -207,7 +207,8 @@ def resolve(name: str, problem: Problem) -> Kernel:
         kernel = get_kernel(candidate)
         reason = kernel.supports(problem)
         if reason is None:
-            logger.info("%s kernel: %s%s", problem.direction, candidate, "".join(f"; not {n}: {r}" for n, r in refused))
+            if not quietly:
+                logger.info("%s kernel: %s%s", problem.direction, candidate, "".join(f"; not {n}: {r}" for n, r in refused))
             return kernel
         refused.append((candidate, reason))
     raise KernelUnavailable("no kernel can do this: " + "; ".join(f"{n}: {r}" for n, r in refused))
