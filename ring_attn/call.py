@@ -379,7 +379,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: C
                 refusal = error
             call.ring.agree(signature, q.device, refusal, rounds)
         if settled is None:
-            settled = call.ring.settled[key] = call.settle(q, k, v, call.ring.rounds(signature))
+            settled = call.ring.settled[key] = call.settle(q, k, v, call.ring.all_round(signature))
     return settled
 
 
@@ -397,4 +397,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], call: Cal
     settled = call.settle(q, k, v)
     call.check_scores(q, kv_layout.seq_len, tensors)
     settled.kernel("forward")
-    return call.ring.ulysses == 1 and settled.rounds(call.ring.hosted)
+    return call.ring.ulysses == 1 and call.ring.grad_dtype is None and settled.rounds(call.ring.hosted)

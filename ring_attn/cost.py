@@ -3,7 +3,8 @@
 Note [formula]: a rank's visits follow each other. The transfer for the next one starts with the one before it, and while it
 runs the compute beside it goes slower, by as much as was measured: NCCL's kernels take multiprocessors, copy engines do not. A
 visit starts when its rows are there and the visit before it is done. A backward has 2.5 times the operations, meets KV again,
-and sends dK and dV: all but the last transfer beside compute. The slowest rank counts, see `asked`.
+and sends dK and dV, as if in the dtype of their sums: all but the last transfer beside compute. The slowest rank counts, see
+`asked`.
 
 The figures are few and round: they have to order the ways, not to predict a time.
 """

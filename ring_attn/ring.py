@@ -42,7 +42,8 @@ class Ring:
     keep_kv: what "pull" brought for a forward stays until its backward, which then moves only dK and dV, while the own shard is
     attended: less time, for as much memory a layer as kv_memory speaks of. Otherwise it is pulled again;
     grad_dtype: in what dtype dK and dV travel, such as torch.bfloat16 for half the bytes; None: as they are summed, in fp32
-    (float64 for float64 inputs), or by "pull" as a library rounded them, in the dtype of q, where each row is from one call;
+    (float64 for float64 inputs), or by "pull" in the dtype of q, where nothing is lost by that: where on every rank each row is
+    from one call of a library, which has rounded it, whatever gradients come (under "auto" that is flash-attn 4's);
     replay: whether short calls by copy engines that come again are asked for at once, as CUDA graphs, where 1 GiB is
     free beside their inputs; these and the outputs take up to as much for each ring; ranks may differ in it;
     ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.
@@ -89,7 +90,7 @@ class Ring:
         self._check_nodes(ranks_per_node)
         self.kernel = kernel
         self.compares_every_call = compares_every_call()
-        self._agreed: dict[tuple, bool] = {}  # with what `rounds` tells
+        self._agreed: dict[tuple, bool] = {}  # with what `all_round` tells
         # By `Call.key`, what calls of agreed signatures come to: none stays where a signature is forgotten.
         self.settled: dict[tuple, Settled] = {}
         rings = dict(zip(transport.ulysses_hosted, transport.rings, strict=True)) if isinstance(transport, TwoAxes) else {}
@@ -261,15 +262,15 @@ class Ring:
         """Whether a call of this signature has been found good and alike on every rank, and need not be compared again."""
         return signature in self._agreed and not self.compares_every_call
 
-    def rounds(self, signature: tuple) -> bool:
-        """Whether every rank said so when they agreed on it, see `Settled.rounds`."""
+    def all_round(self, signature: tuple) -> bool:
+        """Whether every rank said when they agreed on a call that it rounds, see `Settled.rounds`."""
         return self._agreed[signature]
 
     def agree(self, signature: tuple, device: torch.device, refusal: ValueError | None = None, rounds: bool = False) -> None:
         """Raises ValueError on every rank where ranks differ in what they are about to do, or some rank cannot do it.
 
         `signature`: three shapes, then anything with a telling repr. `refusal`: why this rank cannot, raised here once the
-        others know. `rounds`: of this rank; told by `rounds` if it is so of all. One small all-gather, the first time a
+        others know. `rounds`: whether it does, for `all_round`. One small all-gather, the first time a
         signature is seen, or with RING_ATTN_COMPARE_CALLS=1 every time; a ring in one process has nobody to ask. Every rank
         forgets the oldest signatures at the same point.
         """

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 import ring_attn as ra
-from ring_attn.kernels import resolve, tilewise
+from ring_attn.kernels import Upstream, get_kernel, resolve, tilewise
+from ring_attn.kernels.aten import CpuFlash, _differentiate_one_key
+from ring_attn.kernels.sums import Grads, RowsOfSum
 from tests.dist.harness import run_processes
-from tests.support import random_qkv
+from tests.kernels import test_flash_versions as flash
+from tests.support import BAND_KINDS, band_tiles, random_qkv
 
 HALF = torch.bfloat16
 
@@ -46,6 +49,38 @@ def test_nothing_is_lost(mask, layout, options):
         assert home(ring) == (dtype or HALF)
     for name, x, y in zip(("out", "dq", "dk", "dv"), *found.values(), strict=True):
         assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("kind", BAND_KINDS)
+@pytest.mark.parametrize("sizes", [(37, 50), (50, 37), (8, 8), (40, 1)], ids=str)
+def test_what_rounds_adds_each_row_once_in_the_dtype_of_the_inputs(kind, sizes, monkeypatch):
+    num_q, num_kv = sizes
+    tiles, added = band_tiles(kind, num_q, num_kv), torch.zeros(2, num_kv, dtype=torch.int32)
+
+    def noted(self, tensors, rows, places=None, batch=None):
+        if len(tensors) == 2:
+            assert {x.dtype for x in tensors} == {HALF}
+            met = 1 if places is None else (places >= 0).sum(-1)
+            added[slice(None) if batch is None else batch, rows.start : rows.stop] += met
+
+    monkeypatch.setattr(RowsOfSum, "add", noted)
+    *inputs, dout = random_qkv(2, *sizes, 4, 2, 8, dtype=HALF)
+    out, lse = torch.zeros_like(dout), torch.zeros(2, 4, num_q)
+    for kernel in (get_kernel("aten"), OneKeyApart(), flash.FLASH4):
+        added.zero_()
+        with flash.installed4():
+            kernel.backward(Upstream(dout, out, lse), *inputs, tiles, scale=1.0, into=Grads.like(*inputs))
+        assert added.amax() <= 1 or not kernel.rounds("cpu", tiles)
+        assert kernel.rounds("cpu", tiles) or kind not in ("full", "zigzag")
+
+
+class OneKeyApart(CpuFlash):
+    """Differentiates a single key as cuDNN's adapter does, which PyTorch does not give to cuDNN."""
+
+    def differentiate(self, up, q, k, v, tile, scaling):
+        if k.shape[1] == 1:
+            return _differentiate_one_key(up, q, k, v, scaling.scale)
+        return super().differentiate(up, q, k, v, tile, scaling)
 
 
 def test_it_travels_so(monkeypatch):

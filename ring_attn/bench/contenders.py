@@ -153,13 +153,15 @@ class OnRing:
         """
         ring, whole = self.at(case), case.shape.blank(len(self.positions(case)))
         asked = Call.make(ring, case.mask, None, case.shape.head_dim**-0.5)
-        found = validate(*whole, [], asked)
+        validate(*whole, [], asked)
+        part, *of_part = asked.of_part(*whole)
+        found = validate(*of_part, [], part)
         kernels = [found.kernel(direction).name for direction in ("forward", "backward")]
         halves = [] if found.back == found.exchange else ["halves"]
         parts = [f"{found.forward_parts} parts forward"] if found.forward_parts > 1 else []
         parts += [f"{found.head_parts} parts"] if found.head_parts > 1 else []
         chosen = ", ".join([found.exchange.name, " + ".join(dict.fromkeys(kernels)), *halves, *parts])
-        settled = self._with(exchange=found.exchange.name, kernel="+".join(kernels))
+        settled = self._with(exchange=found.exchange.name, kernel="+".join(kernels), grad_dtype=found.home)
         as_here = {"forward_parts": found.forward_parts, "head_parts": found.head_parts, "back": found.back}
         return replace(self, ring=settled, chosen=chosen, **as_here)
 

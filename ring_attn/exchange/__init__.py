@@ -23,7 +23,7 @@ from ring_attn.layout import Layout, total_rows
 from ring_attn.mask import Mask
 from ring_attn.plan import Plan
 
-# Bytes, from where on a way home takes longer than what one more call of a kernel does: a host longer than a replay.
+# Bytes, from where on a way home takes longer than one more call of a kernel does, which a replay does not ask a host for.
 HALVES_FROM, HALVES_FROM_REPLAYED = 64 << 20, 16 << 20
 
 EXCHANGES: dict[str, Exchange] = {exchange.name: exchange for exchange in (RingExchange(), GatherExchange(), PullExchange())}

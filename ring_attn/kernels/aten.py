@@ -175,14 +175,14 @@ def _attend_one_key(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
 
 
 def _differentiate_one_key(up: Upstream, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
-    """Its gradients, [b, i, h, d] and [b, 1, g, d] in fp32; p is below 1 where the rows have met other keys."""
+    """Its gradients, dq [b, i, h, d] in fp32, dk and dv [b, 1, g, d]; p is below 1 where the rows have met other keys."""
     groups = k.shape[2]
     keys, values = (x.float().repeat_interleave(q.shape[2] // groups, 2) for x in (k, v))
     p = ((q.float() * keys).sum(-1) * scale - up.lse.transpose(1, 2)).exp().unsqueeze(-1)
     dout = up.dout.float()
     ds = p * (dout * (values - up.out.float())).sum(-1, keepdim=True) * scale
     dk, dv = (x.sum(1, keepdim=True).unflatten(2, (groups, -1)).sum(3) for x in (ds * q.float(), p * dout))
-    return ds * keys, dk, dv
+    return ds * keys, dk.to(q.dtype), dv.to(q.dtype)
 
 
 def _causal_or_mask(tile: Tile, dtype: torch.dtype) -> tuple[bool, Tensor | None]:

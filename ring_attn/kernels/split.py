@@ -4,20 +4,21 @@ Here a tile's rows and columns are counted from its corner. All functions take t
 library ever meets an empty row, whose lse each of them spells differently.
 
 Note [met once]: open tiles may share KV rows, as on a zigzag rank whose first queries see some of the rows that its last ones
-see. Cut by KV rows and joined over queries, the same cells are as many tiles, of which no two share any. Then dk and dv of a
-row come from one call of a library, which has rounded them: as they are they go home, with nothing to add, in half the bytes
+see. Cut by KV rows and joined over queries, the same cells are in as many calls, of which no two share any. Then dk and dv of
+a row come from one call of a library, which has rounded them: as they are they go home, with nothing to add, in half the bytes
 of a sum. A forward is better off with tiles that share no queries, whose results are not merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
 from ring_attn.tiles import Band, Tile
 
 _OPEN = Band()
+_FEW = 32  # tiles, of which it takes little to find out how they are cut
 
 
 def cut(tile: Tile, rows: range, columns: range) -> Tile:
@@ -53,17 +54,18 @@ def squares(tile: Tile) -> Iterator[Tile]:
         yield cut(tile, range(side, num_q), range(num_kv))
 
 
-def met_once(tiles: Sequence[Tile]) -> Sequence[Tile]:
-    """The tiles of a visit; where all are open and hold for every batch row, cut by KV rows if that makes no more of them, see
-    Note [met once]. What was cut has no positions.
+def met_once(tiles: Sequence[Tile], calls: Callable[[Sequence[Tile]], int] = len) -> Sequence[Tile]:
+    """The tiles of a visit; where they are few, open and hold for every batch row, cut by KV rows if that takes no more
+    `calls`, see Note [met once]. What was cut has no positions.
     """
-    if len(tiles) < 2 or any(tile.band != _OPEN or tile.batch is not None for tile in tiles):
+    few = 2 <= len(tiles) <= _FEW
+    if not few or any(tile.band != _OPEN or tile.batch is not None for tile in tiles):
         return tiles
-    return _met_once(tuple(tiles))
+    return _met_once(tuple(tiles), calls)
 
 
 @lru_cache(maxsize=256)
-def _met_once(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+def _met_once(tiles: tuple[Tile, ...], calls: Callable[[Sequence[Tile]], int]) -> tuple[Tile, ...]:
     if share_no_keys(tiles):
         return tiles
     found: list[Tile] = []
@@ -73,7 +75,7 @@ def _met_once(tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
             if found and found[-1].q_rows == q_rows and found[-1].kv_rows.stop == start:
                 first = found.pop().kv_rows.start
             found.append(Tile(q_rows, range(first, stop), _OPEN, ((), ())))
-    return tuple(found) if len(found) <= len(tiles) and share_no_keys(found) else tiles
+    return tuple(found) if share_no_keys(found) and calls(found) <= calls(tiles) else tiles
 
 
 def share_no_keys(tiles: Iterable[Tile]) -> bool:

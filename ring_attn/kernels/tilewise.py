@@ -114,6 +114,9 @@ class Tilewise(ABC):
         """What its calls are told of the scores; a library that knows more of them has a class of its own."""
         return Scaling.of(scale, score)
 
+    def number_of_calls(self, tiles: Sequence[Tile]) -> int:
+        return sum(1 for tile in tiles for _ in self.pieces(tile))
+
     def calls(self, tiles: Sequence[Tile], q: Tensor, k: Tensor) -> Iterator[Dense | Packed]:
         """The library calls of a visit."""
         for tile in tiles:
@@ -163,11 +166,11 @@ class Tilewise(ABC):
         into: Grads,
     ) -> None:
         scaling = self.scaling(scale, score)
-        for call in self.calls(met_once(tiles), q, k):
+        for call in self.calls(met_once(tiles, self.number_of_calls), q, k):
             call.add(into, *call.differentiate(self, up, q, k, v, scaling))
 
     def rounds(self, device: str, tiles: Sequence[Tile]) -> bool:
-        return share_no_keys(piece for tile in met_once(tiles) for piece in self.pieces(tile))
+        return share_no_keys(piece for tile in met_once(tiles, self.number_of_calls) for piece in self.pieces(tile))
 
 
 class Packing(Tilewise):
@@ -181,10 +184,16 @@ class Packing(Tilewise):
     def differentiate_packed(self, up: Upstream, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scaling: Scaling) -> Gradients:
         """(dq, dk, dv) of a pack; `up` holds dout and out [n, h, dv] and lse [h, n], contiguous."""
 
+    def number_of_calls(self, tiles: Sequence[Tile]) -> int:
+        return sum(1 for _ in self._groups(tiles))
+
     def calls(self, tiles: Sequence[Tile], q: Tensor, k: Tensor) -> Iterator[Dense | Packed]:
         sizes = *q.shape[:2], k.shape[1], q.device
-        for group in groups(piece for tile in tiles for piece in self.pieces(tile)):
+        for group in self._groups(tiles):
             yield Dense(group[0]) if len(group) == 1 else Packed(make_pack(group, *sizes))
+
+    def _groups(self, tiles: Sequence[Tile]) -> Iterator[tuple[Tile, ...]]:
+        return groups(piece for tile in tiles for piece in self.pieces(tile))
 
 
 @dataclass(frozen=True)

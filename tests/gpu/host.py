@@ -84,7 +84,11 @@ def rank_0_of_4() -> Iterator[None]:
             (symmetric, "enqueue", lambda operations, stream: None),
             (symmetric, "copy", lambda copies, to, stream: [ctypes.memmove(to + at, source, n) for at, source, n in copies]),
             (symmetric, "rendezvous", lambda size, device, group: Memory(size)),
-            (ra.Ring, "agree", lambda self, signature, device, refusal, rounds: self._agreed.setdefault(signature, rounds)),
+            (
+                ra.Ring,
+                "agree",
+                lambda self, signature, device, refusal=None, rounds=False: self._agreed.setdefault(signature, rounds),
+            ),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield

@@ -170,3 +170,16 @@ def test_keys_are_shared_by_tiles_of_one_batch_row():
     assert share_no_keys(of_rows) and share_no_keys([*of_rows, behind]) and share_no_keys([])
     assert not any(share_no_keys([behind, all_rows, one]) for one in of_rows)
     assert not any(share_no_keys(pair) for pair in combinations([all_rows] * 2 + [of_rows[0]], 2))
+
+
+def test_more_calls_are_not_made_for_it():
+    """Two pairs that went in two packs, cut in a way that takes three: calls count, whatever a library puts together."""
+    visit = rectangle(range(8), range(16)), rectangle(range(8, 16), range(32))
+    assert met_once(visit, lambda tiles: 2 if tiles == visit else 3) is visit
+
+
+def test_many_tiles_are_not_cut():
+    stairs = tuple(rectangle(range(n, n + 1), range(n + 1)) for n in range(32))
+    assert met_once(stairs) != stairs and share_no_keys(met_once(stairs))
+    more = (*stairs, rectangle(range(32, 33), range(33)))
+    assert met_once(more) is more
