@@ -8,10 +8,13 @@ from itertools import combinations
 
 import pytest
 
+from ring_attn.kernels import get_kernel
+from ring_attn.kernels.flash import Flash4Kernel
 from ring_attn.kernels.split import met_once, share_no_keys, squares, strips, windows
 from ring_attn.tiles import Band, Tile
 
 SIZE = 7
+FLASH4 = Flash4Kernel()
 Q_START, KV_START = 3, 20  # so that rows counted from a corner are not rows of the shard
 
 
@@ -183,3 +186,11 @@ def test_many_tiles_are_not_cut():
     assert met_once(stairs) != stairs and share_no_keys(met_once(stairs))
     more = (*stairs, rectangle(range(32, 33), range(33)))
     assert met_once(more) is more
+
+
+def test_packs_are_not_cut_into_more():
+    """Three tiles in two packs, which cut would be three in three."""
+    visit = tuple(rectangle(*rows) for rows in [(range(4, 8), range(6, 8)), (range(3, 4), range(8)), (range(1, 3), range(1))])
+    assert len(met_once(visit)) == 3 and share_no_keys(met_once(visit)) and not share_no_keys(visit)
+    assert met_once(visit, FLASH4.number_of_calls) is visit and not FLASH4.rounds("cuda", visit)
+    assert get_kernel("cudnn").rounds("cuda", visit)
