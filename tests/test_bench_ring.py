@@ -246,6 +246,16 @@ def test_gradients_in_another_dtype_are_timed_beside_those_of_the_sums():
         small_bench(exchanges=("pull",), layouts=("zigzag",), grad_dtype="bfloat16")
 
 
+@pytest.mark.parametrize(("kernel", "dtype"), [("auto", torch.float32), ("aten", torch.bfloat16)])
+@pytest.mark.parametrize("axes", [{}, {"ulysses": 2}])
+def test_what_is_timed_sends_what_the_ring_sends(axes, kernel, dtype):
+    """Also where kernels that auto might take round, and the one named that it takes for this call."""
+    case = small_bench().cases[0]
+    case = replace(case, shape=replace(case.shape, dtype=torch.bfloat16))
+    settled = OnRing("pull", ra.Ring.simulated(4, exchange="pull", kernel=kernel, **axes)).settled(case)
+    assert (settled.ring.kernel, settled.ring.grad_dtype) == ("aten+aten", dtype)
+
+
 def test_the_percentage_is_of_the_bound():
     row = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=4.0, tflops=300.0)
     bound = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=3.0, tflops=400.0)
