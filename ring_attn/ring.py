@@ -43,7 +43,7 @@ class Ring:
     attended: less time, for as much memory a layer as kv_memory speaks of. Otherwise it is pulled again;
     grad_dtype: in what dtype dK and dV travel, such as torch.bfloat16 for half the bytes; None: as they are summed, in fp32
     (float64 for float64 inputs), or by "pull" in the dtype of q, where nothing is lost by that: where on every rank each row is
-    from one call of a library, which has rounded it, whatever gradients come (under "auto" that is flash-attn 4's);
+    from one call of a library, which has rounded it, whatever gradients come: flash-attn 4's, or any other that is named;
     replay: whether short calls by copy engines that come again are asked for at once, as CUDA graphs, where 1 GiB is
     free beside their inputs; these and the outputs take up to as much for each ring; ranks may differ in it;
     ranks_per_node: of the "two-level" exchange, how many neighbouring ranks share a node; torchrun tells it to NCCL's rings.

@@ -14,12 +14,13 @@ from tests.support import BAND_KINDS, band_tiles, random_qkv
 HALF = torch.bfloat16
 
 
-def gradients(ring, mask, seed=0, dtype=HALF):
-    """out, dq, dk and dv of this process's rows, 32 a rank, with a random upstream gradient."""
+def gradients(ring, mask, seed=0, dtype=HALF, between=lambda: None):
+    """out, dq, dk and dv of this process's rows, 32 a rank, with a random upstream gradient. `between`: called amid them."""
     rows = 32 * len(ring.hosted)
     *inputs, dout = random_qkv(2, rows, rows, 4, 2, 8, dtype=dtype, seed=seed)
     inputs = [x.requires_grad_() for x in inputs]
     out = ra.ring_attention(*inputs, ring=ring, mask=mask)
+    between()
     out.backward(dout)
     return out.detach(), *(x.grad for x in inputs)
 
@@ -147,6 +148,9 @@ def _one_rank_adds_up(rank):
         one.settled.clear()
         gradients(one, ra.Causal(), seed=rank)
         assert home(one) == before and one.settled.keys() == settled.keys()
+        # Where that comes between a forward and its backward, it does on all ranks.
+        again = gradients(one, ra.Causal(), seed=rank, between=one.settled.clear)
+        assert one is alike or all(torch.equal(x, y) for x, y in zip(again, wanted, strict=True))
 
 
 def test_a_rank_that_adds_up_has_all_send_in_fp32():

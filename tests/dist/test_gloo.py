@@ -1,7 +1,7 @@
 """The matrix on real processes over gloo: the body of the simulated ring, handed a ring of processes."""
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from unittest.mock import patch
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ring_attn as ra
-from ring_attn import call
+from ring_attn import call, exchange
 from ring_attn.comm.backend import timeout_of
 from ring_attn.kernels import sums, tilewise
 from ring_attn.kernels.flash import Flash4Kernel
@@ -55,6 +55,18 @@ def _two_ways(rank: int, ranks_per_process: int) -> None:
 @pytest.mark.parametrize(("num_processes", "ranks_per_process"), [(2, 1), (4, 1), (2, 3)])
 def test_two_ways(num_processes: int, ranks_per_process: int):
     run_processes(_two_ways, num_processes, ranks_per_process)
+
+
+def _some_in_halves(rank: int) -> None:
+    for case in cases():
+        if case.exchange == "pull":
+            with patch.object(exchange, "HALVES_FROM", 0) if rank == 1 else nullcontext():
+                check(case, ra.Ring.from_group(None, case.layout, exchange="pull", kernel=case.kernel))
+
+
+def test_ranks_may_differ_in_how_they_meet_their_own_shard():
+    """As where only some replay their calls, for which shorter ways home are hidden."""
+    run_processes(_some_in_halves, 3)
 
 
 def _own_last(rank: int, ranks_per_process: int) -> None:
