@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from ring_attn.by_document import LayoutChoice
-from ring_attn.comm.replay import Replays
-from ring_attn.cost import BACKWARD_OPERATIONS, MACHINES, Question, Work, fastest, forward_us, longest_wait
+from ring_attn.cost import BACKWARD_OPERATIONS, MACHINES, SHORT, Question, Work, fastest, forward_us, longest_wait
 from ring_attn.exchange import Exchange, PullExchange, for_backward, get_exchange, make_plan
 from ring_attn.inputs import check_inputs, check_parts, wants_gradients
 from ring_attn.kernels import Problem
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 _BY_ID = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # see `given_to`
 _BRIEF = 600.0  # us of a forward that a host takes as long to ask a library for, see Note [brief] of `ring_attn.kernels.order`
-_SHORT = 1500.0  # us of a forward; a longer one, and its backward, take a GPU longer than they take a host
 _WAIT = 80.0  # us that it takes to launch for two parts of the heads
 _SUMS = 350 << 20  # bytes of the sums of dq, dK and dV that a part of the heads may take
 _LEAST = 4000.0  # us of a backward in a part of the heads at least: shorter ones cost four H200s 5 to 16 %
@@ -116,8 +114,8 @@ class Call:
         if self.ring.exchange != "auto":
             return get_exchange(self.ring.exchange, self.ring.ranks_per_node)
         machine, rows = MACHINES[self.ring.transport.link], self._max_rows(k, v)
-        work = self._work(q, k, v)
-        return fastest(Question(self.mask, *self.layouts(q, k), work, machine, rows, self.ring.ranks_per_node))
+        of_call = self._work(q, k, v), machine, rows, self.ring.ranks_per_node, not self._reads_what_may_change
+        return fastest(Question(self.mask, *self.layouts(q, k), *of_call))
 
     def _work(self, q: Tensor, k: Tensor, v: Tensor) -> Work:
         grad_dtype = self.ring.grad_dtype or accumulator_dtype(q.dtype)
@@ -195,7 +193,8 @@ class Call:
         exchange = back = part.exchange(*of_part)
         plan = part._plan_by(exchange, *of_part)
         us = forward_us(plan, part._work(*of_part), MACHINES["gpus"])  # whatever carries KV
-        replays = part._replays(q.device) if isinstance(exchange, PullExchange) and us < _SHORT else None
+        may_be_replayed = isinstance(exchange, PullExchange) and us < SHORT and not self._reads_what_may_change
+        replays = part.ring.replays(q.device) if may_be_replayed else None
         head_parts = 1 if self.ring.keep_kv else part._head_parts(plan, *of_part)
         home = self.ring.grad_dtype or (q.dtype if rounded else accumulator_dtype(q.dtype))
         if not self.ring.keep_kv and head_parts == 1:
@@ -207,11 +206,10 @@ class Call:
         forward_parts = part._forward_parts(exchange, plan, *of_part)
         return Settled(exchange, back, plan, plan_back, head_parts, home, problem, self.ring.kernel, forward_parts, replays)
 
-    def _replays(self, device: torch.device) -> Replays | None:
-        """What graphs of such calls share; None where none may be made, as where functions read what may change."""
-        replays = self.ring.transport.replays
-        functions = self._of_mask_and_score["predicate"] or any("score_mod" in kind for kind in self.modifiers.kinds)
-        return replays if self.ring.replay and replays is not None and replays.serve(device) and not functions else None
+    @cached_property
+    def _reads_what_may_change(self) -> bool:
+        """Whether functions of masks or scores are called, of which nothing tells whether they do the same again."""
+        return bool(self._of_mask_and_score["predicate"]) or any("score_mod" in kind for kind in self.modifiers.kinds)
 
     @cached_property
     def _heads_are_alike(self) -> bool:

@@ -4,7 +4,7 @@ Note [formula]: a rank's visits follow each other. The transfer for the next one
 runs the compute beside it goes slower, by as much as was measured: NCCL's kernels take multiprocessors, copy engines do not. A
 visit starts when its rows are there and the visit before it is done. A backward has 2.5 times the operations, meets KV again,
 and sends dK and dV, as if in the dtype of their sums: all but the last transfer beside compute. The slowest rank counts, see
-`asked`.
+`asked`. Short calls by copy engines are replayed, see Note [replay] of `ring_attn.comm.replay`: no host asks for theirs.
 
 The figures are few and round: they have to order the ways, not to predict a time.
 """
@@ -25,6 +25,7 @@ from ring_attn.plan import Plan
 logger = logging.getLogger("ring_attn")
 
 BACKWARD_OPERATIONS = 2.5
+SHORT = 1500.0  # us of a forward; a longer one, and its backward, take a GPU longer than they take a host
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Link:
 class Machine:
     """What a rank computes with and moves rows by. `call_us`: the fixed time of one kernel call on a tile, merge included.
 
-    `inside`: what pulls take inside a node, where `ring` is between nodes.
+    `inside`: what pulls take inside a node, where `ring` is between nodes. `replayed_us`: the fixed time of such a call by
+    `pull` where it is replayed; None where none is.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Machine:
     gather: Link
     pull: Link
     inside: Link = Link(180, 280, 1.6)
+    replayed_us: float | None = None
 
     def link(self, exchange: str, step: int) -> Link:
         """What brings the rows of a step."""
@@ -67,7 +70,9 @@ class Machine:
 _NETWORK = Machine("GPUs of several hosts", 580, 25, Link(200, 45, 1.2), Link(250, 40, 1.2), Link(200, 45, 1.2))
 MACHINES = {
     "gpus": Machine("GPUs of one host", 580, 25, Link(180, 280, 1.6), Link(35, 320, 1.6), Link(180, 280, 1.6)),
-    "symmetric": Machine("GPUs of one host", 580, 25, Link(180, 280, 1.6), Link(35, 320, 1.6), Link(30, 345, 1.04)),
+    "symmetric": Machine(
+        "GPUs of one host", 580, 25, Link(180, 280, 1.6), Link(35, 320, 1.6), Link(30, 345, 1.04), replayed_us=10
+    ),
     "network": _NETWORK,
     "nodes": replace(_NETWORK, name="GPUs of several hosts with copy engines", inside=Link(30, 345, 1.04)),
     "gloo": Machine("CPU processes over gloo", 0.05, 50, Link(300, 1, 1.5), Link(300, 1, 1.5), Link(300, 1, 1.5)),
@@ -117,7 +122,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Question:
-    """A call whose exchange is to be chosen. `max_rows`: KV rows that a visit may hold. `ranks_per_node`: None on one host."""
+    """A call whose exchange is to be chosen. `max_rows`: KV rows that a visit may hold. `ranks_per_node`: None on one host.
+    `alike`: when it comes again, it does the same, and may be replayed.
+    """
 
     mask: Mask
     layout: Layout
@@ -126,6 +133,7 @@ class Question:
     machine: Machine
     max_rows: int | None = None
     ranks_per_node: int | None = None
+    alike: bool = True
 
 
 @lru_cache(maxsize=256)
@@ -153,11 +161,20 @@ def estimates(question: Question) -> tuple[Estimate, ...]:
         except ValueError as reason:
             refused.append(str(reason))
             continue
-        ranks = (_of_rank(name, *plans, rank, question.work, question.machine) for rank in asked(question.layout.ring_size))
+        machine = _machine(name, plan, question)
+        ranks = (_of_rank(name, *plans, rank, question.work, machine) for rank in asked(question.layout.ring_size))
         found.append(max(ranks, key=_total))
     if not found:
         raise ValueError("; ".join(refused))
     return tuple(sorted(found, key=_total))
+
+
+def _machine(name: str, plan: Plan, question: Question) -> Machine:
+    """The machine with the fixed time that calls of that exchange take."""
+    machine = question.machine
+    if name != "pull" or not question.alike or machine.replayed_us is None:
+        return machine
+    return replace(machine, call_us=machine.replayed_us) if forward_us(plan, question.work, machine) < SHORT else machine
 
 
 def longest_wait(plan: Plan, work: Work, machine: Machine) -> float:

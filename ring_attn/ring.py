@@ -27,6 +27,7 @@ from ring_attn.typed import typed
 from ring_attn.watched import unseen
 
 if TYPE_CHECKING:
+    from ring_attn.comm.replay import Replays
     from ring_attn.settled import Settled
 
 
@@ -257,6 +258,11 @@ class Ring:
     ) -> Tensor:
         """Global positions of the hosted rows, int64 [rows]: for rotary embeddings and the like."""
         return sharding.positions(self.layout(seq_len, layout), self.hosted, device)
+
+    def replays(self, device: torch.device) -> Replays | None:
+        """What graphs of calls on that device share; None where none are to be made."""
+        found = self.transport.replays
+        return found if self.replay and found is not None and found.serve(device) else None
 
     def has_agreed(self, signature: tuple) -> bool:
         """Whether a call of this signature has been found good and alike on every rank, and need not be compared again."""

@@ -56,6 +56,22 @@ def test_what_it_prefers():
     assert "two-way" not in by_name(Causal(), Zigzag(131072, 16), MACHINES["network"], nodes=8), "no link tells what it wins"
 
 
+def test_short_calls_that_are_replayed_take_no_host_by_copy_engines():
+    def found(length, machine, alike):
+        layout = Zigzag(length, 4)
+        of_call = estimates(Question(Causal(), layout, layout, SIZES, MACHINES[machine], alike=alike))
+        return of_call[0].exchange, {estimate.exchange: estimate.calls for estimate in of_call}
+
+    assert found(1024, "symmetric", alike=True)[0] == "pull"
+    assert found(512, "symmetric", alike=False)[0] == "gather", "functions may do something else the next time"
+    assert found(1024, "gpus", alike=True) == found(1024, "gpus", alike=False), "messages are not replayed"
+    # The slowest rank has a visit of its own shard and one of others, which between the first and the last rank is two tiles.
+    replayed, asked_for = (found(1024, "symmetric", alike)[1] for alike in (True, False))
+    assert (replayed.pop("pull"), asked_for.pop("pull")) == (pytest.approx(3 * 10 * 3.5), pytest.approx(3 * 25 * 3.5))
+    assert replayed == asked_for
+    assert found(131072, "symmetric", alike=True) == found(131072, "symmetric", alike=False), "long ones are not replayed"
+
+
 def test_a_call_goes_by_it(caplog):
     q, k, v, _ = random_qkv(1, 24, 24, 2, 1, 4)
     ring, used = ra.Ring.simulated(3, "zigzag"), []

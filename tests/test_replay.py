@@ -335,12 +335,12 @@ def test_functions_which_may_read_what_changes_are_called_every_time(options):
 
 def test_long_calls_are_not_replayed(monkeypatch):
     ring, replays = make_ring()
-    monkeypatch.setattr(call, "forward_us", lambda *given: call._SHORT)
+    monkeypatch.setattr(call, "forward_us", lambda *given: call.SHORT)
     for seed in range(BEFORE + 2):
         assert_right(ring, seed)
     assert replays.captures == 0
     ring.settled.clear()
-    monkeypatch.setattr(call, "forward_us", lambda *given: call._SHORT - 1)
+    monkeypatch.setattr(call, "forward_us", lambda *given: call.SHORT - 1)
     for seed in range(BEFORE + 2):
         assert_right(ring, seed)
     assert replays.captures == 2

@@ -46,6 +46,28 @@ def test_what_is_replayed_is_not_brief_for_a_host(replay, device, replayed):
     assert settled.problem.brief == (device == "cuda" and not replayed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, "pull"),
+        ({"mask": ra.Causal() & ra.MaskMod(lambda b, h, q, k: q != k)}, "gather"),
+        ({"score": ra.ScoreMod(lambda s, b, h, q, k: s)}, "gather"),
+    ],
+    ids=["alike", "mask", "score"],
+)
+def test_few_rows_go_by_copy_engines_where_that_may_be_replayed(changed, expected):
+    """Whether or not this rank replays its own."""
+    for replay in (True, False):
+        transport = LocalTransport(4)
+        transport.link, transport.replays = "symmetric", Replays()
+        with FakeTensorMode():
+            q, k, v = (torch.empty(1, 4 * 128, h, 128, dtype=torch.bfloat16, device="cuda") for h in (32, 8, 8))
+            of_call = {"mask": ra.Causal(), "score": None} | changed
+            settled = Call.make(ra.Ring(transport, replay=replay), *of_call.values(), 1.0).settle(q, k, v)
+        assert settled.exchange.name == expected
+        assert (settled.replays is not None) == (replay and expected == "pull")
+
+
 def test_kernels_are_chosen_by_it(monkeypatch):
     asked = []
     monkeypatch.setattr(settled, "resolve", lambda name, problem: asked.append(problem))
