@@ -276,9 +276,9 @@ class Ring:
         """Raises ValueError on every rank where ranks differ in what they are about to do, or some rank cannot do it.
 
         `signature`: three shapes, then anything with a telling repr. `refusal`: why this rank cannot, raised here once the
-        others know. `rounds`: whether it does, for `all_round`. One small all-gather, the first time a
-        signature is seen, or with RING_ATTN_COMPARE_CALLS=1 every time; a ring in one process has nobody to ask. Every rank
-        forgets the oldest signatures at the same point.
+        others know. `rounds`: whether it does, for `all_round`. One small all-gather, the first time a signature is seen, or
+        with RING_ATTN_COMPARE_CALLS=1 every time; a ring in one process has nobody to ask. Every rank forgets the oldest
+        signatures at the same point.
         """
         if len(self.hosted) < self.size:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
