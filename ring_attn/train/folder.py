@@ -30,7 +30,7 @@ def claim(config: TrainConfig) -> RunFolder:
 
     With run.resume = "new" a run never writes into another's folder: it takes the first of DIR, DIR-2, DIR-3, ... that holds
     no configuration. With "auto" the folder is this run's, and a run that stopped before its first checkpoint starts again.
-    Raises ValueError where there is nothing to resume, or the checkpoint is of another model.
+    Raises ValueError where there is nothing to resume, where the checkpoint is of another model, and where it cannot write.
     """
     path = Path(config.run.dir)
     steps = checkpoint.steps_in(path / CHECKPOINTS) if config.run.resume != "new" else []
@@ -40,9 +40,12 @@ def claim(config: TrainConfig) -> RunFolder:
         raise ValueError(f"run.resume = 'must', but {path / CHECKPOINTS} holds no complete checkpoint; name another run.dir")
     elif config.run.resume == "new":
         path = _unused(path)
-    (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    checkpoint.remove_unfinished(path / CHECKPOINTS)
-    (path / CONFIG).write_text(to_toml(config))
+    try:
+        (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_unfinished(path / CHECKPOINTS)
+        (path / CONFIG).write_text(to_toml(config))
+    except OSError as error:
+        raise ValueError(f"run.dir = {config.run.dir!r} cannot be written to, {error}; name another") from error
     return RunFolder(path, steps[-1] if steps else 0)
 
 

@@ -151,6 +151,9 @@ def test_resuming_is_refused_in_words(config, unbroken, tmp_path):
     shutil.copytree(unbroken.folder / "checkpoints", tmp_path / "bare" / "checkpoints")
     with pytest.raises(ValueError, match=r"config\.toml is missing"):
         claim(with_run(config, dir=str(tmp_path / "bare"), resume="auto"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"run\.dir = '.*file/run' cannot be written to, .*; name another"):
+        claim(with_run(config, dir=str(tmp_path / "file" / "run")))
 
 
 def test_a_save_that_dies_leaves_nothing_to_resume_from(config, tmp_path, monkeypatch):
