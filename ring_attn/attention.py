@@ -32,6 +32,7 @@ from ring_attn.call import Call, called, given_to, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
 from ring_attn.inputs import check_input, wants_gradients
 from ring_attn.kernels import Upstream
+from ring_attn.kernels.functions import check_unwritten, written_to
 from ring_attn.kernels.sums import Grads, Sum
 from ring_attn.mask import Causal, Mask, check_mask, parts_of
 from ring_attn.overlap import PartOfBackward, overlapping, to_its_end
@@ -355,6 +356,7 @@ def _setup_context(ctx, inputs, output) -> None:
     out, lse, kept = output
     ctx.save_for_backward(q, k, v, out, lse, *tensors, *kept)
     ctx.name, ctx.call, ctx.num_tensors = name, called(name), len(tensors)
+    ctx.written = written_to(ctx.call.mask)
     ctx.set_materialize_grads(False)
 
 
@@ -369,6 +371,7 @@ def _gradients(ctx, dout: Tensor | None, dlse: Tensor | None, wanted: Sequence[b
     tensors, kept = others[: ctx.num_tensors], others[ctx.num_tensors :]
     if dout is None and dlse is None:
         return None, None, None, [None] * len(tensors)
+    check_unwritten(ctx.call.mask, ctx.written)
     dout = torch.zeros_like(out) if dout is None else dout
     # Where a gradient is to be differentiated, which the operator refuses.
     backward = _backward_op if torch.is_grad_enabled() or watched(dout, q, k, v, *tensors) else _backward_of

@@ -111,6 +111,8 @@ class KVCache:
         shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}"
         if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or not k.numel() or not v.numel():
             raise ValueError(f"k and v must be [batch, rows, heads, head_dim], alike but for head_dim, not empty, got {shapes}")
+        if not k.is_floating_point():
+            raise ValueError(f"k and v must be of floating dtype, got {k.dtype}")
         if (k.dtype, k.device) != (v.dtype, v.device):
             raise ValueError(f"k and v must share dtype and device, got {k.dtype} on {k.device}, {v.dtype} on {v.device}")
         held = self.shards[0]
@@ -148,7 +150,7 @@ class CacheShard:
     def add(self, positions: range, k: Tensor, v: Tensor) -> None:
         """Puts rows behind those that are there; copies all of them where the buffers are full."""
         if self._buffers is None:
-            self._buffers = tuple(x.new_empty(x.shape[0], self._capacity, *x.shape[2:]) for x in (k, v))
+            self._buffers = tuple(_buffer(x, self._capacity) for x in (k, v))
         stop = self.rows + len(positions)
         self._buffers = tuple(_with_room(buffer, self.rows, stop) for buffer in self._buffers)
         for buffer, new in zip(self._buffers, (k, v), strict=True):
@@ -172,10 +174,16 @@ def _later(positions: range, shift: int) -> range:
     return range(positions.start + shift, positions.stop + shift, positions.step)
 
 
+@torch.inference_mode(False)
+def _buffer(like: Tensor, rows: int) -> Tensor:
+    """Unwritten [b, rows, g, d]; what inference mode makes could not be written to outside of it."""
+    return like.new_empty(like.shape[0], rows, *like.shape[2:])
+
+
 def _with_room(buffer: Tensor, rows: int, needed: int) -> Tensor:
     """The buffer [b, capacity, g, d], or where it has no room for `needed` rows one of twice its size with its first `rows`."""
     if needed <= buffer.shape[1]:
         return buffer
-    larger = buffer.new_empty(buffer.shape[0], max(needed, 2 * buffer.shape[1]), *buffer.shape[2:])
+    larger = _buffer(buffer, max(needed, 2 * buffer.shape[1]))
     larger[:, :rows] = buffer[:, :rows]
     return larger

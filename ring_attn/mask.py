@@ -213,7 +213,8 @@ class MaskMod(Mask):
     the device of q, which blocks are hidden or whole.
 
     Kernels keep what a function leaves of a block. So where anything changes that it reads, make a new MaskMod of a new
-    function, and capture CUDA graphs anew; of tensors that it closes over or names as globals, in-place operations are noticed.
+    function, and capture CUDA graphs anew; of tensors that it closes over or names as globals, in-place operations are noticed,
+    between a forward and its backward by a RuntimeError (in eager mode).
     """
 
     fn: Callable
@@ -279,6 +280,8 @@ def document_ends(who: str, lengths: Sequence | None, cu_seqlens: Sequence | Non
 
 
 def _counts(name: str, values: Sequence[int] | int) -> Ends:
+    if getattr(values, "dtype", None) is not None and str(values.dtype).endswith("bool"):
+        raise TypeError(f"KeyPadding {name} are numbers of keys, got a mask; those of a padding mask are lengths=mask.sum(1)")
     counts, *more = _rows_of_ints("KeyPadding", values)
     if more or not counts:
         raise ValueError(f"KeyPadding {name} are one int a batch row, such as [5, 9], or one for all rows, got {values}")

@@ -70,8 +70,9 @@ class Ring:
         if not hasattr(transport, "ring_size"):
             raise TypeError(f"make a ring with Ring.simulated, Ring.from_group or Ring.from_mesh, not of {transport!r}")
         check_kernel_name(kernel)
-        if grad_dtype is not None and not (isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point):
-            raise ValueError(f"grad_dtype must be a floating torch.dtype, or None for that of the sums, got {grad_dtype!r}")
+        floating = isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point and grad_dtype.itemsize > 1
+        if grad_dtype is not None and not floating:
+            raise ValueError(f"grad_dtype must be a floating torch.dtype, of at least 16 bits, or None, got {grad_dtype!r}")
         if ranks_per_node is not None and (not isinstance(ranks_per_node, Integral) or ranks_per_node < 1):
             raise ValueError(f"ranks_per_node must be a whole number of ranks, at least 1, or None, got {ranks_per_node!r}")
         for name, choice in (("keep_kv", keep_kv), ("replay", replay)):
@@ -337,7 +338,7 @@ class Ring:
                 f"{self} is of a process group and cannot be pickled; take it from what holds it, a model of Hugging Face by "
                 f"use_ring(model, None), and save state_dict() or by save_pretrained"
             )
-        return self.__dict__
+        return self.__dict__ | {"_agreed": {}, "settled": {}}
 
     def __repr__(self) -> str:
         choices = f"layout={self.layout_name}, exchange={self.exchange}, kernel={self.kernel}"

@@ -98,6 +98,16 @@ class Score:
         """Raises ValueError where it holds a tensor that needs a gradient and is not in `tensors()`; asked while grad is on."""
 
 
+def _number(name: str, x: float | Tensor) -> float:
+    """x as a number of Python, for what a tensor holds may change. Raises TypeError where it is none, or learns."""
+    try:
+        if not ((isinstance(x, Tensor) and x.requires_grad) or isinstance(x, str)):
+            return float(x)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name} must be a number, for it gets no gradient, got {type(x).__name__}")
+
+
 @dataclass(frozen=True)
 class SoftCap(Score):
     """cap * tanh(score / cap): no score leaves (-cap, cap). Before masking, as in Gemma 2 and flash-attn."""
@@ -106,12 +116,9 @@ class SoftCap(Score):
     kind = "softcap"
 
     def __post_init__(self) -> None:
-        if isinstance(self.cap, Tensor) and self.cap.requires_grad:
-            raise TypeError(f"SoftCap cap must be a number, for it gets no gradient, got {type(self.cap).__name__}")
+        object.__setattr__(self, "cap", _number("SoftCap cap", self.cap))
         if not 0 < self.cap < float("inf"):
             raise ValueError(f"SoftCap cap must be above 0 and finite, got {self.cap}; leave SoftCap out for no cap")
-        # What a tensor holds may change.
-        object.__setattr__(self, "cap", float(self.cap))
 
     def apply(self, scores: Tensor, cells: Cells) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)
@@ -278,6 +285,7 @@ class Dropout(Score):
     kind = "dropout"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "p", _number("Dropout p", self.p))
         if not 0 <= self.p < 1:
             raise ValueError(f"Dropout p must be at least 0 and below 1, got {self.p}")
         object.__setattr__(self, "seed", whole("Dropout seed", self.seed))
@@ -368,6 +376,8 @@ def sort_scores(score: Score | Sequence[Score] | None) -> tuple[CosineSim | None
     for one in scores:
         if not isinstance(one, Score):
             raise TypeError(f"score must be a ring_attn score such as SoftCap(50.0), or a list, got {type(one).__name__}")
+        if isinstance(one, _WithTensor) and one.tensor is None:
+            raise TypeError(f"{one!r} takes a tensor, got None")
     alone = {}
     for kind in (CosineSim, Sinks, Dropout):
         found = [one for one in scores if isinstance(one, kind)]

@@ -99,7 +99,7 @@ def in_words(rule: str) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, AttributeError, RuntimeError) as error:
+    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         if not isinstance(error, torch.OutOfMemoryError):
             error.add_note(rule)
         raise
@@ -128,7 +128,7 @@ def over_cells(fn: Callable, score_dims: tuple[int, ...] = ()) -> Callable:
 def allowed_cells(mask: MaskMod, batch: Tensor, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
     """Which cells a mask's function allows, bool [b, h, i, j], of batch rows [b], heads [h] and positions [i] and [j]."""
     arguments = "(b, h, q_pos, kv_pos) -> bool of integer tensors"
-    with in_words(f"{mask!r} must be a function {arguments}, without `if`, `and`, `or` or `not` about them"):
+    with in_words(f"{mask!r} must be a function {arguments}, without `if`, `and`, `or` or `not` about them, for all positions"):
         allowed = over_cells(mask.fn)(batch, heads + mask.first_head, q_pos, kv_pos)
         if allowed.dtype.is_floating_point or allowed.dtype.is_complex:
             raise TypeError(f"{mask!r} returned {allowed.dtype}; compare, as in x > 0, or change scores by a ScoreMod")

@@ -111,6 +111,10 @@ def pad_to(x: Tensor, multiple: int, *, dim: int = 1, value: float = 0) -> Tenso
     """
     if multiple < 1:
         raise ValueError(f"multiple must be at least 1, got {multiple}")
+    if not (x.is_floating_point() or x.is_complex()):
+        low, high = (0, 1) if x.dtype == torch.bool else (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
+        if not float(value).is_integer() or not low <= value <= high:
+            raise ValueError(f"{x.dtype} cannot hold the padding {value}; cast x first, labels with .long()")
     missing = -length(x, dim) % multiple
     shape = list(x.shape)
     shape[dim] = missing

@@ -1,5 +1,7 @@
 """ring_attention itself: gradients, the two custom ops under torch's own checks, torch.compile, and bad input."""
 
+import pickle
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -485,3 +487,15 @@ def test_a_ring_of_processes_wants_a_process_group():
 def test_arguments_of_the_wrong_type_are_named(call):
     with pytest.raises(TypeError, match=r"parameter \w+="):
         call()
+
+
+def test_a_simulated_ring_is_pickled_without_what_it_remembers_of_calls():
+    """A function of a mask could not be."""
+    ring = ra.Ring.simulated(4, ulysses=2)
+    before = pickle.dumps(ring)
+    q, k, v, _ = random_qkv(1, 16, 16, 2, 2, 4)
+    mask = ra.MaskMod(lambda b, h, q, k: q >= k)
+    out = ra.ring_attention(q, k, v, ring=ring, mask=mask)
+    assert len(pickle.dumps(ring)) <= len(before) + 20
+    copied = pickle.loads(pickle.dumps(ring))
+    assert torch.equal(ra.ring_attention(q, k, v, ring=copied, mask=mask), out)

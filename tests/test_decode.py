@@ -374,3 +374,27 @@ def test_rows_that_do_not_fit_a_cache_are_named():
     for other in (x.repeat(2, 1, 1, 1), x[:, :, :1], x[..., :3], x.double()):
         with pytest.raises(ValueError, match=r"the cache holds .* make a new cache for another model or batch"):
             cache.append(other, other)
+
+
+@pytest.mark.parametrize("capacity", [0, 40])
+def test_modes_may_change_between_a_prefill_and_what_is_decoded(capacity):
+    """Buffers made in inference mode would refuse to be written to outside of it, also where they double."""
+    ring, (q, k, v, _) = ra.Ring.simulated(2), random_qkv(1, 24, 24, 2, 1, 4)
+    found = {}
+    for modes in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode), (torch.no_grad, torch.no_grad)):
+        cache = ra.KVCache(ring, capacity=capacity)
+        for n in range(0, 24, 4):
+            rows = slice(n, n + 4)
+            with modes[n // 4 % 2]():
+                cache.append(k[:, rows], v[:, rows])
+                found[modes] = ra.tree_decode(q[:, rows], cache, ring=ring).clone()
+    first, *others = found.values()
+    assert len(others) == 2 and all(torch.equal(first, other) for other in others)
+
+
+def test_keys_that_are_no_numbers_with_a_point_are_named():
+    k = torch.ones(1, 2, 1, 4, dtype=torch.int64)
+    cache = ra.KVCache(ra.Ring.simulated(2))
+    with pytest.raises(ValueError, match=r"k and v must be of floating dtype, got torch\.int64"):
+        cache.append(k, k)
+    assert not cache.seq_len

@@ -433,7 +433,7 @@ def test_gradients_travel_in_the_dtype_asked_for(exchange):
     assert sent == {torch.float32}
     assert all(1e-10 < found.pop(name) < 1e-6 for name in ("dk", "dv"))
     assert max(found.values()) <= FLOAT64_LIMIT
-    for dtype in (torch.int32, "bfloat16"):
+    for dtype in (torch.int32, torch.float8_e4m3fn, "bfloat16"):
         with pytest.raises(ValueError, match=rf"grad_dtype must be a floating torch\.dtype, .*, got {dtype!r}"):
             ra.Ring.simulated(4, grad_dtype=dtype)
 

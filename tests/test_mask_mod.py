@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import ring_attn as ra
 from ring_attn.kernels import reference, resolve
@@ -199,5 +201,41 @@ def test_masks_of_functions_are_equal_by_function():
 
 
 def test_a_function_that_returns_no_tensor_is_named():
-    with pytest.raises(ValueError, match="must only return Tensors, got type <class 'bool'>"):
+    with pytest.raises(ValueError, match="must only return Tensors, got type <class 'bool'>") as raised:
         run(ra.Ring.simulated(2), ra.MaskMod(lambda b, h, q, k: True), 8)
+    assert "must be a function (b, h, q_pos, kv_pos) -> bool of integer tensors" in raised.value.__notes__[0]
+
+
+def test_a_table_that_is_too_short_is_named():
+    few = torch.ones(5)
+    for changed in (
+        {"mask": ra.MaskMod(lambda b, h, q, k: few[k] > 0)},
+        {"score": ra.ScoreMod(lambda s, b, h, q, k: s * few[k])},
+    ):
+        q, k, v, _ = random_qkv(1, 8, 8, 2, 1, 4)
+        with pytest.raises(IndexError, match="out of bounds") as raised:
+            ra.ring_attention(q, k, v, ring=ra.Ring.simulated(2), **changed)
+        assert "Mod(test_a_table_that_is_too_short_is_named.<locals>.<lambda>) must be a function" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_backward_does_not_ask_a_function_that_reads_something_else_by_then(checkpointed):
+    numbers = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    mask = ra.Causal() & ra.MaskMod(lambda b, h, q, k: numbers[q] == numbers[k])
+    q, k, v, dout = random_qkv(1, 8, 8, 2, 1, 4, dtype=torch.float64)
+    attend = partial(ra.ring_attention, ring=ra.Ring.simulated(2, "contiguous"), mask=mask)
+
+    def out():
+        inputs = q.detach().requires_grad_(), k, v
+        return inputs[0], checkpoint(attend, *inputs, use_reentrant=False) if checkpointed else attend(*inputs)
+
+    leaf, found = out()
+    found.backward(dout)
+    wanted = leaf.grad
+    leaf, found = out()
+    numbers.mul_(2)
+    with pytest.raises(RuntimeError, match=r"reads was written to between a forward and its backward.*; write to it after"):
+        found.backward(dout)
+    leaf, found = out()
+    found.backward(dout)
+    assert torch.equal(leaf.grad, wanted)

@@ -264,6 +264,11 @@ HOLDER = holds(w=GRAD)
         (lambda: ra.Alibi([1.0] * 4), TypeError, "Alibi takes a tensor, got list"),
         (lambda: ra.Sinks(torch.ones(4, 1)), ValueError, r"Sinks logits must be \[num_heads\] = \[4\], got \(4, 1\)"),
         (lambda: ra.Sinks(0.0), TypeError, "Sinks takes a tensor, got float"),
+        (lambda: ra.Sinks(None), TypeError, "Sinks takes a tensor, got None"),
+        (lambda: ra.Alibi(None), TypeError, "Alibi takes a tensor, got None"),
+        (lambda: ra.SoftCap("50"), TypeError, "SoftCap cap must be a number, for it gets no gradient, got str"),
+        (lambda: ra.Dropout("0.1", 1), TypeError, "Dropout p must be a number, for it gets no gradient, got str"),
+        (lambda: ra.Dropout(torch.ones((), requires_grad=True), 1), TypeError, "Dropout p must be a number, .* got Tensor"),
         (lambda: ra.RelativeBias(torch.zeros(4, 6)), ValueError, r"RelativeBias must be .* \[4, an odd number\], got \(4, 6\)"),
         (lambda: ra.Bias(torch.zeros(24)), ValueError, r"Bias must be \[2 or 1, 4 or 1, rows 24, keys 24\].*got \(24,\)"),
         (

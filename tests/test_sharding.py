@@ -72,6 +72,11 @@ def test_pad_to_a_legal_length():
         ring.shard(x)
     with pytest.raises(ValueError, match="multiple must be at least 1, got 0"):
         ra.pad_to(x, 0)
+    for dtype, value in ((torch.uint8, -100), (torch.int64, 0.5), (torch.int8, float("inf")), (torch.bool, 2)):
+        with pytest.raises(ValueError, match=rf"{dtype} cannot hold the padding {value}; cast x first, labels with \.long\(\)"):
+            ra.pad_to(torch.ones(1, 3, dtype=dtype), 4, value=value)
+    assert ra.pad_to(torch.ones(1, 3, dtype=torch.int64), 4, value=-100.0)[0, 3] == -100
+    assert not ra.pad_to(torch.ones(1, 3, dtype=torch.bool), 4)[0, 3]
     for wrong in (ring.shard, ring.unshard, lambda x, dim: ra.pad_to(x, 6, dim=dim)):
         with pytest.raises(ValueError, match=r"dim 3 is none of x's 3, whose shape is \(2, 18, 4\)"):
             wrong(padded, dim=3)

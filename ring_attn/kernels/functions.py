@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ring_attn.mask import Mask
 from ring_attn.score_mod import captured, origin, recapture
 
 Changes = dict[torch.fx.Node, list[torch.fx.Node]]
@@ -76,6 +77,20 @@ def _told(value: Any, tensors: list[Tensor]) -> Hashable:
 def versions(fn: Callable) -> tuple[int, ...]:
     """How often each tensor that a function captures was written to, as far as PyTorch counts."""
     return tuple([0 if x.is_inference() else x._version for x in captured(fn)])
+
+
+def written_to(mask: Mask) -> tuple[tuple[int, ...], ...]:
+    """The `versions` of a mask's functions: those of a forward are to be those of its backward, which asks them again."""
+    return tuple([versions(predicate.fn) for rule in mask.rules() for predicate in rule.predicates])
+
+
+def check_unwritten(mask: Mask, before: tuple[tuple[int, ...], ...]) -> None:
+    """Raises RuntimeError unless what `written_to` told of the mask is as before."""
+    if written_to(mask) != before:
+        raise RuntimeError(
+            "a tensor that the function of a MaskMod reads was written to between a forward and its backward, which asks the "
+            "function again; write to it after the backward, or make each forward a MaskMod that reads a tensor of its own"
+        )
 
 
 def depends_on(fn: Callable, device: torch.device) -> tuple[bool, bool]:
