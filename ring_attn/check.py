@@ -53,6 +53,11 @@ class CheckOptions:
     dtypes: tuple[Literal["float64", "float32", "bfloat16", "float16"], ...] = ("float64", "float32", "bfloat16", "float16")
     capabilities: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("kernels", "dtypes"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} names nothing to check; leave it out for all")
+
     @property
     def exchanges(self) -> dict[str, int | None]:
         """The exchanges to check, each with the ranks of a node where it knows nodes."""

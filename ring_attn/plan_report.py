@@ -66,12 +66,12 @@ def main(argv: Sequence[str]) -> int:
     options = tyro.cli(PlanOptions, args=list(argv), prog="ring-attn plan")
     try:
         plan = plan_of(options)
-        if options.plot is not None:
+        if options.plot:
             from ring_attn.plan_plot import draw
 
             draw(plan, title_of(options), options.plot)
         print(report(plan, options))
-        if options.plot is not None:
+        if options.plot:
             print(f"\ndrawn to {options.plot}")
     except (ValueError, OSError) as error:
         print(f"ring-attn plan: {error}", file=sys.stderr)

@@ -256,6 +256,15 @@ def test_what_is_timed_sends_what_the_ring_sends(axes, kernel, dtype):
     assert (settled.ring.kernel, settled.ring.grad_dtype) == ("aten+aten", dtype)
 
 
+@pytest.mark.parametrize("what", ["results", "plot"])
+def test_what_could_not_be_written_is_told_before_anything_is_timed(what, tmp_path, capsys):
+    path = str(tmp_path / "none" / "rows")
+    assert main([*command("--lengths", "64"), f"--{what}", path]) == 2
+    said = capsys.readouterr()
+    assert f"ring-attn bench ring: {what} {path!r} cannot be written: there is no folder" in said.err
+    assert "TFLOP/s" not in said.err + said.out
+
+
 def test_the_percentage_is_of_the_bound():
     row = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=4.0, tflops=300.0)
     bound = RingRow("pull", "zigzag", "", 4, "causal", 64, "forward", ms=3.0, tflops=400.0)

@@ -79,6 +79,19 @@ def test_plan_explains_with_the_links_between_and_inside_nodes_where_there_are_s
     assert "two-level" not in capsys.readouterr().out
 
 
+def test_an_empty_word_is_no_file_to_draw_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "--seq-len", "64", "--plot", ""]) == 0
+    assert "drawn" not in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["kernels", "dtypes"])
+def test_a_check_of_nothing_is_refused(what, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["check", f"--{what}"])
+    assert f"--{what} names nothing to check" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("exchange", ["ring", "gather", "auto"])
 def test_plan_explains_of_what_the_steps_above_are(exchange, capsys):
     assert cli.main(["plan", "--explain", "--seq-len", "1024", "--machine", "gpus", "--exchange", exchange]) == 0

@@ -79,6 +79,14 @@ def of_class(name, config, **sizes):
 
 LLAMA = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 BART = {"vocab_size": 37, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_ffn_dim": 8, "encoder_ffn_dim": 8}
+GIT_VISION = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 12, "intermediate_size": 48}
+LLAMA4 = {
+    "num_key_value_heads": 2,
+    "layer_types": ["full_attention"],
+    "no_rope_layers": [0],
+    "head_dim": 8,
+    "num_local_experts": 2,
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 MODELS = {
     "layers": (
@@ -97,6 +105,14 @@ MODELS = {
     "own attention": (
         lambda: of_class("FalconForCausalLM", "Falcon", **LLAMA),
         r"FalconForCausalLM has attention of its own \(FalconAttention.*\) that goes through no AttentionInterface",
+    ),
+    "own attention beside another's": (
+        lambda: of_class("GitForCausalLM", "Git", **LLAMA, vision_config=GIT_VISION),
+        r"GitForCausalLM has attention of its own \(GitSelfAttention\) that goes through no AttentionInterface",
+    ),
+    "scales by place": (
+        lambda: of_class("Llama4ForCausalLM", "Llama4Text", **LLAMA, **LLAMA4),
+        r"Llama4ForCausalLM scales queries by where they stand in the rows .* with attn_temperature_tuning = False",
     ),
     "no attention": (
         lambda: of_class("xLSTMForCausalLM", "xLSTM", vocab_size=37, hidden_size=64, num_heads=4, num_hidden_layers=1),

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ring_attn.bench.results import Row, append, draw, machine, table, write_order
+from ring_attn.bench.results import Row, append, check_folders, draw, machine, table, write_order
 from ring_attn.bench.timing import captured, last_of_some, timed
 from ring_attn.check import rel_error
 from ring_attn.kernels import KERNEL_NAMES, Kernel, Problem, Upstream, get_kernel, resolve
@@ -54,7 +56,7 @@ class KernelBenchOptions:
     heads: int = 16
     kv_heads: int = 16
     head_dim: int = 128
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     repeats: int = 7
     results: str = ""
     plot: str = ""
@@ -67,10 +69,17 @@ def main(argv: Sequence[str]) -> int:
 
     options = tyro.cli(KernelBenchOptions, args=list(argv), prog="ring-attn bench kernels")
     if not torch.cuda.is_available():
-        print("ring-attn bench kernels times GPU kernels, and torch sees no GPU here; ring-attn check needs none")
+        print(
+            "ring-attn bench kernels times GPU kernels, and torch sees no GPU here; ring-attn check needs none", file=sys.stderr
+        )
         return 2
-    kernels = [get_kernel(name) for name in _names(options)]
-    rows = [row for mask in options.masks for row in bench(kernels, mask, options)]
+    try:
+        check_folders(options)
+        kernels = [get_kernel(name) for name in _names(options)]
+        rows = [row for mask in options.masks for row in bench(kernels, mask, options)]
+    except ValueError as error:
+        print(f"ring-attn bench kernels: {error}", file=sys.stderr)
+        return 2
     print(table(rows, options))
     if options.results:
         append(rows, options, machine())

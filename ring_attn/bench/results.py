@@ -135,6 +135,14 @@ def _git(*words: str) -> str:
     return subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def check_folders(options: Options) -> None:
+    """Raises ValueError where what is measured could not be written in the end."""
+    for name in ("results", "plot"):
+        path = getattr(options, name, "")
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"{name} {path!r} cannot be written: there is no folder {str(Path(path).parent)!r}; make it first")
+
+
 def append(rows: Sequence[DataclassInstance], options: Options, machine: str, also: Iterable[str] = ()) -> None:
     """Adds a JSON line a measurement to the results file, with commit, machine, versions and the shape of the inputs.
 

@@ -22,7 +22,7 @@ from ring_attn.bench.contenders import Case, Contender, OnDocuments, OnRing, Sha
 from ring_attn.bench.gate import FAILURES, Gate
 from ring_attn.bench.kernels import document_lengths, mask_of
 from ring_attn.bench.peers import Peer, peers
-from ring_attn.bench.results import append, machine, software
+from ring_attn.bench.results import append, check_folders, machine, software
 from ring_attn.bench.ring_report import RingRow, draw, table
 from ring_attn.bench.timeline import Timeline, timeline
 from ring_attn.bench.timing import Everyone, timed
@@ -128,6 +128,7 @@ class Bench:
     """One run, over a transport of one axis and one for each of options.ulysses. Raises ValueError where options do not fit."""
 
     def __init__(self, options: RingBenchOptions, transports: Sequence[Transport | TwoAxes], device: torch.device) -> None:
+        check_folders(options)
         transport, *of_ulysses = transports
         self.options, self.everyone = options, Everyone(transport, device)
         self.shape = Shape(options.heads, options.kv_heads, options.head_dim, getattr(torch, options.dtype), device)

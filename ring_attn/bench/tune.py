@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ring_attn.bench.kernels import GRAD_LIMIT, OUT_LIMIT, KernelBenchOptions, Visit
-from ring_attn.bench.results import append, machine
+from ring_attn.bench.results import append, check_folders, machine
 from ring_attn.bench.timing import timed
 from ring_attn.bench.tune_candidates import LAUNCHES, candidates
 from ring_attn.bench.tune_report import Timed, line, report
@@ -70,7 +71,7 @@ class TuneOptions:
     heads: int = 16
     kv_heads: int = 16
     head_dim: int = 128
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     score: Literal["", "softcap", "alibi"] = ""
     repeats: int = 5
     rounds: int = 3
@@ -89,7 +90,12 @@ def main(argv: Sequence[str]) -> int:
 
     options = tyro.cli(TuneOptions, args=list(argv), prog="ring-attn bench tune")
     if not torch.cuda.is_available():
-        print("ring-attn bench tune times GPU kernels, and torch sees no GPU here")
+        print("ring-attn bench tune times GPU kernels, and torch sees no GPU here", file=sys.stderr)
+        return 2
+    try:
+        check_folders(options)
+    except ValueError as error:
+        print(f"ring-attn bench tune: {error}", file=sys.stderr)
         return 2
     wanted = [(launch, config) for launch in options.launches for config in candidates(launch, options.head_dim, options.score)]
     if not wanted:

@@ -75,7 +75,9 @@ def _reasons(model: PreTrainedModel, implementation: str) -> Iterator[str]:
         others = sorted(set(getattr(config, field, None) or known) - set(known))
         if others:
             yield f"has layers of {', '.join(others)}; over a ring there are {' and '.join(_LAYERS)} alone"
-    own = sorted({type(module).__name__ for module in attention if not _is_written_with(type(module), _INTERFACE)})
+    # A module around attention asks what it holds.
+    inner = [module for module in attention if sum(part in attention for part in module.modules()) == 1]
+    own = sorted({type(module).__name__ for module in inner if not _names(type(module), _INTERFACE)})
     if own or not attention:
         yield f"has attention of its own ({', '.join(own) or 'none by name'}) that goes through no AttentionInterface"
     counted = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
@@ -95,6 +97,11 @@ def _reasons(model: PreTrainedModel, implementation: str) -> Iterator[str]:
                 f"has {kind} rotary embeddings: they go by the last position of a rank's rows, not of the sequence; set "
                 f"another rope_type"
             )
+    if any(getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True) for module in attention):
+        yield (
+            "scales queries by where they stand in the rows that it is given, not in the sequence; make it of a config with "
+            "attn_temperature_tuning = False"
+        )
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         yield "attends both ways by config.use_bidirectional_attention, which only masks that transformers makes would hold"
 
@@ -110,6 +117,12 @@ def _gives_each_row_its_output(model: PreTrainedModel) -> bool:
         return True
     is_base = kind.__name__.endswith("Model") and not kind.__name__.endswith("DoubleHeadsModel")
     return is_base and type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _names(kind: type, name: str) -> bool:
+    """Whether a function of a class, or of one that it is made of, has that name of a module's in it."""
+    functions = (inspect.unwrap(x) for one in kind.__mro__ for x in vars(one).values() if callable(x))
+    return any(name in getattr(getattr(x, "__code__", None), "co_names", ()) for x in functions)
 
 
 def _is_written_with(kind: type, *names: str) -> bool:

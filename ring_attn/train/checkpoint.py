@@ -37,8 +37,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
 def load(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Fills model and optimizer from the checkpoint of `step`; returns the step it says it was. Called by every process."""
     state = _state(step, model, optimizer)
-    with _quietly():
-        dcp.load(state, checkpoint_id=_path(folder, step))
+    _load(state, _path(folder, step))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(state["step"])
 
@@ -46,14 +45,22 @@ def load(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
 def load_weights(folder: Path, step: int, model: nn.Module) -> None:
     """Fills the model alone, whether the training wrapped it or not, from the checkpoint of `step`. Called by every process."""
     weights = get_model_state_dict(model)
-    with _quietly():
-        dcp.load({"model": weights}, checkpoint_id=_path(folder, step))
+    _load({"model": weights}, _path(folder, step))
     set_model_state_dict(model, weights)
+
+
+def _load(state: dict, path: Path) -> None:
+    """Fills what is in the state. Raises ValueError where the checkpoint is not whole."""
+    try:
+        with _quietly():
+            dcp.load(state, checkpoint_id=path)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{path} cannot be read, delete it to go on from the one before: {error}") from error
 
 
 def steps_in(folder: Path) -> list[int]:
     """The steps of the complete checkpoints in a folder, ascending; none where there is no folder."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*") if path.suffix != ".tmp")
+    return sorted(int(number) for path in folder.glob("step-*") if (number := path.name.removeprefix("step-")).isdigit())
 
 
 def remove_unfinished(folder: Path) -> None:

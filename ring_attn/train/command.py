@@ -13,7 +13,7 @@ _USAGE = "usage: ring-attn train CONFIG.toml [--section.key value ...]      (rin
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains; 2 where the configuration breaks a rule, which is then named."""
+    """Trains; 2 where the configuration breaks a rule, which is then named, 1 where the loss is no number any more."""
     leads = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if leads else logging.ERROR, format="%(message)s")
     try:
@@ -21,13 +21,16 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         print(f"ring-attn train: {error}\n{_USAGE}", file=sys.stderr)
         return 2
-    from ring_attn.train.loop import train
+    from ring_attn.train.loop import Diverged, train
 
     try:
         outcome = train(config)
     except ValueError as error:
         print(f"ring-attn train: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"ring-attn train: {error}", file=sys.stderr)
+        return 1
     if leads:
         print(f"step {outcome.step}: held-out loss {outcome.eval_loss:.4f} nats per byte; see {outcome.folder}")
     return 0

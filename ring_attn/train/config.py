@@ -169,7 +169,7 @@ def load(path: str | Path) -> TrainConfig:
         raise ValueError(f"there is no configuration file {path}; configs/ holds some")
     try:
         table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     try:
         return from_table(TrainConfig, table)

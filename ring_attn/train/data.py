@@ -117,7 +117,10 @@ def _joined(files: list[tuple[str, Path]], cache: Path) -> Path:
     """The file that holds all `files`, each with a zero byte behind it; made under a lock, and visible only once complete."""
     stats = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, file in files]
     target = cache / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.bin"
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache = {str(cache)!r} cannot be made, {error}; name another") from error
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():

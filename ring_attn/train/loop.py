@@ -20,6 +20,10 @@ from ring_attn.train.optim import clip_by_global_norm, learning_rate, make_optim
 from ring_attn.train.parallel import accumulating, autocast, build_model, for_backward
 
 
+class Diverged(RuntimeError):
+    """The loss is no finite number any more."""
+
+
 @dataclass(frozen=True)
 class Trainer:
     """What a step works on. `model` is on the job's device, wrapped for the job's processes.
@@ -142,15 +146,15 @@ def evaluate(trainer: Trainer) -> float:
 
 
 def _numbers(trainer: Trainer, step: int, loss: Tensor, grad_norm: Tensor) -> dict[str, float]:
-    """A step in numbers. Raises RuntimeError on every process where the loss is not finite."""
+    """A step in numbers. Raises Diverged on every process where the loss is not finite."""
     check_finite(trainer, step, loss)
     return {"loss": loss.item(), "lr": learning_rate(step, trainer.config.optim), "grad_norm": grad_norm.item()}
 
 
 def check_finite(trainer: Trainer, step: int, loss: Tensor) -> None:
-    """Raises RuntimeError on every process where the loss is not finite: nothing of such a step is saved."""
+    """Raises Diverged on every process where the loss is not finite: nothing of such a step is saved."""
     value = loss.item()
     if not math.isfinite(value):
-        raise RuntimeError(
+        raise Diverged(
             f"the loss is {value} at step {step + 1}; lower optim.lr = {trainer.config.optim.lr} or raise optim.warmup_steps"
         )

@@ -53,6 +53,12 @@ def test_a_wrong_file_is_refused_by_the_key(tmp_path, text, message):
     assert "c.toml" in str(raised.value)
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "c.toml").write_bytes(b"# \xff")
+    with pytest.raises(ValueError, match=r"c\.toml is not TOML: 'utf-8' codec can't decode byte 0xff"):
+        load(tmp_path / "c.toml")
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(ValueError, match=r"no configuration file nowhere\.toml"):
         load("nowhere.toml")

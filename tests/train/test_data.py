@@ -20,7 +20,7 @@ def text(tmp_path):
 
 
 def config(path, **changes) -> DataConfig:
-    return DataConfig(**{"path": str(path), "seq_len": 64, "batch_size": 8, "cache": str(path.parent / "cache"), **changes})
+    return DataConfig(**({"path": str(path), "seq_len": 64, "batch_size": 8, "cache": str(path.parent / "cache")} | changes))
 
 
 def test_data_ranks_share_out_one_batch(text):
@@ -91,6 +91,12 @@ def test_too_little_text_is_refused(tmp_path, content, changes, message):
         (tmp_path / "text").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_corpus(config(tmp_path / "text", **changes))
+
+
+def test_a_cache_that_cannot_be_made_is_named(text, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache = '.*file/cache' cannot be made, .*; name another"):
+        open_corpus(config(text, cache=str(tmp_path / "file" / "cache")))
 
 
 def test_an_evaluation_without_room_is_refused(text):

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from ring_attn.train import checkpoint, loop
+from ring_attn.train import checkpoint, command, loop
 from ring_attn.train.config import RingConfig, load, to_toml
 from ring_attn.train.folder import claim
 from ring_attn.train.job import join
-from ring_attn.train.loop import Trainer, train
+from ring_attn.train.loop import Diverged, Trainer, train
 from ring_attn.train.metrics import read
 from tests.dist.harness import run_processes
 from tests.train.runs import STEPS, small_config, with_data, with_run
@@ -48,7 +48,9 @@ def stopped(config, unbroken):
         patch.setattr(loop, "train_step", dying)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert checkpoint.steps_in(Path(config.run.dir) / "checkpoints") == [2, 4]
+    folder = Path(config.run.dir) / "checkpoints"
+    (folder / "step-old").mkdir()
+    assert checkpoint.steps_in(folder) == [2, 4]
     return Path(config.run.dir)
 
 
@@ -180,16 +182,29 @@ def test_resuming_a_finished_run_takes_no_step(config, unbroken):
     assert losses(Path(again.run.dir)) == losses(unbroken.folder)
 
 
-def test_training_learns_and_a_loss_that_is_not_finite_stops_it(tmp_path):
+def test_training_learns_and_a_loss_that_is_not_finite_stops_it(tmp_path, capsys):
     config = with_data(small_config(tmp_path, ring=SIMULATED, checkpoint_every=0), path=str(tmp_path / "easy"))
     (tmp_path / "easy").write_text("round and round it goes, " * 400)
     config = replace(config, optim=replace(config.optim, lr=1e-2, steps=60, warmup_steps=5))
     assert train(config).eval_loss < 2.0 < 5.0 < read(Path(config.run.dir))[0]["eval_loss"]
     exploding = replace(config, optim=replace(config.optim, lr=1e300, warmup_steps=0))
-    with pytest.raises(RuntimeError, match=r"the loss is nan at step \d+; lower optim\.lr = 1e\+300"):
+    with pytest.raises(Diverged, match=r"the loss is nan at step \d+; lower optim\.lr = 1e\+300"):
         train(with_run(exploding, dir=str(tmp_path / "exploding")))
+    (tmp_path / "c.toml").write_text(to_toml(with_run(exploding, dir=str(tmp_path / "again"))))
+    assert command.main([str(tmp_path / "c.toml")]) == 1
+    assert "ring-attn train: the loss is nan at step" in capsys.readouterr().err
 
 
 def test_a_saved_configuration_reads_back(config, tmp_path):
     (tmp_path / "c.toml").write_text(to_toml(config))
     assert load(tmp_path / "c.toml") == config
+
+
+def test_a_checkpoint_that_is_not_whole_is_named(config, unbroken, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(unbroken.folder, folder)
+    newest = folder / "checkpoints" / f"step-{STEPS:08d}"
+    for path in newest.glob("*.distcp"):
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"{newest} cannot be read, delete it to go on from the one before"):
+        train(with_run(config, dir=str(folder), resume="must"))
