@@ -108,4 +108,4 @@ def test_the_documents_of_the_check_fill_its_length():
 
 def test_says_what_it_needs(capsys):
     assert main(["--head-dim", "80"]) == 2
-    assert capsys.readouterr().out.startswith(("ring-attn bench tune times GPU kernels", "there are no candidates"))
+    assert capsys.readouterr().err.startswith(("ring-attn bench tune times GPU kernels", "there are no candidates"))

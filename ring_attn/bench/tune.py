@@ -99,7 +99,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     wanted = [(launch, config) for launch in options.launches for config in candidates(launch, options.head_dim, options.score)]
     if not wanted:
-        print(f"there are no candidates for head dim {options.head_dim}; add them to ring_attn/bench/tune_candidates.py")
+        missing = f"there are no candidates for head dim {options.head_dim}; add them to ring_attn/bench/tune_candidates.py"
+        print(missing, file=sys.stderr)
         return 2
     rows = tune(wanted, options)
     print(f"\n{machine()}, {report(rows, options)}")
