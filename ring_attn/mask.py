@@ -281,7 +281,7 @@ def document_ends(who: str, lengths: Sequence | None, cu_seqlens: Sequence | Non
 
 def _counts(name: str, values: Sequence[int] | int) -> Ends:
     if getattr(values, "dtype", None) is not None and str(values.dtype).endswith("bool"):
-        raise TypeError(f"KeyPadding {name} are numbers of keys, got a mask; those of a padding mask are lengths=mask.sum(1)")
+        raise ValueError(f"KeyPadding {name} are numbers of keys, got a mask; those of a padding mask are lengths=mask.sum(1)")
     counts, *more = _rows_of_ints("KeyPadding", values)
     if more or not counts:
         raise ValueError(f"KeyPadding {name} are one int a batch row, such as [5, 9], or one for all rows, got {values}")

@@ -237,6 +237,7 @@ def test_many_documents_stay_linear():
         (lambda: Documents([3, 4], kv_lengths=[7]), r"every document needs queries and keys.* got \[2\] and \[1\]"),
         (lambda: Documents([3, 4]).check(7, 8, 1), r"add up to 7 positions, but the keys' length is 8.*need kv_lengths"),
         (lambda: KeyPadding(2.0), r"KeyPadding takes whole numbers, got 2.0"),
+        (lambda: KeyPadding(np.ones((2, 4), bool)), r"KeyPadding lengths are numbers of keys, got a mask; .*=mask\.sum\(1\)"),
         (lambda: Window(1.5), r"Window takes whole numbers, got 1.5"),
         (lambda: Window(1, "2"), r"Window takes whole numbers, got '2'"),
         (lambda: KeyPadding([9]).check(8, 8, 1), r"KeyPadding lengths \[9\] must not exceed the number of keys, 8"),

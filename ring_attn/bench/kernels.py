@@ -51,12 +51,12 @@ class KernelBenchOptions:
     """
 
     kernels: str = "all"
-    masks: tuple[str, ...] = ("causal", "full", "window", "documents")
+    masks: tuple[Literal["causal", "full", "window", "documents"], ...] = ("causal", "full", "window", "documents")
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536)
     heads: int = 16
     kv_heads: int = 16
     head_dim: int = 128
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     repeats: int = 7
     results: str = ""
     plot: str = ""
@@ -76,10 +76,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         check_folders(options)
         kernels = [get_kernel(name) for name in _names(options)]
-        rows = [row for mask in options.masks for row in bench(kernels, mask, options)]
     except ValueError as error:
         print(f"ring-attn bench kernels: {error}", file=sys.stderr)
         return 2
+    rows = [row for mask in options.masks for row in bench(kernels, mask, options)]
     print(table(rows, options))
     if options.results:
         append(rows, options, machine())

@@ -119,9 +119,10 @@ def _joined(files: list[tuple[str, Path]], cache: Path) -> Path:
     target = cache / f"{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.bin"
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        lock = target.with_suffix(".lock").open("w")
     except OSError as error:
-        raise ValueError(f"data.cache = {str(cache)!r} cannot be made, {error}; name another") from error
-    with target.with_suffix(".lock").open("w") as lock:
+        raise ValueError(f"data.cache = {str(cache)!r} cannot be written to, {error}; name another") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             unfinished = target.with_suffix(f".{os.getpid()}.tmp")

@@ -3,11 +3,14 @@
 import random
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from ring_attn.train import data
 from ring_attn.train.config import DataConfig
 from ring_attn.train.data import find_files, open_corpus
 
@@ -95,8 +98,11 @@ def test_too_little_text_is_refused(tmp_path, content, changes, message):
 
 def test_a_cache_that_cannot_be_made_is_named(text, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"data\.cache = '.*file/cache' cannot be made, .*; name another"):
+    with pytest.raises(ValueError, match=r"data\.cache = '.*file/cache' cannot be written to, .*; name another"):
         open_corpus(config(text, cache=str(tmp_path / "file" / "cache")))
+    refused = patch.object(Path, "open", side_effect=PermissionError("not yours"))
+    with refused, pytest.raises(ValueError, match=r"data\.cache = '.*/cache' cannot be written to, not yours; name another"):
+        data._joined([], tmp_path / "cache")
 
 
 def test_an_evaluation_without_room_is_refused(text):
