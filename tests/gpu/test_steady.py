@@ -1,0 +1,61 @@
+"""tests/gpu/steady.py runs where there is no GPU, and counts what GPUs did."""
+
+import re
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.gpu import steady
+
+SMI = """#!/bin/sh
+printf '0, 500.0, 1980, 0x0000000000000000\\n1, 690.5, 1500, 0x0000000000000004\\n'
+printf '0, 697.0, 1605, 0x0000000000000004\\n1, 689.5, 1600, 0x0000000000000004\\n'
+printf '0, 695.0, 1505, 0x0000000000000000\\n1, 12'
+touch "$0.done"
+exec sleep 60
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="by libraries that take other head dims and lengths")
+def test_it_prints_the_speed_of_every_call(monkeypatch, capsys):
+    words = "steady --length 64 --calls 3 --heads 4 --kv-heads 2 --dim 8 --parts 2"
+    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr(steady, "REST", 0.0)
+    steady.main()
+    lines = [re.match(r"(.+): ((\S+ ){3})TFLOP/s$", line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ["pull", "without communication"]
+    assert all(float(number) > 0 for line in lines for number in line[2].split())
+
+
+def test_it_counts_kernels_waits_and_copies_of_the_last_two_thirds():
+    events = [
+        (0.0, 25e3, "flash_fwd_sm90 before they count"),
+        (25e3, 31e3, "flash_fwd_sm90 before they count, too"),
+        (31e3, 40e3, "flash_fwd_sm90"),
+        (42e3, 60e3, "flash_bwd_sm90"),
+        (55e3, 58e3, "sum_kernel beside it"),
+        (61e3, 63e3, "Memcpy PtoP"),
+        (64e3, 90e3, "flash_bwd_sm90"),
+    ]
+    assert steady.account(steady.Event(*event) for event in reversed(events)) == (
+        "59.00 ms: attention backward 44.00, attention forward 9.00, other kernels 3.00, copies 2.00; "
+        "waits before attention backward 6.00"
+    )
+    one_behind_another = [steady.Event(0.0, 10e3, "sum_kernel"), steady.Event(10e3, 30e3, "sum_kernel")]
+    assert steady.account(one_behind_another).endswith("before none")
+
+
+def test_it_reads_what_a_gpu_draws(monkeypatch, tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(SMI)
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def run() -> None:
+        end = time.monotonic() + 10
+        while not (tmp_path / "nvidia-smi.done").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    assert steady.sampled(run) == ["GPU 0: 696 W, 1555 MHz, limits [0, 4]", "GPU 1: 690 W, 1550 MHz, limits [4]"]
