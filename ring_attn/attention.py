@@ -30,7 +30,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ring_attn.by_document import LayoutChoice
 from ring_attn.call import Call, called, given_to, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
-from ring_attn.inputs import check_input, wants_gradients
+from ring_attn.inputs import check_input, wants_gradients, with_heads
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.functions import check_unwritten, written_to
 from ring_attn.kernels.sums import Grads, Sum
@@ -77,14 +77,15 @@ def ring_attention(
     `kv_layout`: for cross-attention, the layout by which k and v [b, skv, g, ...] are sharded, `ring.shard(k, layout=...)`;
     only where it is named may they come from a sequence of another length than the queries'.
 
-    Raises ValueError for shapes, dtypes, devices or masks that do not fit, KernelUnavailable (a ValueError) where a kernel
-    asked for by name cannot do it, RuntimeError where a transfer failed, NotImplementedError under forward-mode AD.
+    Raises TypeError for what is no tensor, mask, score or ring, ValueError for shapes, dtypes, devices or masks that are wrong,
+    KernelUnavailable (a ValueError) where a kernel asked for by name cannot do it, RuntimeError where a transfer failed,
+    NotImplementedError under forward-mode AD.
     """
     check_mask(mask)
     if not hasattr(ring, "transport"):
         raise TypeError(f"ring must be a Ring, on one device Ring.simulated(1, 'contiguous'), got {type(ring).__name__}")
-    merged = q.dim() == 3
-    q, k, v = (x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v))
+    with_all = with_heads(q, k, v)
+    merged, (q, k, v) = q.dim() == 3, with_all
     cosine, modifiers, sinks = sort_scores(score)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     try:

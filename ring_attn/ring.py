@@ -78,7 +78,7 @@ class Ring:
         for name, choice in (("keep_kv", keep_kv), ("replay", replay)):
             if not isinstance(choice, bool):
                 raise TypeError(f"{name} must be True or False, got {choice!r}")
-        if kv_memory is not None and (not isinstance(kv_memory, Integral) or kv_memory < 1):
+        if kv_memory is not None and (not isinstance(kv_memory, Integral) or isinstance(kv_memory, bool) or kv_memory < 1):
             raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")
         if keep_kv and (exchange != "pull" or kv_memory is not None):
             raise ValueError(f"keep_kv=True is for exchange='pull' without kv_memory, not for {exchange!r} with {kv_memory=}")

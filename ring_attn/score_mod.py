@@ -74,6 +74,10 @@ class ScoreMod(Score):
             score = known(first.double(), first, first, first, first)
         if not isinstance(score, Tensor):
             raise TypeError(f"{self!r} must return a tensor that it makes of the score, got {score!r}")
+        if score.dim():
+            raise ValueError(f"{self!r} must return one score for one cell, a scalar, got shape {tuple(score.shape)}")
+        if score.dtype.is_complex or score.dtype == torch.bool:
+            raise TypeError(f"{self!r} must return a real score, got {score.dtype}; to allow some cells alone there is MaskMod")
         if score.requires_grad:
             raise ValueError(
                 f"{self!r} reaches a tensor that needs a gradient in a way that cannot be followed (an attribute, a "
@@ -132,6 +136,8 @@ def allowed_cells(mask: MaskMod, batch: Tensor, heads: Tensor, q_pos: Tensor, kv
         allowed = over_cells(mask.fn)(batch, heads + mask.first_head, q_pos, kv_pos)
         if allowed.dtype.is_floating_point or allowed.dtype.is_complex:
             raise TypeError(f"{mask!r} returned {allowed.dtype}; compare, as in x > 0, or change scores by a ScoreMod")
+        if allowed.dim() != 4:
+            raise ValueError(f"{mask!r} must return one value for one cell, a scalar, got shape {tuple(allowed.shape[4:])}")
         return allowed.bool()
 
 

@@ -126,18 +126,19 @@ def global_token_loss(
 ) -> Tensor:
     """Mean cross-entropy over the valid tokens of all ranks, the same scalar on every rank, in nats.
 
-    logits [..., vocabulary] and labels [...] (integers, already shifted) are the rows this process hosts; labels equal to
-    `ignore_index` do not count. `group`: the process group to sum over where data-parallel ranks stand beside the ring (None:
-    the ring alone). Each process's gradient is its own share: parameter gradients *summed* over all processes are those of the
-    unsharded run, so scale the loss by the number of processes under DDP, which averages. 0 where no token is valid anywhere.
+    logits [..., rows, vocabulary] and labels [..., rows] (integers, already shifted) are the rows this process hosts; labels
+    equal to `ignore_index` do not count. `group`: the process group to sum over where data-parallel ranks stand beside the ring
+    (None: the ring alone). Each process's gradient is its own share: parameter gradients *summed* over all processes are those
+    of the unsharded run, so scale the loss by the number of processes under DDP, which averages. 0 where no token is valid
+    anywhere.
     """
     if not hasattr(ring, "sum_over_processes"):
         raise TypeError(f"ring must be a Ring, on one device Ring.simulated(1), got {type(ring).__name__}")
-    if logits.shape[:-1] != labels.shape:
+    if logits.dim() < 2 or logits.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels {tuple(labels.shape)} must have the shape of logits without the vocabulary, {tuple(logits.shape)}"
+            f"logits must be [..., rows, vocabulary] and labels [..., rows], got {tuple(logits.shape)}, {tuple(labels.shape)}"
         )
-    if labels.dtype.is_floating_point:
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, as ring_attn.shift_labels makes them, got {labels.dtype}")
     labels = labels.long()
     flat = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))

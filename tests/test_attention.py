@@ -415,6 +415,10 @@ NO_MASKS = {
         r"\(<lambda>\) returned torch.float32; compare, as in x > 0, or change",
     ),
     "tensor": (torch.ones(8, 8), "not callable|no attribute"),
+    "vector": (
+        lambda b, h, q, k: torch.arange(3) + k <= q,
+        r"\(<lambda>\) must return one value for one cell, a scalar, got shape \(3,\)",
+    ),
 }
 
 
@@ -437,10 +441,36 @@ def test_a_mask_s_function_is_asked_about_cells_that_there_are_alone():
     assert torch.equal(found, want)
 
 
-def test_a_function_whose_score_is_no_tensor_is_refused():
+NO_SCORES = {
+    "number": (lambda score, b, h, q, k: 0.0, TypeError, "must return a tensor that it makes of the score, got 0.0"),
+    "vector": (
+        lambda score, b, h, q, k: score + torch.ones(3),
+        ValueError,
+        r"one score for one cell, a scalar, got shape \(3,\)",
+    ),
+    "complex": (lambda score, b, h, q, k: score * 1j, TypeError, "must return a real score, got torch.complex128"),
+    "mask": (
+        lambda score, b, h, q, k: score > 0,
+        TypeError,
+        "a real score, got torch.bool; to allow some cells alone there is",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_SCORES)
+def test_a_function_that_makes_no_score_is_refused(kind):
+    function, error, words = NO_SCORES[kind]
     q, k, v, options = broken()
-    with pytest.raises(TypeError, match=r"must return a tensor that it makes of the score, got 0.0"):
-        ra.ring_attention(q, k, v, **options, score=ra.ScoreMod(lambda score, b, h, q_pos, kv_pos: 0.0))
+    with pytest.raises(error, match=words):
+        ra.ring_attention(q, k, v, **options, score=ra.ScoreMod(function))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_an_input_that_is_no_tensor_is_named(name):
+    q, k, v, options = broken()
+    inputs = {"q": q, "k": k, "v": v, name: [[0.0]]}
+    with pytest.raises(TypeError, match=rf"^{name} must be a tensor \[batch, rows, heads, head_dim\] or .*, got list$"):
+        ra.ring_attention(**inputs, **options)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "slopes"])

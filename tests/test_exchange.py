@@ -312,8 +312,10 @@ def test_too_little_memory_is_named():
         ring = ra.Ring.simulated(3, "contiguous", exchange=exchange, kv_memory=memory)
         with pytest.raises(ValueError, match=message):
             ra.ring_attention(q, k, v, ring=ring)
-    with pytest.raises(ValueError, match=r"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got 0"):
-        ra.Ring.simulated(3, kv_memory=0)
+    for memory in (0, 0.5, True):
+        words = f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {memory}"
+        with pytest.raises(ValueError, match=words):
+            ra.Ring.simulated(3, kv_memory=memory)
     for choice in ("keep_kv", "replay"):
         with pytest.raises(TypeError, match=f"{choice} must be True or False, got 'no'"):
             ra.Ring.simulated(3, exchange="pull", **{choice: "no"})

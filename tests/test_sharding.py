@@ -107,9 +107,14 @@ def test_simulated_loss(layout):
 
 
 def test_loss_refuses_labels_that_are_none():
-    logits, labels, ring = torch.randn(2, 4, 9), torch.zeros(2, 4), ra.Ring.simulated(1)
-    with pytest.raises(ValueError, match=r"labels must be integers, as ring_attn.shift_labels makes them, got torch.float32"):
-        ra.global_token_loss(logits, labels, ring=ring)
+    logits, ring = torch.randn(2, 4, 9), ra.Ring.simulated(1)
+    for dtype in (torch.float32, torch.complex64, torch.bool):
+        words = f"labels must be integers, as ring_attn.shift_labels makes them, got {dtype}"
+        with pytest.raises(ValueError, match=words):
+            ra.global_token_loss(logits, torch.zeros(2, 4, dtype=dtype), ring=ring)
+    words = r"logits must be \[..., rows, vocabulary\] and labels \[..., rows\], got \(9,\), \(\)"
+    with pytest.raises(ValueError, match=words):
+        ra.global_token_loss(logits[0, 0], torch.tensor(1), ring=ring)
     # 156 is what uint8 makes of -100.
     logits, labels = torch.randn(2, 4, 256), torch.tensor([[156, 156, 1, 255]]).expand(2, 4)
     *narrow, wide = (
@@ -118,7 +123,7 @@ def test_loss_refuses_labels_that_are_none():
     assert all(torch.equal(one, wide) for one in narrow)
     with pytest.raises(TypeError, match=r"ring must be a Ring, on one device Ring.simulated\(1\), got NoneType"):
         ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 4, dtype=torch.long), ring=None)
-    with pytest.raises(ValueError, match=r"labels \(2, 3\) must have the shape of logits"):
+    with pytest.raises(ValueError, match=r"labels \[..., rows\], got \(2, 4, 9\), \(2, 3\)"):
         ra.global_token_loss(torch.randn(2, 4, 9), torch.zeros(2, 3, dtype=torch.long), ring=ra.Ring.simulated(1))
 
 
