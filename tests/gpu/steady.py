@@ -4,8 +4,9 @@
 
 A forward and backward of a causal zigzag ring by pull, then of the same loop without communication. After four seconds of rest
 come the calls, none waited for: TFLOP/s of each, by the slowest process, and on GPUs the watts, MHz and limits that nvidia-smi
-saw meanwhile. Then they are made once more under a profiler, and of the last two thirds each process says in milliseconds what
-its kernels took, what it waited, before which of them, and what its copies took. Without torchrun, a simulated ring of four.
+saw meanwhile. Then they are made once more under a profiler, and of the last two thirds each process says, in milliseconds a
+call, what kernels took, how long it waited, before which of them, and what copies took. Without torchrun, on a simulated ring
+of four.
 """
 
 from __future__ import annotations
@@ -45,22 +46,26 @@ class Event(NamedTuple):
         return next((kind for part, kind in KINDS.items() if part in self.name), "other kernels")
 
 
-def account(events: Iterable[Event]) -> str:
-    """What kernels and copies took in the last two thirds of the time, and how long no kernel ran before one of each kind."""
-    events = sorted(events)
-    first, last = events[0].start, max(event.stop for event in events)
-    late = [event for event in events if event.start >= first + (last - first) / 3]
+def account(events: Iterable[Event], calls: int) -> str:
+    """What kernels and copies took, and how long none of the kernels ran before one of each kind: in the last two thirds of the
+    calls, whose kernels are as many each time.
+    """
+    events, early = sorted(events), calls // 3
+    kernels = [event for event in events if event.kind != "copies"]
+    kernels = kernels[len(kernels) * early // calls :]
+    first = busy = kernels[0].start
     took, waited = Counter(), Counter()
-    for event in late:
-        took[event.kind] += event.stop - event.start
-    kernels = [event for event in late if event.kind != "copies"]
-    busy = kernels[0].start
     for event in kernels:
         waited[event.kind] += max(0.0, event.start - busy)
         busy = max(busy, event.stop)
-    words = [f"{kind} {us / 1e3:.2f}" for kind, us in took.most_common()]
-    waits = [f"{kind} {us / 1e3:.2f}" for kind, us in waited.most_common() if us]
-    return f"{(busy - kernels[0].start) / 1e3:.2f} ms: {', '.join(words)}; waits before {', '.join(waits) or 'none'}"
+    for event in events:
+        if event.start >= first:
+            took[event.kind] += event.stop - event.start
+
+    def words(us: Counter) -> str:
+        return ", ".join(f"{kind} {one / 1e3 / (calls - early):.2f}" for kind, one in us.most_common() if one) or "none"
+
+    return f"{(busy - first) / 1e3 / (calls - early):.2f} ms a call: {words(took)}; waits before {words(waited)}"
 
 
 def profiled(run: Callable[[], object], calls: int) -> list[Event]:
@@ -125,7 +130,7 @@ def show(name: str, ring: ra.Ring, everyone: Everyone, options: argparse.Namespa
         print(f"{name}: {' '.join(f'{one:.3g}' for one in found)} TFLOP/s", *drawn, sep="\n    ", flush=True)
     if on_gpu:
         everyone.meet()
-        print(f"{name}, process of rank {ring.hosted[0]}: {account(profiled(run, options.calls))}", flush=True)
+        print(f"{name}, process of rank {ring.hosted[0]}: {account(profiled(run, options.calls), options.calls)}", flush=True)
 
 
 def main() -> None:

@@ -30,21 +30,22 @@ def test_it_prints_the_speed_of_every_call(monkeypatch, capsys):
 
 
 def test_it_counts_kernels_waits_and_copies_of_the_last_two_thirds():
-    events = [
-        (0.0, 25e3, "flash_fwd_sm90 before they count"),
-        (25e3, 31e3, "flash_fwd_sm90 before they count, too"),
-        (31e3, 40e3, "flash_fwd_sm90"),
-        (42e3, 60e3, "flash_bwd_sm90"),
-        (55e3, 58e3, "sum_kernel beside it"),
-        (61e3, 63e3, "Memcpy PtoP"),
-        (64e3, 90e3, "flash_bwd_sm90"),
+    a_call = [
+        (3e3, 12e3, "flash_fwd_sm90"),
+        (14e3, 32e3, "flash_bwd_sm90"),
+        (27e3, 30e3, "sum_kernel beside it"),
+        (33e3, 35e3, "Memcpy PtoP"),
+        (36e3, 62e3, "flash_bwd_sm90"),
     ]
-    assert steady.account(steady.Event(*event) for event in reversed(events)) == (
-        "59.00 ms: attention backward 44.00, attention forward 9.00, other kernels 3.00, copies 2.00; "
-        "waits before attention backward 6.00"
+    # The first of three calls is slower, and its last copy late.
+    events = [(1.5 * start - 90e3, 1.5 * stop - 90e3, name) for start, stop, name in a_call] + [(2e3, 2.5e3, "Memcpy PtoP")]
+    events += [(start + n * 62e3, stop + n * 62e3, name) for n in range(2) for start, stop, name in a_call]
+    assert steady.account((steady.Event(*event) for event in reversed(events)), 3) == (
+        "60.50 ms a call: attention backward 44.00, attention forward 9.00, other kernels 3.00, copies 2.00; "
+        "waits before attention backward 6.00, attention forward 1.50"
     )
     one_behind_another = [steady.Event(0.0, 10e3, "sum_kernel"), steady.Event(10e3, 30e3, "sum_kernel")]
-    assert steady.account(one_behind_another).endswith("before none")
+    assert steady.account(one_behind_another, 2) == "15.00 ms a call: other kernels 15.00; waits before none"
 
 
 def test_it_reads_what_a_gpu_draws(monkeypatch, tmp_path):
