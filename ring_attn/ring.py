@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from ring_attn.comm.two_axes import TwoAxes
 from ring_attn.exchange import EXCHANGE_NAMES
 from ring_attn.kernels import check_kernel_name
 from ring_attn.layout import Layout, Shared
-from ring_attn.typed import typed
+from ring_attn.typed import counts, typed
 from ring_attn.watched import unseen
 
 if TYPE_CHECKING:
@@ -73,12 +72,12 @@ class Ring:
         floating = isinstance(grad_dtype, torch.dtype) and grad_dtype.is_floating_point and grad_dtype.itemsize > 1
         if grad_dtype is not None and not floating:
             raise ValueError(f"grad_dtype must be a floating torch.dtype, of at least 16 bits, or None, got {grad_dtype!r}")
-        if ranks_per_node is not None and (not isinstance(ranks_per_node, Integral) or ranks_per_node < 1):
+        if not (ranks_per_node is None or counts(ranks_per_node)):
             raise ValueError(f"ranks_per_node must be a whole number of ranks, at least 1, or None, got {ranks_per_node!r}")
         for name, choice in (("keep_kv", keep_kv), ("replay", replay)):
             if not isinstance(choice, bool):
                 raise TypeError(f"{name} must be True or False, got {choice!r}")
-        if kv_memory is not None and (not isinstance(kv_memory, Integral) or isinstance(kv_memory, bool) or kv_memory < 1):
+        if not (kv_memory is None or counts(kv_memory)):
             raise ValueError(f"kv_memory must be a whole number of bytes, at least 1, or None for no limit, got {kv_memory!r}")
         if keep_kv and (exchange != "pull" or kv_memory is not None):
             raise ValueError(f"keep_kv=True is for exchange='pull' without kv_memory, not for {exchange!r} with {kv_memory=}")

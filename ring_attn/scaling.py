@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import truediv
 
 import torch
 from torch import Tensor
@@ -24,8 +25,11 @@ def scaled(q: Tensor, k: Tensor, cosine: CosineSim | None, softmax_scale: float 
         if softmax_scale is not None:
             raise ValueError(f"CosineSim has a scale of its own; leave softmax_scale={softmax_scale} out")
         q, k, scale = _of_cosine(q, k, cosine)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"the scale of scores must be finite, got {scale}")
+    if torch.compiler.is_compiling():
+        # A number that varies is a symbol until it is taken apart, and kernels have one scale a call.
+        scale = truediv(*scale.as_integer_ratio())
     if scale > 0:
         return q, k, scale
     # Libraries scale scores that they have masked with -inf, which such a factor makes inf or NaN.

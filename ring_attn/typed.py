@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from beartype import BeartypeConf, beartype
 
 typed = beartype(conf=BeartypeConf(violation_param_type=TypeError, is_pep484_tower=True))  # an int is a float
@@ -13,6 +15,11 @@ def whole(name: str, value: object) -> int:
     if not isinstance(number, int) or isinstance(number, bool):
         raise ValueError(f"{name} takes whole numbers, got {value!r}")
     return number
+
+
+def counts(value: object) -> bool:
+    """Whether value is a whole number of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
 
 def is_jitted(x: object) -> bool:

@@ -1,6 +1,7 @@
 """ring_attention itself: gradients, the two custom ops under torch's own checks, torch.compile, and bad input."""
 
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -132,6 +133,23 @@ def test_compiles_in_one_graph(by_id, monkeypatch):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for got, want in zip(gradients(compiled, inputs, up), gradients(function, inputs, up), strict=True):
         assert rel_error(got, want) < FLOAT64_LIMIT
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("score", [None, ra.CosineSim(5.0, groups=2)])
+def test_lengths_head_dims_and_scales_may_vary_in_a_compiled_function(score, dynamic):
+    ring = ra.Ring.simulated(2, "zigzag")
+
+    def function(q, k, v, scale=None):
+        return ra.ring_attention(q, k, v, ring=ring, score=score, softmax_scale=None if score else scale)
+
+    torch.compiler.reset()  # The cases are all of one code, for which there are only so many graphs.
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for t, d, scale in ((8, 4, 0.3), (16, 4, 0.7), (8, 8, None), (8, 4, -0.1)):
+        inputs, up = qkv(t, d=d), torch.randn(1, t, 2, d, dtype=torch.float64)
+        found, wanted = (gradients(partial(one, scale=scale), inputs, up) for one in (compiled, function))
+        for got, want in zip(found, wanted, strict=True):
+            assert rel_error(got, want) < FLOAT64_LIMIT
 
 
 @pytest.mark.parametrize("by_id", [call._BY_ID, True])

@@ -397,7 +397,7 @@ def test_two_ways_are_as_balanced_as_one_for_a_tile_more(layout, ring_size):
 def test_nodes_are_named():
     with pytest.raises(ValueError, match=r"exchange='two-level' needs ranks_per_node"):
         ra.Ring.simulated(4, exchange="two-level")
-    for given in (0, "2", 2.0):
+    for given in (0, "2", 2.0, True):
         with pytest.raises(
             ValueError, match=f"ranks_per_node must be a whole number of ranks, at least 1, or None, got {given!r}"
         ):

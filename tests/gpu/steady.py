@@ -6,7 +6,7 @@ A forward and backward of a causal zigzag ring by pull, then of the same loop wi
 come the calls, none waited for: TFLOP/s of each, by the slowest process, and on GPUs the watts, MHz and limits that nvidia-smi
 saw meanwhile. Then they are made once more under a profiler, and of the last two thirds each process says, in milliseconds a
 call, what kernels took, how long it waited, before which of them, and what copies took. Without torchrun, on a simulated ring
-of four.
+of four. Symmetric memory needs TORCH_SYMM_MEM_DISABLE_MULTICAST=1.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 
 import ring_attn as ra
-from ring_attn import call
 from ring_attn.bench.contenders import Shape, silent
 from ring_attn.bench.timing import Everyone, mark, ms_between
 from ring_attn.comm.start import device_of, is_distributed, process_group
+from tests.gpu.rank import variant
 
 REST = 4.0
-KINDS = {"bwd_sm90": "attention backward", "fwd_sm90": "attention forward", "Memcpy": "copies"}
+KINDS = {"bwd_sm90": "attention backward", "fwd_sm90": "attention forward", "Memcpy": "copies", "Memset": "copies"}
 SAMPLED = "index,power.draw,clocks.sm,clocks_event_reasons.active"
 
 
@@ -48,10 +48,12 @@ class Event(NamedTuple):
 
 def account(events: Iterable[Event], calls: int) -> str:
     """What kernels and copies took, and how long none of the kernels ran before one of each kind: in the last two thirds of the
-    calls, whose kernels are as many each time.
+    calls, where these have as many kernels each.
     """
     events, early = sorted(events), calls // 3
     kernels = [event for event in events if event.kind != "copies"]
+    if len(kernels) % calls:
+        return f"{len(kernels)} kernels in {calls} calls are not as many in each, so nothing is said of the last ones"
     kernels = kernels[len(kernels) * early // calls :]
     first = busy = kernels[0].start
     took, waited = Counter(), Counter()
@@ -79,23 +81,32 @@ def profiled(run: Callable[[], object], calls: int) -> list[Event]:
 
 def sampled(run: Callable[[], object]) -> list[str]:
     """A line a GPU: the median watts and MHz while `run` goes on, in samples near its most watts, and what limits it there, in
-    the driver's bits, of which 4 is power.
+    the driver's bits, of which 4 is power. What nvidia-smi says otherwise follows.
     """
     command = ["nvidia-smi", f"--query-gpu={SAMPLED}", "--format=csv,noheader,nounits", "-lms", "250"]
-    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        run()
-    finally:
-        watching.terminate()
-        *whole, _ = watching.communicate()[0].split("\n")
-    rows = [[word.strip() for word in line.split(",")] for line in whole]
+    with tempfile.TemporaryFile("w+") as said:
+        watching = subprocess.Popen(command, stdout=said, text=True)
+        try:
+            run()
+        finally:
+            watching.terminate()
+            watching.wait()
+        said.seek(0)
+        *whole, _ = said.read().split("\n")
+    samples: dict[str, list[tuple[float, float, int]]] = {}
+    others = []
+    for line in whole:
+        try:
+            index, watts, mhz, limits = line.split(", ")
+            samples.setdefault(index, []).append((float(watts), float(mhz), int(limits, 16)))
+        except ValueError:
+            others.append(line)
     lines = []
-    for index in sorted({row[0] for row in rows}):
-        seen = [(float(watts), float(mhz), int(limits, 16)) for number, watts, mhz, limits in rows if number == index]
+    for index, seen in sorted(samples.items()):
         watts, mhz, limits = zip(*(one for one in seen if one[0] > 0.95 * max(seen)[0]), strict=True)
         drawn = f"{statistics.median(watts):.0f} W, {statistics.median(mhz):.0f} MHz"
         lines.append(f"GPU {index}: {drawn}, limits {sorted({*limits})}")
-    return lines
+    return [*lines, *dict.fromkeys(others)]
 
 
 def speeds(run: Callable[[], object], tflop: float, calls: int, everyone: Everyone) -> list[float]:
@@ -142,10 +153,13 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--parts", type=int, help="of the heads in a backward; by default what a call would choose")
     options = parser.parse_args()
+    calls, heads, parts = options.calls, options.kv_heads, options.parts
+    if calls < 1 or heads % (parts or 1):
+        parser.error(f"--calls {calls} must be at least 1, and --parts {parts} divide --kv-heads {heads}")
     device = device_of("auto")
     with process_group(device), ExitStack() as stack:
         if options.parts:
-            stack.enter_context(patch.object(call.Call, "_head_parts", lambda *_: options.parts))
+            stack.enter_context(variant(f"parts={options.parts}"))
         make = ra.Ring.from_group if is_distributed() else ra.Ring.simulated
         ring = make(None if is_distributed() else 4, layout="zigzag", exchange="pull")
         show("pull", ring, Everyone(ring.transport, device), options)
