@@ -30,7 +30,7 @@ from torch.autograd.forward_ad import unpack_dual
 from ring_attn.by_document import LayoutChoice
 from ring_attn.call import Call, called, given_to, name_kept, named, validate
 from ring_attn.exchange.base import HowHome
-from ring_attn.inputs import check_input, wants_gradients, with_heads
+from ring_attn.inputs import check_input, check_tensors, wants_gradients
 from ring_attn.kernels import Upstream
 from ring_attn.kernels.functions import check_unwritten, written_to
 from ring_attn.kernels.sums import Grads, Sum
@@ -84,8 +84,9 @@ def ring_attention(
     check_mask(mask)
     if not hasattr(ring, "transport"):
         raise TypeError(f"ring must be a Ring, on one device Ring.simulated(1, 'contiguous'), got {type(ring).__name__}")
-    with_all = with_heads(q, k, v)
-    merged, (q, k, v) = q.dim() == 3, with_all
+    check_tensors(q=q, k=k, v=v)
+    merged = q.dim() == 3
+    q, k, v = (x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v))
     cosine, modifiers, sinks = sort_scores(score)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     try:

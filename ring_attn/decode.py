@@ -18,7 +18,7 @@ from torch import Tensor
 from ring_attn.attention import as_given, unit_stride
 from ring_attn.cache import KVCache, refuse_gradients
 from ring_attn.call import Call
-from ring_attn.inputs import check_input, check_inputs
+from ring_attn.inputs import check_input, check_inputs, check_tensors
 from ring_attn.kernels import Problem, resolve
 from ring_attn.mask import Causal, Mask, check_mask
 from ring_attn.partial import Partial, empty, merge_all, normalize, only_sinks, to_add_to, to_merge_into
@@ -49,10 +49,12 @@ def tree_decode(
     One small all-gather, the first time for a cache, finds out whether all ranks make the same call; other shapes, masks or
     scores take another, and so do, at every token, those that go by the length, such as Documents.
 
-    Raises ValueError for shapes, dtypes, devices or masks that do not fit, NotImplementedError where a gradient is asked for.
+    Raises TypeError for what is no tensor, mask or score, ValueError for shapes, dtypes, devices or masks that do not fit,
+    NotImplementedError where a gradient is asked for.
     """
     check_mask(mask)
     cache.check_ring(ring)
+    check_tensors(merged="", q=q)
     cosine, modifiers, sinks = sort_scores(score)
     tensors = [*modifiers.tensors(), *([] if sinks is None else [sinks.tensor])]
     whole = cache.whole()

@@ -18,12 +18,11 @@ def check_input(name: str, x: Tensor, *, merged: str = MERGED) -> None:
         raise ValueError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {x.dtype}; cast it first")
 
 
-def with_heads(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """The inputs with the one head that three dimensions leave out. Raises TypeError for what is no tensor."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def check_tensors(*, merged: str = MERGED, **inputs: object) -> None:
+    """Raises TypeError for what is no tensor, by its name. `merged`: what else callers take, in words."""
+    for name, x in inputs.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor [batch, rows, heads, head_dim]{MERGED}, got {type(x).__name__}")
-    return [x.unsqueeze(2) if x.dim() == 3 else x for x in (q, k, v)]
+            raise TypeError(f"{name} must be a tensor [batch, rows, heads, head_dim]{merged}, got {type(x).__name__}")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, *, merged: str = MERGED) -> None:

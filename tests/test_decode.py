@@ -307,6 +307,8 @@ def test_calls_that_do_not_fit_are_named():
     q = q[:, -1:]
     with pytest.raises(TypeError, match=r"mask must be a ring_attn mask such as Causal\(\) & Window\(1024\), got str"):
         ra.tree_decode(q, cache, ring=ring, mask="causal")
+    with pytest.raises(TypeError, match=r"q must be a tensor \[batch, rows, heads, head_dim\], got list"):
+        ra.tree_decode([0.0], cache, ring=ring)
     with pytest.raises(
         ValueError, match=r"the cache was made for another Ring object than this Ring.*; make it of the ring that decodes"
     ):

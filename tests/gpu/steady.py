@@ -154,12 +154,12 @@ def main() -> None:
     parser.add_argument("--parts", type=int, help="of the heads in a backward; by default what a call would choose")
     options = parser.parse_args()
     calls, heads, parts = options.calls, options.kv_heads, options.parts
-    if calls < 1 or heads % (parts or 1):
+    if calls < 1 or (parts is not None and (parts < 1 or heads % parts)):
         parser.error(f"--calls {calls} must be at least 1, and --parts {parts} divide --kv-heads {heads}")
     device = device_of("auto")
     with process_group(device), ExitStack() as stack:
-        if options.parts:
-            stack.enter_context(variant(f"parts={options.parts}"))
+        if parts is not None:
+            stack.enter_context(variant(f"parts={parts}"))
         make = ra.Ring.from_group if is_distributed() else ra.Ring.simulated
         ring = make(None if is_distributed() else 4, layout="zigzag", exchange="pull")
         show("pull", ring, Everyone(ring.transport, device), options)

@@ -69,9 +69,10 @@ def test_it_says_nothing_of_calls_that_have_other_kernels():
     assert steady.account([*with_another[:2], steady.Event(2.0, 3.0, "Memset (Device)")], 2).startswith("0.00 ms a call")
 
 
-@pytest.mark.parametrize("words", ["--calls 0 --length 64 --dim 8", "--kv-heads 4 --parts 3 --length 64 --dim 8"])
+@pytest.mark.parametrize("words", ["--calls 0", "--parts 3", "--parts 0", "--parts -2"])
 def test_it_names_calls_and_parts_that_cannot_be(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["steady", *words.split()])
+    monkeypatch.setattr(sys, "argv", f"steady --kv-heads 4 --length 64 --dim 8 {words}".split())
+    monkeypatch.setattr(steady, "REST", 0.0)
     with pytest.raises(SystemExit):
         steady.main()
     assert "must be at least 1, and --parts" in capsys.readouterr().err
